@@ -1,0 +1,5 @@
+"""Multi-GPU, pipeline-parallel streaming diffusion for live avatars."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
