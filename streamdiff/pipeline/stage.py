@@ -1,13 +1,192 @@
-"""What one rank does to a packet."""
+"""What one rank does to a packet: denoise it by the steps it owns, decode it, or both.
+
+A stage never asks who it is. It is handed the steps it owns, and obeys the commands that packets bring.
+
+Axes: B streams, T latent frames, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from streamdiff.pipeline.packet import Packet
+import torch
+
+from streamdiff import flow
+from streamdiff.config import EngineConfig
+from streamdiff.errors import StreamdiffError
+from streamdiff.memory import SinkMemory, StepMemory
+from streamdiff.models.dit import AudioCondition, CausalDiT, Modulation, TextCondition
+from streamdiff.observe import Observer, Silent, span
+from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
+from streamdiff.rope import sink_position
 
 
 class Stage(Protocol):
     """One place in the line: takes a packet, returns it one or more noise levels cleaner, or decoded."""
 
     def step(self, packet: Packet) -> Packet: ...
+
+
+class Chain:
+    """Several stages in one place, for a rank that denoises and decodes."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = tuple(stages)
+
+    def step(self, packet: Packet) -> Packet:
+        for stage in self._stages:
+            packet = stage.step(packet)
+        return packet
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """One noise level of this rank: where it starts, where it goes, what it remembers."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+    modulation: Modulation
+    memory: StepMemory
+
+
+class DenoiseStage:
+    """Takes a chunk through a contiguous run of denoising steps, each with its own history.
+
+    ``steps`` are indices into ``config.sigmas``. ``seed`` and ``stream`` key the fresh noise of the re-noising
+    sampler; the Euler sampler draws none.
+    """
+
+    def __init__(
+        self,
+        dit: CausalDiT,
+        config: EngineConfig,
+        steps: Sequence[int],
+        *,
+        seed: int = 0,
+        stream: int = 0,
+        num_streams: int = 1,
+        observer: Observer | None = None,
+    ) -> None:
+        self._dit = dit
+        self._config = config
+        self._seed = seed
+        self._stream = stream
+        self._observer = observer or Silent()
+        self._reference: SetReference | None = None
+        self._text: TextCondition | None = None
+        with torch.inference_mode():
+            self._clean = dit.modulation(0.0)
+            self._sink = SinkMemory(
+                num_layers=config.dit.num_layers,
+                num_streams=num_streams,
+                sink_tokens=dit.sink_tokens(config.latent_hw, with_motion=config.motion_latents > 0),
+                num_heads=config.dit.num_heads,
+                head_dim=config.dit.head_dim,
+                dtype=dit.dtype,
+                device=dit.device,
+            )
+            self._steps = [
+                _Step(
+                    index=i,
+                    sigma=config.sigmas[i],
+                    sigma_next=config.sigmas[i + 1],
+                    modulation=dit.modulation(config.sigmas[i]),
+                    memory=StepMemory(
+                        self._sink,
+                        chunk_tokens=config.chunk_tokens,
+                        window_chunks=config.memory.window_chunks,
+                        slack_chunks=config.memory.slack_chunks,
+                    ),
+                )
+                for i in steps
+            ]
+            self._motion_rotation = (
+                dit.motion_rotation(config.latent_hw) if config.motion_latents > 0 else None
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all histories and of the pristine sink."""
+        return self._sink.num_bytes + sum(step.memory.num_bytes for step in self._steps)
+
+    @torch.inference_mode()
+    def step(self, packet: Packet) -> Packet:
+        self._obey(packet)
+        if self._text is None or self._reference is None:
+            raise StreamdiffError(
+                f"chunk {packet.chunk} came before a reference and a prompt; "
+                "the first packet of a stream carries SetReference and SwitchPrompt"
+            )
+        config, dit = self._config, self._dit
+        first_frame = packet.chunk * config.frames_per_chunk
+        own = dit.frame_rotation(
+            range(first_frame, first_frame + config.frames_per_chunk), config.latent_hw
+        )
+        position = sink_position(first_frame, lead=packet.lead, origin=config.memory.sink_position)
+        sink = dit.frame_rotation([position], config.latent_hw)
+        audio = self._hear(packet)
+        x = packet.latent_BCTHW.to(device=dit.device, dtype=torch.float32)
+        for step in self._steps:
+            with span(self._observer, "denoise", chunk=packet.chunk, epoch=packet.epoch, step=step.index):
+                layers = step.memory.admit(packet.chunk)
+                step.memory.turn_sink(sink)
+                velocity = dit(x, step.modulation, self._text, own, audio=audio, memory=layers)
+                if config.renoise and step.sigma_next > 0:
+                    noise = flow.step_noise(
+                        tuple(x.shape), seed=self._seed, stream=self._stream, chunk=packet.chunk, step=step.index
+                    ).to(x.device)
+                    x = flow.renoise_step(x, velocity, noise, sigma=step.sigma, sigma_next=step.sigma_next)
+                else:
+                    x = flow.euler_step(x, velocity, sigma=step.sigma, sigma_next=step.sigma_next)
+        return replace(packet, latent_BCTHW=x)
+
+    def _hear(self, packet: Packet) -> AudioCondition | None:
+        if self._config.dit.audio is None:
+            return None
+        if packet.audio_BZEA is None:
+            raise StreamdiffError(f"chunk {packet.chunk} came without sound to a model that listens")
+        return self._dit.audio_condition(packet.audio_BZEA)
+
+    def _obey(self, packet: Packet) -> None:
+        stale_sink = False
+        for command in packet.commands:
+            match command:
+                case SetReference():
+                    self._reference = command
+                    for step in self._steps:
+                        step.memory.clear()
+                    stale_sink = True
+                case SwitchPrompt():
+                    self._text = self._dit.text_condition(command.text_BPC)
+                    stale_sink = True
+                case RefreshSink():
+                    if command.latent_BCTHW is None or self._reference is None:
+                        raise StreamdiffError(
+                            f"chunk {packet.chunk} asks for the sink of chunk {command.source_chunk}, "
+                            "but its latent did not come along"
+                        )
+                    self._reference = replace(self._reference, reference_BCTHW=command.latent_BCTHW)
+                    stale_sink = True
+                case Rewind():
+                    for step in self._steps:
+                        step.memory.rewind(command.chunk)
+                case _:
+                    pass  # ReturnLatent speaks to the link
+        if stale_sink and self._reference is not None and self._text is not None:
+            with span(self._observer, "sink", chunk=packet.chunk):
+                self._prefill(self._reference, self._text)
+
+    def _prefill(self, reference: SetReference, text: TextCondition) -> None:
+        self._dit.prefill_sink(
+            reference.reference_BCTHW,
+            reference.motion_BCTHW if self._config.motion_latents > 0 else None,
+            text,
+            self._clean,
+            self._sink,
+            position=self._config.memory.sink_position,
+        )
+        for step in self._steps:
+            step.memory.take_sink(self._motion_rotation)
