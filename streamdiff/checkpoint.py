@@ -1,19 +1,26 @@
 """Files to modules, strictly: every tensor that is missing, unexpected or misshapen is named.
 
-    load_dit(config, files, lora=...)      shards of safetensors into a `CausalDiT`, the LoRA merged on the way
-    load_strict(module, tensors)           a state dict into any module
+    load_dit(config, folder, lora=...)   shards of safetensors into a `CausalDiT`, the LoRA merged on the way
+    load_strict(module, tensors)         a state dict into any module
 
 Nothing is loaded silently in part (the published loader accepts a LoRA of which no key matches).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from streamdiff.config import DiTConfig
 from streamdiff.errors import CheckpointError
+from streamdiff.models.dit import CausalDiT
 
 _SHOWN = 6
 """Tensors named one by one in an error before the rest is counted."""
@@ -58,3 +65,206 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], *, what: str) 
     with torch.no_grad():
         for name, target in own.items():
             target.copy_(tensors[name])
+
+
+# Names
+
+
+_DIFFUSERS_DIT = (
+    (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"proj_out\.", "head.head."),
+    (r"scale_shift_table$", "head.modulation"),
+    (r"(blocks\.\d+\.)scale_shift_table$", r"\1modulation"),
+    (r"(blocks\.\d+\.)norm2\.", r"\1norm3."),
+    (r"(blocks\.\d+\.)ffn\.net\.0\.proj\.", r"\1ffn.0."),
+    (r"(blocks\.\d+\.)ffn\.net\.2\.", r"\1ffn.2."),
+    (r"(blocks\.\d+\.)attn1\.to_([qkv])\.", r"\1self_attn.\2."),
+    (r"(blocks\.\d+\.)attn1\.to_out\.0\.", r"\1self_attn.o."),
+    (r"(blocks\.\d+\.)attn1\.norm_([qk])\.", r"\1self_attn.norm_\2."),
+    (r"(blocks\.\d+\.)attn2\.to_([qkv])\.", r"\1cross_attn.\2."),
+    (r"(blocks\.\d+\.)attn2\.to_out\.0\.", r"\1cross_attn.o."),
+    (r"(blocks\.\d+\.)attn2\.norm_([qk])\.", r"\1cross_attn.norm_\2."),
+)
+
+
+def official_dit_name(name: str) -> str:
+    """The official Wan name of a tensor that may carry its diffusers name.
+
+    >>> official_dit_name("blocks.3.attn1.to_out.0.weight")
+    'blocks.3.self_attn.o.weight'
+    >>> official_dit_name("blocks.3.self_attn.o.weight")
+    'blocks.3.self_attn.o.weight'
+    """
+    for pattern, replacement in _DIFFUSERS_DIT:
+        renamed, hits = re.subn("^" + pattern, replacement, name)
+        if hits:
+            return renamed
+    return name
+
+
+# The DiT
+
+
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+_LORA_PREFIXES = ("base_model.model.", "diffusion_model.", "model.")
+_LORA_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight$")
+
+
+def lora_modules(config: DiTConfig) -> list[str]:
+    """Linear layers that a Live Avatar LoRA adapts: 448 in the 14B model."""
+    attentions = [f"blocks.{n}.{kind}" for n in range(config.num_layers) for kind in ("self_attn", "cross_attn")]
+    if config.audio is not None:
+        attentions += [f"audio_injector.injector.{j}" for j in range(len(config.audio.inject_layers))]
+    modules = [f"{attention}.{p}" for attention in attentions for p in "qkvo"]
+    return modules + [f"blocks.{n}.ffn.{i}" for n in range(config.num_layers) for i in (0, 2)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoRA:
+    """Low-rank factors per adapted layer; the layer's weight grows by ``scale * B @ A``."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    """Module -> (A ``[rank, in]``, B ``[out, rank]``)."""
+    scale: float
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """The weight called ``name`` with its low-rank part added; the product is summed in float32."""
+        factors = self.factors.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if factors is None:
+            return weight
+        down, up = (factor.to(device=weight.device, dtype=torch.float32) for factor in factors)
+        return (weight.float() + self.scale * (up @ down)).to(weight.dtype)
+
+
+def read_lora(path: Path, config: DiTConfig, *, alpha: float = 64.0) -> LoRA:
+    """Read a LoRA (peft names) that must adapt exactly the modules of `lora_modules`.
+
+    ``alpha / rank`` is the scale: 64 / 128 for the published one. Raises `CheckpointError` naming every module that is
+    missing, unexpected or misshapen.
+    """
+    tensors = _read_safetensors(path)
+    found: dict[str, dict[str, Tensor]] = {}
+    strangers: list[str] = []
+    for name, tensor in tensors.items():
+        match = _LORA_FACTOR.match(name)
+        if match is None:
+            strangers.append(name)
+            continue
+        module = match["module"]
+        for prefix in _LORA_PREFIXES:
+            module = module.removeprefix(prefix)
+        found.setdefault(module, {})[match["factor"]] = tensor
+    wanted = lora_modules(config)
+    halves = [module for module, pair in found.items() if len(pair) != 2]
+    missing, unexpected = set(wanted) - found.keys(), found.keys() - set(wanted)
+    faults = [
+        f"{len(names)} {kind}: {_listed(names)}"
+        for kind, names in (
+            ("modules missing", missing),
+            ("modules unexpected", unexpected),
+            ("modules with only one factor", halves),
+            ("tensors that are no LoRA factor", strangers),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{path} is not a LoRA for this model, which has {len(wanted)} adapted modules ({'; '.join(faults)}); "
+            "give the LoRA that was trained for it"
+        )
+    shapes = {name: tuple(shape) for name, shape in _dit_shapes(config).items()}
+    ranks = {pair["A"].shape[0] for pair in found.values()}
+    misshapen = [
+        module
+        for module, pair in found.items()
+        if (pair["B"].shape[0], pair["A"].shape[1]) != shapes[f"{module}.weight"]
+        or pair["A"].shape[0] != pair["B"].shape[1]
+    ]
+    if misshapen or len(ranks) != 1:
+        raise CheckpointError(
+            f"{path} does not fit the model: {len(misshapen)} misshapen modules ({_listed(misshapen)}), "
+            f"ranks {sorted(ranks)}; give the LoRA that was trained for it"
+        )
+    return LoRA({module: (pair["A"], pair["B"]) for module, pair in found.items()}, alpha / ranks.pop())
+
+
+def _dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in CausalDiT(config).state_dict().items()}
+
+
+def load_dit(
+    config: DiTConfig,
+    folder: Path,
+    *,
+    lora: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> CausalDiT:
+    """Load the DiT from a folder of safetensors shards, official or diffusers names, the LoRA merged on the way.
+
+    Names and shapes are checked in the shards' headers before a byte of weights is read; each tensor then goes straight
+    to its device, so the peak is the model and one tensor.
+    """
+    shards = _dit_shards(folder)
+    where: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in shards:
+        for stored, shape in safetensors_shapes(shard).items():
+            name = official_dit_name(stored)
+            if name in where:
+                raise CheckpointError(
+                    f"{folder} holds {name} twice, in {where[name][0].name} and {shard.name}; "
+                    "keep the files of one checkpoint in the folder"
+                )
+            where[name] = (shard, stored)
+            shapes[name] = shape
+    expected = _dit_shapes(config)
+    check_names_and_shapes(expected, shapes, what=str(folder))
+    adapter = None if lora is None else read_lora(lora, config)
+    with torch.device("meta"):
+        dit = CausalDiT(config)
+    dit = dit.to(dtype).to_empty(device=device)
+    own = dit.state_dict()
+    by_shard: dict[Path, list[str]] = {}
+    for name, (shard, _) in where.items():
+        by_shard.setdefault(shard, []).append(name)
+    with torch.no_grad():
+        for shard, names in by_shard.items():
+            with safe_open(shard, framework="pt", device=str(device)) as file:
+                for name in names:
+                    weight: Tensor = file.get_tensor(where[name][1])
+                    own[name].copy_(weight if adapter is None else adapter.merged(name, weight))
+    return dit.eval().requires_grad_(False)
+
+
+def _dit_shards(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; give the folder that holds the model's safetensors")
+    shards = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if not shards:
+        raise CheckpointError(
+            f"{folder} holds no diffusion_pytorch_model*.safetensors; "
+            "give the folder of the downloaded checkpoint (Wan2.2-S2V-14B)"
+        )
+    return shards
+
+
+def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, read from its header alone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} as safetensors ({error}); download it again") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} as safetensors ({error}); check the path") from error

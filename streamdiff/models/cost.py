@@ -1,0 +1,156 @@
+"""What a model costs: parameters, bytes and floating-point operations, in closed form.
+
+State the ceiling first. Every number here is arithmetic on a configuration; the tests hold it against the real modules
+on the meta device, and ``perf/`` holds measurements against it. A multiply-add counts as two operations.
+
+Axes in formulas: L tokens of a chunk, M tokens attended to, S sink tokens, P prompt tokens, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _attention_parameters(dim: int) -> int:
+    return 4 * _linear(dim, dim) + 2 * dim
+
+
+def dit_parameters(config: DiTConfig) -> int:
+    """Parameters of the DiT, audio path included."""
+    D, patch = config.dim, config.patch[0] * config.patch[1] * config.patch[2]
+    block = 2 * _attention_parameters(D) + _linear(D, config.ffn_dim) + _linear(config.ffn_dim, D) + 2 * D + 6 * D
+    trunk = (
+        _linear(config.in_dim * patch, D)
+        + _linear(config.text_dim, D)
+        + _linear(D, D)
+        + _linear(config.freq_dim, D)
+        + _linear(D, D)
+        + _linear(D, 6 * D)
+        + _linear(D, config.out_dim * patch)
+        + 2 * D
+    )
+    total = config.num_layers * block + trunk
+    return total if config.audio is None else total + _audio_parameters(config, config.audio)
+
+
+def _audio_parameters(config: DiTConfig, audio: AudioInjectionConfig) -> int:
+    D, E = config.dim, audio.feature_dim
+    patch = config.patch[0] * config.patch[1] * config.patch[2]
+    injectors = len(audio.inject_layers) * (_attention_parameters(D) + _linear(D, 2 * D))
+    encoder = (
+        audio.num_features
+        + _linear(3 * E, D // 4 * audio.num_tokens)
+        + _linear(3 * E, D // 4)
+        + _linear(3 * (D // 4), D // 2)
+        + _linear(3 * (D // 2), D)
+        + _linear(D, D)
+        + D
+    )
+    packer = sum(_linear(config.in_dim * volume, D) for volume in (4, 32, 256))
+    return injectors + encoder + packer + _linear(config.cond_dim * patch, D) + 3 * D
+
+
+def sink_tokens(config: EngineConfig) -> int:
+    """Tokens of the reference frame and of the packed motion prefix."""
+    h, w = config.latent_hw
+    packed = config.frame_tokens + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
+    return config.frame_tokens + (packed if config.motion_latents else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFlops:
+    """Operations of one chunk through one denoising step, once the prompt's keys and values are known."""
+
+    linear: int
+    """Projections and feed-forward of the trunk."""
+    self_attention: int
+    text_attention: int
+    audio: int
+    """Audio tokenizer, injector projections and their attention."""
+    other: int
+    """Patch embedding and head."""
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.self_attention + self.text_attention + self.audio + self.other
+
+
+def step_flops(config: EngineConfig) -> StepFlops:
+    """One chunk, one step, with the window full.
+
+    The 14B preset at 704x384: 75.7 + 39.7 + 1.3 + 4.0 TFLOP.
+    """
+    dit = config.dit
+    L, D, Z, F = config.chunk_tokens, dit.dim, dit.num_layers, dit.ffn_dim
+    M = sink_tokens(config) + config.memory.window_chunks * L
+    patch = dit.patch[0] * dit.patch[1] * dit.patch[2]
+    # Per layer: q, k, v, o of self-attention, q and o towards the prompt, two of the feed-forward.
+    linear = Z * 2 * L * (6 * D * D + 2 * D * F)
+    return StepFlops(
+        linear=linear,
+        self_attention=Z * 4 * L * M * D,
+        text_attention=Z * 4 * L * dit.text_len * D,
+        audio=0 if dit.audio is None else _audio_flops(config, dit.audio),
+        other=2 * L * D * patch * (dit.in_dim + dit.out_dim),
+    )
+
+
+def _audio_flops(config: EngineConfig, audio: AudioInjectionConfig) -> int:
+    L, D, T = config.chunk_tokens, config.dit.dim, config.frames_per_chunk
+    tokens = audio.num_tokens + 1
+    injector = 2 * L * 2 * D * D + 4 * L * tokens * D + 2 * T * tokens * 2 * D * D + 2 * T * D * 2 * D
+    frames = audio.motion_frames + config.video_frames_per_chunk
+    half = (frames - 1) // 2 + 1
+    quarter = (half - 1) // 2 + 1
+    paths = audio.num_tokens + 1
+    tokenizer = paths * 2 * 3 * (
+        frames * audio.feature_dim * (D // 4) + half * (D // 4) * (D // 2) + quarter * (D // 2) * D
+    ) + 2 * quarter * D * D
+    return len(audio.inject_layers) * injector + tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankBytes:
+    """Memory of one DiT rank."""
+
+    weights: int
+    history: int
+    """Keys and values of the window and the sink, and the spill, for every step of the rank."""
+    pristine_sink: int
+    activations: int
+    """Largest set of intermediate tensors alive at once; an estimate, the only one in this module."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.history + self.pristine_sink + self.activations
+
+
+def rank_bytes(config: EngineConfig, *, num_steps: int, bytes_per_value: int) -> RankBytes:
+    """Memory of a rank that owns ``num_steps`` steps; 2 bytes per value for bfloat16, 4 for float32."""
+    dit = config.dit
+    L, S = config.chunk_tokens, sink_tokens(config)
+    kv_per_token = 2 * dit.num_layers * dit.dim * bytes_per_value
+    remembered = S + (config.memory.window_chunks + config.memory.slack_chunks) * L
+    # Residual, normed copy in float32 and in the model's type, q, k, v, and the hidden layer of the feed-forward.
+    activations = L * (bytes_per_value * (5 * dit.dim + 2 * dit.ffn_dim) + 4 * 2 * dit.dim)
+    return RankBytes(
+        weights=dit_parameters(dit) * bytes_per_value,
+        history=num_steps * remembered * kv_per_token,
+        pristine_sink=S * kv_per_token,
+        activations=activations,
+    )
+
+
+def hop_bytes(config: EngineConfig) -> int:
+    """What moves from rank to rank for one chunk: the latent and the sound's hidden states, float32."""
+    h, w = config.latent_hw
+    latent = config.dit.in_dim * config.frames_per_chunk * h * w
+    audio = config.dit.audio
+    heard = 0 if audio is None else audio.num_features * audio.feature_dim * config.video_frames_per_chunk
+    return 4 * (latent + heard)
