@@ -15,9 +15,10 @@ import torch
 
 from streamdiff import flow
 from streamdiff.config import EngineConfig
-from streamdiff.errors import StreamdiffError
+from streamdiff.errors import MemoryOrderError, StreamdiffError
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models.dit import AudioCondition, CausalDiT, Modulation, TextCondition
+from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
 from streamdiff.rope import sink_position
@@ -190,3 +191,54 @@ class DenoiseStage:
         )
         for step in self._steps:
             step.memory.take_sink(self._motion_rotation)
+
+
+PRIMING_LATENTS = 7
+"""Still latents that the decoder sees before the first chunk, so that it starts as if the face had long been there."""
+
+
+class DecodeStage:
+    """Turns finished latents into RGB frames, keeping what the decoder remembers between chunks.
+
+    The decoder is primed with the still reference, so every chunk, the first one too, gives
+    ``config.video_frames_per_chunk`` frames and stays beside its own sound. (The published code drops three frames of
+    the first chunk, which puts the picture 120 ms ahead of the sound.)
+    """
+
+    def __init__(self, decoder: VideoDecoder, config: EngineConfig, *, observer: Observer | None = None) -> None:
+        self._decoder = decoder
+        self._slack = config.memory.slack_chunks
+        self._observer = observer or Silent()
+        self._before: dict[int, DecoderState] = {}
+        """Chunk -> what the decoder remembered before it, for the chunks that can be taken back, and for the next."""
+
+    @torch.inference_mode()
+    def step(self, packet: Packet) -> Packet:
+        for command in packet.commands:
+            match command:
+                case SetReference():
+                    self._prime(command, packet.chunk)
+                case Rewind():
+                    self._before = {c: s for c, s in self._before.items() if c <= command.chunk}
+                case _:
+                    pass
+        state = self._before.get(packet.chunk)
+        if state is None:
+            raise MemoryOrderError(
+                f"cannot decode chunk {packet.chunk}: the decoder knows what came before chunks "
+                f"{sorted(self._before)}; the first packet of a stream carries SetReference, and a rewind reaches "
+                f"back slack_chunks={self._slack} chunks"
+            )
+        with span(self._observer, "decode", chunk=packet.chunk, epoch=packet.epoch):
+            frames_BCTHW, after = self._decoder.decode(packet.latent_BCTHW, state)
+            frames_THWC = to_rgb8(frames_BCTHW)[0].cpu()
+        self._before[packet.chunk + 1] = after
+        self._before.pop(packet.chunk - self._slack - 1, None)
+        return replace(packet, frames_THWC=frames_THWC)
+
+    def _prime(self, reference: SetReference, chunk: int) -> None:
+        latents = reference.motion_BCTHW
+        if latents is None:
+            latents = reference.reference_BCTHW.expand(-1, -1, PRIMING_LATENTS, -1, -1)
+        _, state = self._decoder.decode(latents[:, :, :PRIMING_LATENTS], None)
+        self._before = {chunk: state}
