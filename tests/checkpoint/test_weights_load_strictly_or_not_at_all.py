@@ -1,0 +1,146 @@
+"""A checkpoint or LoRA that does not fit is refused, and every tensor concerned is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from streamdiff import presets
+from streamdiff.checkpoint import load_dit, lora_modules, official_dit_name, read_lora
+from streamdiff.config import AudioInjectionConfig, DiTConfig
+from streamdiff.errors import CheckpointError
+from streamdiff.models.dit import CausalDiT, initialise
+
+CONFIG = DiTConfig(
+    dim=32,
+    ffn_dim=48,
+    num_heads=2,
+    num_layers=2,
+    text_dim=8,
+    text_len=4,
+    freq_dim=16,
+    audio=AudioInjectionConfig(feature_dim=6, num_features=3, num_tokens=2, inject_layers=(1,)),
+)
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    dit = CausalDiT(CONFIG)
+    initialise(dit, seed=3)
+    return {name: t.clone() for name, t in dit.state_dict().items()}
+
+
+def save_checkpoint(folder: Path, weights: dict[str, Tensor]) -> Path:
+    names = sorted(weights)
+    half = len(names) // 2
+    for i, part in enumerate((names[:half], names[half:])):
+        shard = folder / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        save_file({name: weights[name].contiguous() for name in part}, shard)
+    return folder
+
+
+def lora_tensors(prefix: str = "base_model.model.", middle: str = ".default") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in CausalDiT(CONFIG).state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for module in lora_modules(CONFIG):
+        outputs, inputs = shapes[f"{module}.weight"]
+        tensors[f"{prefix}{module}.lora_A{middle}.weight"] = torch.randn(RANK, inputs, generator=generator)
+        tensors[f"{prefix}{module}.lora_B{middle}.weight"] = torch.randn(outputs, RANK, generator=generator)
+    return tensors
+
+
+def test_the_published_lora_has_448_modules() -> None:
+    modules = lora_modules(presets.live_avatar_14b().dit)
+    assert len(modules) == len(set(modules)) == 448
+
+
+def test_a_checkpoint_in_shards_loads_bit_for_bit(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    dit = load_dit(CONFIG, save_checkpoint(tmp_path, weights), dtype=torch.float32)
+    assert all(torch.equal(t, weights[name]) for name, t in dit.state_dict().items())
+
+
+def test_diffusers_names_load_too(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    backwards = {"blocks.0.self_attn.q.weight": "blocks.0.attn1.to_q.weight", "head.modulation": "scale_shift_table"}
+    assert all(official_dit_name(theirs) == ours for ours, theirs in backwards.items())
+    renamed = {backwards.get(name, name): t for name, t in weights.items()}
+    dit = load_dit(CONFIG, save_checkpoint(tmp_path, renamed), dtype=torch.float32)
+    assert torch.equal(dit.state_dict()["head.modulation"], weights["head.modulation"])
+
+
+def test_every_misfit_is_named(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    wrong = dict(weights)
+    del wrong["head.head.bias"]
+    wrong["blocks.9.stranger"] = torch.zeros(1)
+    wrong["patch_embedding.bias"] = torch.zeros(7)
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(CONFIG, save_checkpoint(tmp_path, wrong))
+    message = str(caught.value)
+    assert "1 missing: head.head.bias" in message
+    assert "1 unexpected: blocks.9.stranger" in message
+    assert "patch_embedding.bias is [7], must be [32]" in message
+
+
+def test_a_missing_folder_and_an_empty_one_say_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        load_dit(CONFIG, tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="holds no diffusion_pytorch_model"):
+        load_dit(CONFIG, tmp_path)
+
+
+def test_a_broken_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(CheckpointError, match="cannot read .* as safetensors"):
+        load_dit(CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize(("prefix", "middle"), [("base_model.model.", ".default"), ("", ""), ("diffusion_model.", "")])
+def test_a_lora_is_merged_at_half_its_product(
+    tmp_path: Path, weights: dict[str, Tensor], prefix: str, middle: str
+) -> None:
+    save_checkpoint(tmp_path, weights)
+    tensors = lora_tensors(prefix, middle)
+    lora = tmp_path / "lora.safetensors"
+    save_file(tensors, lora)
+    assert read_lora(lora, CONFIG, alpha=RANK / 2).scale == 0.5
+    # The published scale is alpha 64 over rank 128; here the same alpha over rank 4.
+    merged = load_dit(CONFIG, tmp_path, lora=lora, dtype=torch.float32).state_dict()
+    adapted = {f"{module}.weight" for module in lora_modules(CONFIG)}
+    for name, weight in weights.items():
+        if name not in adapted:
+            assert torch.equal(merged[name], weight)
+            continue
+        module = name.removesuffix(".weight")
+        down, up = (tensors[f"{prefix}{module}.lora_{f}{middle}.weight"] for f in "AB")
+        assert torch.allclose(merged[name], weight + 64 / RANK * up @ down, rtol=1e-5, atol=1e-4)
+
+
+def test_a_lora_with_wrong_keys_does_not_load_silently(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    save_checkpoint(tmp_path, weights)
+    tensors = lora_tensors()
+    tensors["transformer.blocks.0.extra.lora_A.weight"] = tensors.pop(
+        "base_model.model.blocks.0.self_attn.q.lora_A.default.weight"
+    )
+    tensors["alpha"] = torch.zeros(1)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_dit(CONFIG, tmp_path, lora=tmp_path / "lora.safetensors")
+    message = str(caught.value)
+    assert "blocks.0.extra" in message
+    assert "1 modules with only one factor" in message or "2 modules with only one factor" in message
+    assert "1 tensors that are no LoRA factor: alpha" in message
+
+
+def test_a_lora_of_another_model_is_refused(tmp_path: Path) -> None:
+    tensors = lora_tensors()
+    name = "base_model.model.blocks.1.ffn.0.lora_A.default.weight"
+    tensors[name] = torch.zeros(RANK, 5)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 misshapen modules \(blocks.1.ffn.0\)"):
+        read_lora(tmp_path / "lora.safetensors", CONFIG)
