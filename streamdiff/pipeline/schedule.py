@@ -209,8 +209,8 @@ def plan(
     """Lay ``num_steps`` denoising steps and the decode out on a line of ranks.
 
     What is not given is chosen so that the longest rank is as short as possible. Ties go to a decode of its
-    own (one copy of the DiT less), then to early ranks taking more: behind a slow head queues stay empty, so a
-    command reaches the picture sooner.
+    own (one copy of the DiT less), then to early ranks taking more: behind a slow head queues stay empty, so
+    a command reaches the picture sooner.
 
     Raises ScheduleError when no layout can work.
 
@@ -315,7 +315,7 @@ def _fits(loads: list[int], num_ranks: int, limit: int) -> bool:
 def render(
     schedule: Schedule, *, num_chunks: int = 4, first_chunk: int = 0, mark: tuple[int, int] | None = None
 ) -> str:
-    """Draw which rank works on which chunk in which tick; ``mark`` is a (rank, chunk) to point at with ``!``."""
+    """Draw which rank works on which chunk in which tick; ``!`` points at the (rank, chunk) in ``mark``."""
     chunks = range(first_chunk, first_chunk + num_chunks)
     first_tick = schedule.start_tick(0, chunks[0])
     num_ticks = schedule.start_tick(schedule.num_ranks - 1, chunks[-1]) - first_tick + 1
@@ -355,8 +355,8 @@ def check(
     """Prove that the line cannot lock up, before anything runs.
 
     Every rank takes a chunk, works, and gives it away, in order; a queue holds ``queue_depth`` chunks (0: a
-    send waits until it is received) and the feedback edge ``feedback_depth`` latents. The order of these events
-    is a graph; a circle in it is a deadlock.
+    send waits until it is received) and the feedback edge ``feedback_depth`` latents. The order of these
+    events is a graph; a circle in it is a deadlock.
 
     Raises ScheduleError naming the cells that wait for each other.
     """

@@ -1,0 +1,196 @@
+"""The loop that every rank runs, and all ranks of a stream run as threads of this process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from streamdiff.errors import RankFailed, ScheduleError
+from streamdiff.observe import Observer, Silent, span
+from streamdiff.pipeline.link import Doing, LineLink, Link, Mailbox, local_links
+from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, render_around
+from streamdiff.pipeline.stage import Stage
+
+STOP_S = 10.0
+"""How long the end of a stream waits for threads to finish the step they are in."""
+
+
+def packets(link: Link, observer: Observer) -> Iterator[Packet]:
+    """Packets until the stream ends."""
+    while True:
+        with span(observer, "wait"):
+            packet = link.recv()
+        if packet is None:
+            return
+        yield packet
+
+
+def serve(stage: Stage, link: Link, observer: Observer | None = None) -> None:
+    """Run one rank until its stream ends.
+
+    Spans: ``wait`` for a packet, ``step`` on it, ``send`` until the next rank has room for it.
+    """
+    observer = Silent() if observer is None else observer
+    for packet in packets(link, observer):
+        with span(observer, "step", chunk=packet.chunk):
+            done = stage.step(packet)
+        with span(observer, "send", chunk=packet.chunk):
+            link.send(done)
+    link.send(None)
+
+
+def run_local(
+    schedule: Schedule,
+    stages: Sequence[Stage],
+    source: Iterator[Packet],
+    *,
+    observers: Sequence[Observer] | None = None,
+    deadline_s: float = 600.0,
+) -> Iterator[Packet]:
+    """Run all ranks in this process, one thread each, and yield packets as they leave the tail.
+
+    One rank alone runs in the caller's thread. Between two ranks rest at most ``QUEUE_DEPTH`` chunks, so a
+    consumer that pauses makes the whole line pause. Closing the iterator early stops every thread after its
+    current step. Threads inherit the caller's grad and inference mode.
+
+    Raises what a stage or the source raised, with the schedule and the cell in its notes; RankFailed when a
+    rank works on one chunk for longer than ``deadline_s``.
+    """
+    if len(stages) != schedule.num_ranks:
+        raise ScheduleError(
+            f"{len(stages)} stages do not fit a schedule of {schedule.num_ranks} ranks; make one per rank"
+        )
+    if observers is not None and len(observers) != schedule.num_ranks:
+        raise ScheduleError(
+            f"{len(observers)} observers do not fit {schedule.num_ranks} ranks; make one per rank"
+        )
+    observers = [Silent()] * schedule.num_ranks if observers is None else observers
+    if schedule.num_ranks == 1:
+        return _run_alone(schedule, stages[0], source, observers[0])
+    return _run_threads(schedule, stages, source, observers, deadline_s)
+
+
+def _run_alone(
+    schedule: Schedule, stage: Stage, source: Iterator[Packet], observer: Observer
+) -> Iterator[Packet]:
+    delivered: list[Packet] = []
+    (link,) = local_links(
+        1,
+        last_dit_rank=0,
+        source=source,
+        deliver=delivered.append,
+        check=lambda: None,
+        queue_depth=QUEUE_DEPTH,
+    )
+    try:
+        for packet in packets(link, observer):
+            with span(observer, "step", chunk=packet.chunk):
+                done = stage.step(packet)
+            link.send(done)
+            yield delivered.pop()
+    except Exception as error:
+        _point_at(schedule, 0, link, error)
+        raise
+    finally:
+        link.close()
+
+
+class _Stopped(Exception):  # noqa: N818  not an error
+    """Tells a rank's thread that the stream is over; never leaves this module."""
+
+
+class _Board:
+    """What the threads of one stream share: whether it still stands, and who made it fall."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self.error: BaseException | None = None
+
+    def check(self) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+
+    def stop(self, error: BaseException | None = None) -> None:
+        with self._lock:
+            if self.error is None and not self._stopped.is_set():
+                self.error = error
+            self._stopped.set()
+
+
+def _run_threads(
+    schedule: Schedule,
+    stages: Sequence[Stage],
+    source: Iterator[Packet],
+    observers: Sequence[Observer],
+    deadline_s: float,
+) -> Iterator[Packet]:
+    board = _Board()
+    finished: Mailbox[Packet | None] = Mailbox(1, board.check)
+    links = local_links(
+        schedule.num_ranks,
+        last_dit_rank=schedule.last_dit_rank,
+        source=source,
+        deliver=finished.put,
+        check=board.check,
+        queue_depth=QUEUE_DEPTH,
+    )
+    # Both modes belong to a thread, not to the process: without this, ranks would record gradients.
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run(rank: int) -> None:
+        link = links[rank]
+        try:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                serve(stages[rank], link, observers[rank])
+            if rank == schedule.num_ranks - 1:
+                finished.put(None)
+        except _Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001  raised again where the packets are consumed
+            _point_at(schedule, rank, link, error)
+            board.stop(error)
+        finally:
+            if rank == 0:
+                link.close()
+
+    def check_deadline() -> None:
+        board.check()
+        for rank, link in enumerate(links):
+            now = link.activity
+            if now.doing in (Doing.WORKING, Doing.SOURCING) and time.monotonic() - now.since_s > deadline_s:
+                error = RankFailed(
+                    f"rank {rank} has been {now.doing.value} (chunk {now.chunk}) for more than "
+                    f"{deadline_s:g} s; find what it waits for, or raise the deadline\n"
+                    f"{render_around(schedule, rank, max(0, now.chunk))}",
+                    rank=rank,
+                )
+                board.stop(error)
+                raise _Stopped
+
+    threads = [
+        threading.Thread(target=run, args=(rank,), name=f"rank{rank}", daemon=True)
+        for rank in range(schedule.num_ranks)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        while (packet := finished.get(check_deadline)) is not None:
+            yield packet
+    except _Stopped:
+        assert board.error is not None
+        raise board.error from None
+    finally:
+        board.stop()
+        end_s = time.monotonic() + (0.0 if isinstance(board.error, RankFailed) else STOP_S)
+        for thread in threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
+
+
+def _point_at(schedule: Schedule, rank: int, link: LineLink, error: BaseException) -> None:
+    chunk = max(0, link.activity.chunk)
+    error.add_note(f"on rank {rank} at chunk {chunk}:\n{render_around(schedule, rank, chunk)}")
