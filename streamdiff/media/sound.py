@@ -1,0 +1,200 @@
+"""A voice from any file, as a stream of mono blocks: memory does not grow with its length.
+
+Axes: S waveform samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+import numpy.typing as npt
+import torch
+from av.container import InputContainer
+from av.error import FFmpegError
+from torch import Tensor
+
+from streamdiff.errors import InputError
+
+_MIN_RATE_HZ = 8_000
+_MAX_RATE_HZ = 192_000
+_LOUDEST = 16.0
+_GIVE_SPEECH = "give a file with speech in it"
+
+
+def frame_boundary(frame: int, fps: int, rate_hz: int) -> int:
+    """First waveform sample of a video frame, in integers so that it never drifts.
+
+    >>> [frame_boundary(i, 24, 16000) for i in range(4)]
+    [0, 666, 1333, 2000]
+    """
+    return frame * rate_hz // fps
+
+
+def read_audio(source: str | Path | BinaryIO, rate_hz: int = 16_000) -> Iterator[Tensor]:
+    """Blocks of a sound file's first audio track, float32 mono at ``rate_hz``, in order.
+
+    Channels are averaged, the rate is changed by a linear-phase filter without delay. The file is opened and
+    its first samples decoded at once: what is wrong with it is said by the call, not by the first ``next``.
+
+    Args:
+        source: a path or a binary file open for reading, in any container that FFmpeg knows.
+        rate_hz: rate of the result.
+
+    Raises:
+        InputError: no such file, not audio, no samples, NaN, rates outside 8..192 kHz; damage further on is
+            said while iterating.
+    """
+    blocks = _decode(source, rate_hz)
+    first_S = next(blocks, None)
+    if first_S is None:
+        raise InputError(
+            f"{_name(source)} holds no sound: its audio track is empty; give a file with speech in it"
+        )
+
+    def stream() -> Iterator[Tensor]:
+        yield first_S
+        yield from blocks
+
+    return stream()
+
+
+def audio_duration_s(source: str | Path | BinaryIO) -> float:
+    """Seconds of a sound file as its container states them; decoded and counted only where it does not.
+
+    Exact for WAV and FLAC, off by up to a coding frame for others. Raises what `read_audio` raises.
+    """
+    with _open(source) as (container, stream):
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+        if container.duration is not None:
+            return container.duration / av.time_base
+    if not isinstance(source, str | Path):
+        source.seek(0)
+    rate_hz = 16_000
+    return sum(len(block_S) for block_S in read_audio(source, rate_hz)) / rate_hz
+
+
+def _name(source: str | Path | BinaryIO) -> str:
+    return str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "the sound"))
+
+
+@contextmanager
+def _open(source: str | Path | BinaryIO) -> Generator[tuple[InputContainer, av.AudioStream]]:
+    name = _name(source)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.is_file():
+            what = "it is not a file" if path.exists() else "there is no such file"
+            raise InputError(f"cannot read sound from {name}: {what}; check the path")
+        if path.stat().st_size == 0:
+            raise InputError(f"cannot read sound from {name}: the file is empty; {_GIVE_SPEECH}")
+    try:
+        # A list of protocols that only knows files: a playlist must not make us open the network.
+        is_path = isinstance(source, str | Path)
+        only_files = {"protocol_whitelist": "file,crypto,data"} if is_path else None
+        opened = av.open(str(source) if is_path else source, "r", options=only_files)
+    except (FFmpegError, OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read sound from {name}: not an audio file that FFmpeg knows ({_reason(error)}); "
+            "convert it to WAV"
+        ) from error
+    with opened as container:
+        if not container.streams.audio:
+            raise InputError(f"cannot read sound from {name}: it holds no audio track; {_GIVE_SPEECH}")
+        stream = container.streams.audio[0]
+        if not _MIN_RATE_HZ <= stream.rate <= _MAX_RATE_HZ:
+            raise InputError(
+                f"cannot use the sound of {name}: its rate is {stream.rate} Hz, outside "
+                f"{_MIN_RATE_HZ}..{_MAX_RATE_HZ}; convert it to 16000 Hz"
+            )
+        yield container, stream
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).lower()
+
+
+def _decode(source: str | Path | BinaryIO, rate_hz: int) -> Iterator[Tensor]:
+    name = _name(source)
+    with _open(source) as (container, stream):
+        source_rate_hz = stream.rate
+        resample = None if source_rate_hz == rate_hz else _Resampler(source_rate_hz, rate_hz)
+        num_samples = 0
+        frames = container.decode(stream)
+        while True:
+            try:
+                frame = next(frames, None)
+            except FFmpegError as error:
+                raise InputError(
+                    f"the sound of {name} breaks off after {num_samples / source_rate_hz:.2f} s "
+                    f"({_reason(error)}); give an undamaged file"
+                ) from error
+            if frame is None:
+                break
+            if frame.sample_rate != source_rate_hz:
+                raise InputError(
+                    f"the sound of {name} changes its rate from {source_rate_hz} to {frame.sample_rate} Hz "
+                    f"after {num_samples / source_rate_hz:.2f} s; convert it to a single rate"
+                )
+            if frame.samples == 0:
+                continue
+            mono_S = _mono(frame)
+            _check_samples(mono_S, f"{name}, {num_samples / source_rate_hz:.2f} s into it,")
+            num_samples += len(mono_S)
+            block_S = mono_S if resample is None else resample.push(mono_S)
+            if len(block_S):
+                yield torch.from_numpy(block_S)
+        if resample is not None and num_samples:
+            tail_S = resample.finish()
+            if len(tail_S):
+                yield torch.from_numpy(tail_S)
+
+
+def _check_samples(mono_S: npt.NDArray[np.float32], where: str) -> None:
+    loudest = float(np.abs(mono_S).max())
+    if not math.isfinite(loudest):
+        raise InputError(f"the sound of {where} holds NaN or infinity; export it again")
+    if loudest > _LOUDEST:
+        raise InputError(
+            f"the sound of {where} reaches {loudest:.0f}, but floating-point sound lies within -1..1; "
+            "divide it first"
+        )
+
+
+def _mono(frame: av.AudioFrame) -> npt.NDArray[np.float32]:
+    """Mean over the channels, whatever their number and names, on a scale of -1..1."""
+    values: npt.NDArray[Any] = frame.to_ndarray()
+    num_channels = frame.layout.nb_channels
+    if not frame.format.is_planar:
+        values = values.reshape(-1, num_channels).T
+    if values.dtype.kind == "u":
+        values = (values.astype(np.float32) - 128) / 128
+    elif values.dtype.kind == "i":
+        values = values / 2.0 ** (8 * values.dtype.itemsize - 1)
+    return np.ascontiguousarray(values.astype(np.float32).mean(axis=0, dtype=np.float32))
+
+
+class _Resampler:
+    """FFmpeg's resampler on mono blocks."""
+
+    def __init__(self, source_rate_hz: int, rate_hz: int) -> None:
+        self._source_rate_hz = source_rate_hz
+        self._resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate_hz)
+
+    def push(self, mono_S: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        frame = av.AudioFrame.from_ndarray(mono_S[None], format="fltp", layout="mono")
+        frame.sample_rate = self._source_rate_hz
+        return self._joined(self._resampler.resample(frame))
+
+    def finish(self) -> npt.NDArray[np.float32]:
+        return self._joined(self._resampler.resample(None))
+
+    @staticmethod
+    def _joined(frames: list[av.AudioFrame]) -> npt.NDArray[np.float32]:
+        return np.concatenate([np.zeros(0, np.float32), *(frame.to_ndarray()[0] for frame in frames)])
