@@ -1,0 +1,248 @@
+"""The ops in plain torch, written for speed: the implementation where there is no Triton, and the CPU's.
+
+Three habits set it apart from `reference`: it writes in place or straight into the ring, it works on blocks
+of tokens so that float32 temporaries stay in the cache, and it multiplies rotary pairs as complex64 views
+(measured on AVX-512, 768 tokens of 8 heads of 128: 0.30 ms, against 1.01 ms for strided real pairs and 1.39
+ms in complex128).
+
+Axes as in `reference`. Nothing here reads a CUDA tensor on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from streamdiff_kernels.reference import E4M3_MAX
+
+_BLOCK_BYTES = 1 << 20
+"""float32 temporaries of one block of tokens on a CPU; half of a usual second-level cache."""
+
+
+def _working_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _blocks(num_tokens: int, width: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of tokens whose temporaries stay small on a CPU; one range elsewhere, where launches cost
+    more.
+    """
+    step = num_tokens if device.type != "cpu" else max(1, _BLOCK_BYTES // (4 * width))
+    for first in range(0, num_tokens, step):
+        yield first, min(num_tokens, first + step)
+
+
+def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    out_BLD = torch.empty(x_BLD.shape, dtype=x_BLD.dtype, device=x_BLD.device)
+    for first, last in _blocks(x_BLD.shape[1], x_BLD.shape[0] * x_BLD.shape[2], x_BLD.device):
+        out_BLD[:, first:last] = _rms_normed(x_BLD[:, first:last], weight_D, eps)
+    return out_BLD
+
+
+def _rms_normed(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """A fresh tensor in the working type, safe to write over."""
+    x = x_BLD.to(_working_type(x_BLD))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps))
+    return (x * inverse if x is x_BLD else x.mul_(inverse)).mul_(weight_D)
+
+
+def _table(cos_LR: Tensor, sin_LR: Tensor, dtype: torch.dtype) -> Tensor:
+    """``e^(i angle)`` with an axis for the heads, ``[L, 1, R]``."""
+    return torch.complex(cos_LR.to(dtype), sin_LR.to(dtype))[:, None]
+
+
+def _turned(x_BLNK: Tensor, table_L1R: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x_BLNK.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table_L1R).flatten(-2)
+
+
+def _turn_(x_BLNK: Tensor, table_L1R: Tensor) -> Tensor:
+    torch.view_as_complex(x_BLNK.unflatten(-1, (-1, 2))).mul_(table_L1R)
+    return x_BLNK
+
+
+class _Slot:
+    """Rows of a ring, named by the host on a CPU and by the device elsewhere."""
+
+    def __init__(self, ring_BMNK: Tensor, slot: Tensor, ring_start: int, num_tokens: int) -> None:
+        self._rows: Tensor | None = None
+        self._first = 0
+        if ring_BMNK.device.type == "cpu":
+            self._first = ring_start + int(slot) * num_tokens
+            if int(slot) < 0 or self._first + num_tokens > ring_BMNK.shape[1]:
+                raise IndexError(
+                    f"slot {int(slot)} of {num_tokens} tokens lies outside a ring of {ring_BMNK.shape[1]} "
+                    "rows; slots count from 0, after the sink"
+                )
+        else:
+            steps = torch.arange(num_tokens, device=ring_BMNK.device)
+            self._rows = ring_start + slot.reshape(()).long() * num_tokens + steps
+
+    def write(self, ring: Tensor, x: Tensor, first: int, last: int) -> None:
+        """Tokens ``first..last`` of the slot; ``ring`` is a ring of values or of their scales."""
+        if self._rows is None:
+            ring[:, self._first + first : self._first + last] = x
+        elif ring.dtype == torch.float8_e4m3fn:
+            # index_copy_ has no eight-bit float; the bits are what moves.
+            ring.view(torch.uint8).index_copy_(1, self._rows[first:last], x.view(torch.uint8))
+        else:
+            ring.index_copy_(1, self._rows[first:last], x.to(ring.dtype))
+
+
+def qk_norm_rope_write(
+    q_BLD: Tensor,
+    k_BLD: Tensor,
+    v_BLD: Tensor,
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    cos_LR: Tensor,
+    sin_LR: Tensor,
+    cos_sink_LR: Tensor | None,
+    sin_sink_LR: Tensor | None,
+    keys_BMNK: Tensor,
+    values_BMNK: Tensor,
+    key_scale_BMN: Tensor | None,
+    value_scale_BMN: Tensor | None,
+    slot: Tensor,
+    ring_start: int,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    B, L, D = q_BLD.shape
+    N, K = keys_BMNK.shape[-2:]
+    dtype = _working_type(q_BLD)
+    table = _table(cos_LR, sin_LR, dtype)
+    table_sink = None
+    if cos_sink_LR is not None and sin_sink_LR is not None:
+        table_sink = _table(cos_sink_LR, sin_sink_LR, dtype)
+    target = _Slot(keys_BMNK, slot, ring_start, L)
+    q_out = torch.empty((B, L, N, K), dtype=q_BLD.dtype, device=q_BLD.device)
+    q_sink = None if table_sink is None else torch.empty_like(q_out)
+
+    for first, last in _blocks(L, B * D, q_BLD.device):
+        q = _rms_normed(q_BLD[:, first:last], q_weight_D, eps).view(B, -1, N, K)
+        if q_sink is not None and table_sink is not None:
+            q_sink[:, first:last] = _turned(q, table_sink[first:last])
+        q_out[:, first:last] = _turn_(q, table[first:last])
+        k = _turn_(_rms_normed(k_BLD[:, first:last], k_weight_D, eps).view(B, -1, N, K), table[first:last])
+        v = v_BLD[:, first:last].reshape(B, -1, N, K)
+        for ring, scales, x in ((keys_BMNK, key_scale_BMN, k), (values_BMNK, value_scale_BMN, v)):
+            if scales is None:
+                target.write(ring, x, first, last)
+            else:
+                x8, scale = quantise_rows(x)
+                target.write(ring, x8, first, last)
+                target.write(scales, scale, first, last)
+    return q_out, q_sink
+
+
+def rotate_sink_(
+    pristine_BGNK: Tensor,
+    cos_GR: Tensor,
+    sin_GR: Tensor,
+    keys_BMNK: Tensor,
+    key_scale_BMN: Tensor | None,
+    first_row: int,
+) -> None:
+    B, G, N, K = pristine_BGNK.shape
+    dtype = _working_type(pristine_BGNK)
+    table = _table(cos_GR, sin_GR, dtype)
+    for first, last in _blocks(G, B * N * K, keys_BMNK.device):
+        turned = _turned(pristine_BGNK[:, first:last].to(dtype), table[first:last])
+        rows = slice(first_row + first, first_row + last)
+        if key_scale_BMN is None:
+            keys_BMNK[:, rows] = turned
+        else:
+            keys_BMNK[:, rows], key_scale_BMN[:, rows] = quantise_rows(turned)
+
+
+def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float) -> Tensor:
+    """Modulations arrive as ``[B or 1, T, D]``."""
+    B, L, D = x_BLD.shape
+    T = scale_BTD.shape[1]
+    dtype = _working_type(x_BLD)
+    weight_BTD, bias_BTD = 1 + scale_BTD.to(dtype), shift_BTD.to(dtype)
+    if x_BLD.device.type != "cpu":
+        # CUDA's layer norm wants weights of the type of x; a float32 x keeps the modulation exact.
+        normed = F.layer_norm(x_BLD.to(dtype), (D,), eps=eps).unflatten(1, (T, L // T))
+        return normed.mul_(weight_BTD[:, :, None]).add_(bias_BTD[:, :, None]).flatten(1, 2).to(x_BLD.dtype)
+    # On a CPU the modulation is the affine part of the native layer norm: one pass, no temporary.
+    shared = scale_BTD.shape[0] == 1
+    frames = [
+        F.layer_norm(frame_LD, (D,), weight_BTD[0 if shared else b, t], bias_BTD[0 if shared else b, t], eps)
+        for b in range(B)
+        for t, frame_LD in enumerate(x_BLD[b].tensor_split(T))
+    ]
+    return (frames[0] if len(frames) == 1 else torch.cat(frames)).view(B, L, D)
+
+
+def gate_residual_(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None) -> None:
+    if gate_BTD is None:
+        x_BLD.add_(y_BLD)
+        return
+    T = gate_BTD.shape[1]
+    x_BTLD, y_BTLD = x_BLD.unflatten(1, (T, -1)), y_BLD.unflatten(1, (T, -1))
+    x_BTLD.addcmul_(y_BTLD, gate_BTD[:, :, None].to(_working_type(x_BLD)))
+
+
+def rms_norm_silu(x_BCTHW: Tensor, weight_C: Tensor, bias_C: Tensor | None, eps: float) -> Tensor:
+    dtype = _working_type(x_BCTHW)
+    shape = (1, -1, *([1] * (x_BCTHW.dim() - 2)))
+    gain = (weight_C.to(dtype) * math.sqrt(x_BCTHW.shape[1])).view(shape)
+    bias = None if bias_C is None else bias_C.to(dtype).view(shape)
+    out = torch.empty_like(x_BCTHW)
+    # One latent frame at a time bounds the float32 temporaries; pictures of four axes have no frames.
+    frames = [(x_BCTHW, out)] if x_BCTHW.dim() < 5 else zip(x_BCTHW.split(1, 2), out.split(1, 2), strict=True)
+    for x, y in frames:
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min_(eps)
+        normed = (x / length).mul_(gain)
+        y.copy_(F.silu(normed if bias is None else normed.add_(bias), inplace=True))
+    return out
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.to(_working_type(x))
+    scale = torch.linalg.vector_norm(wide, ord=math.inf, dim=-1).div_(E4M3_MAX)
+    inverse = torch.where(scale > 0, scale, 1.0).reciprocal_()
+    # The largest entry may round to just above 448, which e4m3 would turn into NaN.
+    return (wide * inverse[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale.float()
+
+
+def norm_modulate_fp8(
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    dtype = _working_type(x_BLD)
+    return quantise_rows(norm_modulate(x_BLD.to(dtype), scale_BTD, shift_BTD, eps))
+
+
+def gelu_fp8(x_BLF: Tensor) -> tuple[Tensor, Tensor]:
+    out8 = torch.empty(x_BLF.shape, dtype=torch.float8_e4m3fn, device=x_BLF.device)
+    scale = torch.empty(x_BLF.shape[:-1], dtype=torch.float32, device=x_BLF.device)
+    for first, last in _blocks(x_BLF.shape[1], x_BLF.shape[0] * x_BLF.shape[2], x_BLF.device):
+        wide = x_BLF[:, first:last].to(_working_type(x_BLF))
+        out8[:, first:last], scale[:, first:last] = quantise_rows(F.gelu(wide, approximate="tanh"))
+    return out8, scale
+
+
+def linear_fp8(
+    x8_BLD: Tensor,
+    x_scale_BL: Tensor,
+    weight8_ED: Tensor,
+    weight_scale_E: Tensor,
+    bias_E: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    B, L, D = x8_BLD.shape
+    y = torch.ops.aten._scaled_mm(
+        x8_BLD.reshape(B * L, D),
+        weight8_ED.t(),
+        scale_a=x_scale_BL.reshape(B * L, 1),
+        scale_b=weight_scale_E.reshape(1, -1),
+        bias=None if bias_E is None else bias_E.to(out_dtype),
+        out_dtype=out_dtype,
+    )
+    return y.view(B, L, -1)
