@@ -8,6 +8,7 @@ Nothing is loaded silently in part (the published loader accepts a LoRA of which
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from streamdiff.config import DiTConfig
 from streamdiff.errors import CheckpointError
+from streamdiff.models import vae
 from streamdiff.models.dit import CausalDiT
+from streamdiff.models.vae import VAEDecoder, VAEEncoder
 
 _SHOWN = 6
 """Tensors named one by one in an error before the rest is counted."""
@@ -104,6 +107,30 @@ def official_dit_name(name: str) -> str:
         if hits:
             return renamed
     return name
+
+
+# The VAE
+
+
+def load_vae(half: VAEEncoder | VAEDecoder, path: Path) -> None:
+    """Load the encoder or the decoder from a file that holds both: ``Wan2.1_VAE.pth``, or safetensors.
+
+    Official and diffusers names. Only the tensors of this half are asked for, and every one of them must fit.
+    """
+    stored = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    num_res_blocks = half.config.num_res_blocks
+    names = {vae.official_name(name, num_res_blocks=num_res_blocks): t for name, t in stored.items()}
+    own = {name: t for name, t in names.items() if name.startswith(half.official_prefixes)}
+    load_strict(half, own, what=str(path))
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}; it belongs to the downloaded checkpoint, get it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot read {path} as torch weights ({error}); download it again") from error
 
 
 # The DiT

@@ -99,7 +99,7 @@ def tiny() -> EngineConfig:
             text_len=16,
             freq_dim=64,
             audio=AudioInjectionConfig(
-                feature_dim=32, num_features=3, num_tokens=4, inject_layers=(0, 2), motion_frames=73
+                feature_dim=64, num_features=3, num_tokens=4, inject_layers=(0, 2)
             ),
         ),
         vae=VAEConfig(base_dim=16),

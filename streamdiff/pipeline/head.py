@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from streamdiff import flow
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.memory import sink_lead
+from streamdiff.models.audio import AudioChunk
 from streamdiff.pipeline.packet import (
     Command,
     Packet,
@@ -28,14 +28,6 @@ from streamdiff.pipeline.packet import (
 
 SOURCE_CHUNK = 0
 """The chunk whose first latent becomes the adaptive sink."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Heard:
-    """The sound of one chunk: as features for the model, and as it will be heard."""
-
-    audio_BZEA: Tensor | None
-    sound_S: Tensor | None
 
 
 class Head:
@@ -90,12 +82,12 @@ class Head:
             if chunk < self._chunk:
                 self._rewind = chunk
 
-    def packets(self, heard: Iterable[Heard]) -> Iterator[Packet]:
+    def packets(self, heard: Iterable[AudioChunk]) -> Iterator[Packet]:
         """One packet for every chunk of sound, for as long as there is any."""
         for sound in heard:
             yield self._packet(sound)
 
-    def _packet(self, sound: Heard) -> Packet:
+    def _packet(self, sound: AudioChunk) -> Packet:
         config = self._config
         commands: list[Command] = []
         with self._lock:

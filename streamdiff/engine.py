@@ -1,0 +1,169 @@
+"""Config in, running stream out: builds what each rank needs, and nothing more.
+
+Only the head loads encoders, only DiT ranks load the DiT, only the decoding rank loads the VAE's decoder; what they
+have to know of each other travels in packets.
+
+    engine = Engine(presets.tiny())
+    schedule = plan(num_steps=engine.config.num_steps, num_ranks=2)
+    stages = [engine.stage(role) for role in schedule.roles]
+    head = engine.head(image_HWC, "a person is talking")
+    for packet in run_local(schedule, stages, head.packets(heard)):
+        show(packet.frames_THWC, packet.sound_S)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from streamdiff import checkpoint
+from streamdiff.config import EngineConfig
+from streamdiff.errors import ConfigError
+from streamdiff.models import cost, vae
+from streamdiff.models.audio import AudioEncoder, LogMelFeatures, Wav2Vec2Features
+from streamdiff.models.dit import CausalDiT, initialise
+from streamdiff.models.text import HashedText, TextEncoder, UMT5Text
+from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
+from streamdiff.observe import Observer
+from streamdiff.pipeline.head import Head
+from streamdiff.pipeline.packet import SetReference
+from streamdiff.pipeline.schedule import Role
+from streamdiff.pipeline.stage import Chain, DecodeStage, DenoiseStage, Stage
+
+_LARGEST_RANDOM = 200_000_000
+"""Parameters above which random weights are surely a mistake, and an expensive one."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Half = TypeVar("_Half", VAEEncoder, VAEDecoder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """Where the weights come from."""
+
+    folder: Path | None = None
+    """A downloaded Wan2.2-S2V-14B; None: random weights, which paint noise."""
+    lora: Path | None = None
+    seed: int = 0
+    """Of random weights."""
+
+
+class Engine:
+    """Makes the parts of a stream for one machine.
+
+    ``device`` is where this process computes; ``dtype`` defaults to bfloat16 on CUDA and float32 elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        weights: Weights | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.config = config
+        self.weights = weights or Weights()
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        if self.weights.lora is not None and self.weights.folder is None:
+            raise ConfigError("a LoRA needs the checkpoint that it adapts; give --checkpoint as well")
+        if self.weights.folder is None and cost.dit_parameters(config.dit) > _LARGEST_RANDOM:
+            raise ConfigError(
+                f"preset {config.name} has {cost.dit_parameters(config.dit) / 1e9:.1f} billion parameters and no "
+                "weights of its own; give --checkpoint with the downloaded Wan2.2-S2V-14B"
+            )
+
+    def stage(
+        self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None
+    ) -> Stage:
+        """What one rank does to a packet: its denoising steps, the decoding, or both in this order."""
+        stages: list[Stage] = []
+        if role.steps:
+            stages.append(
+                DenoiseStage(self.dit(), self.config, role.steps, seed=seed, stream=stream, observer=observer)
+            )
+        if role.decodes:
+            stages.append(DecodeStage(self.decoder(), self.config, observer=observer))
+        return stages[0] if len(stages) == 1 else Chain(stages)
+
+    def head(self, image_HWC: Tensor, prompt: str, *, seed: int = 0, stream: int = 0) -> Head:
+        """Encode the reference and the prompt, then let those encoders go: a stream rarely needs them again.
+
+        ``image_HWC`` is uint8 RGB of the configured size.
+        """
+        expected = (self.config.height, self.config.width, 3)
+        if tuple(image_HWC.shape) != expected:
+            raise ConfigError(f"the reference must be {list(expected)}, got {list(image_HWC.shape)}; resize it")
+        return Head(
+            self.config, self.encode_reference(image_HWC), self.encode_prompt(prompt), seed=seed, stream=stream
+        )
+
+    @torch.inference_mode()
+    def encode_reference(self, image_HWC: Tensor) -> SetReference:
+        """The photograph as a latent, and as the still motion that precedes the stream."""
+        encoder = self.encoder()
+        photo_BCTHW = from_rgb8(image_HWC[None, None]).to(self.device, self.dtype)
+        reference_BCTHW, _ = encoder.encode(photo_BCTHW)
+        motion_BCTHW = None
+        if self.config.motion_latents:
+            still = 1 + (self.config.motion_latents - 1) * self.config.vae.temporal_factor
+            motion_BCTHW, _ = encoder.encode(photo_BCTHW.expand(-1, -1, still, -1, -1))
+        return SetReference(reference_BCTHW.cpu(), None if motion_BCTHW is None else motion_BCTHW.cpu())
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Prompt embedding ``[1, P, C]``, not padded."""
+        return self.text_encoder().encode(prompt).cpu()
+
+    # Models
+
+    def dit(self) -> CausalDiT:
+        config = self.config.dit
+        if self.weights.folder is not None:
+            return checkpoint.load_dit(
+                config, self.weights.folder, lora=self.weights.lora, dtype=self.dtype, device=self.device
+            )
+        dit = CausalDiT(config)
+        initialise(dit, seed=self.weights.seed)
+        return self._placed(dit)
+
+    def encoder(self) -> VAEEncoder:
+        return self._vae(VAEEncoder(self.config.vae))
+
+    def decoder(self) -> VAEDecoder:
+        return self._vae(VAEDecoder(self.config.vae))
+
+    def text_encoder(self) -> TextEncoder:
+        config = self.config.dit
+        if self.weights.folder is not None:
+            return UMT5Text.from_folder(self.weights.folder, max_tokens=config.text_len)
+        return HashedText(config.text_dim, max_tokens=config.text_len)
+
+    def audio_encoder(self) -> AudioEncoder:
+        audio = self.config.dit.audio
+        if audio is None:
+            raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
+        if self.weights.folder is not None:
+            return Wav2Vec2Features.from_folder(self.weights.folder / "wav2vec2-large-xlsr-53-english", device=self.device)
+        encoder = LogMelFeatures(num_bands=audio.feature_dim // 2 - 1)
+        if (encoder.num_features, encoder.feature_dim) != (audio.num_features, audio.feature_dim):
+            raise ConfigError(
+                f"log-mel features come {encoder.num_features} x {encoder.feature_dim} at a time, but preset "
+                f"{self.config.name} reads {audio.num_features} x {audio.feature_dim}; change its audio config"
+            )
+        return encoder
+
+    def _vae(self, half: _Half) -> _Half:
+        if self.weights.folder is not None:
+            checkpoint.load_vae(half, self.weights.folder / "Wan2.1_VAE.pth")
+        else:
+            vae.initialise(half, seed=self.weights.seed)
+        return self._placed(half)
+
+    def _placed(self, module: _Module) -> _Module:
+        return module.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
