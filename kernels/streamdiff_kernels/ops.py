@@ -160,7 +160,7 @@ def _check_ring(keys: Tensor, values: Tensor | None, scales: tuple[Tensor | None
     for scale in scales:
         if (scale is not None) != (keys.dtype == E4M3):
             raise KernelInputError(
-                f"a ring goes with float32 scales [.., M, N] when it is float8_e4m3fn, and only then; ring {_shape(keys)}"
+                f"float32 scales [.., M, N] go with a float8_e4m3fn ring, and no other; ring {_shape(keys)}"
             )
         if scale is not None and (scale.shape != keys.shape[:-1] or not scale.is_contiguous()):
             raise KernelInputError(
