@@ -47,14 +47,15 @@ class Link(Protocol):
 
 
 class Doing(StrEnum):
-    """What a rank can be doing; the first three are waits for others and never its own fault."""
+    """What a rank can be doing."""
 
-    WAITING = "waiting for a packet"
-    SENDING = "handing a packet on"
-    DELIVERING = "delivering"
     STARTING = "starting"
+    READY = "ready"
     SOURCING = "waiting for its source"
+    WAITING = "waiting for another rank"
     WORKING = "working"
+    SENDING = "handing on"
+    DELIVERING = "delivering"
     DONE = "done"
 
 
