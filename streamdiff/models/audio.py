@@ -1,0 +1,611 @@
+"""Sound becomes hidden states, one column per video frame, while it is still arriving.
+
+An `AudioEncoder` opens a `FeatureStream`; sound is pushed into it in blocks of any size, and columns come out
+in order. What comes out does not depend on how the sound was cut into blocks. `AudioChunker` cuts the result,
+and the sound itself, into the chunks of a stream.
+
+Axes: B streams (1 here), Z hidden states per moment, E width of one, A video frames, S waveform samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
+from streamdiff.media import frame_boundary
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2Model
+
+
+class FeatureStream(Protocol):
+    """The encoder's side of one voice."""
+
+    def push(self, samples_S: Tensor) -> Tensor:
+        """Hear the next samples; returns the columns [1, Z, E, A] that became ready, often none (A = 0)."""
+        ...
+
+    def finish(self) -> Tensor:
+        """The sound has ended: returns the columns [1, Z, E, A] of the frames it touches that are left."""
+        ...
+
+
+class AudioEncoder(Protocol):
+    """Sound to hidden states; holds weights only, so any number of streams can be open."""
+
+    @property
+    def rate_hz(self) -> int:
+        """Samples per second of the sound it takes."""
+        ...
+
+    @property
+    def num_features(self) -> int:
+        """Z, hidden states per moment."""
+        ...
+
+    @property
+    def feature_dim(self) -> int:
+        """E, width of one hidden state."""
+        ...
+
+    @property
+    def lookahead_s(self) -> float:
+        """Sound that must have been heard beyond a frame (or a hop of frames) before its columns come out."""
+        ...
+
+    def stream(self, fps: int) -> FeatureStream:
+        """Begin to listen to one voice for a video of ``fps`` frames per second."""
+        ...
+
+
+class AudioChunk(NamedTuple):
+    """What one chunk of video hears; unpacks as ``audio_BZEA, sound_S``."""
+
+    audio_BZEA: Tensor
+    """Hidden states, one column per video frame, float32 on the encoder's device."""
+    sound_S: Tensor
+    """The waveform of the same frames, float32 on the CPU."""
+
+
+class AudioChunker:
+    """Cuts a live voice into chunks: features and the very samples that will be heard with them.
+
+    Args:
+        encoder: see `AudioEncoder`.
+        frames_per_chunk: video frames in a chunk.
+        fps: video frames per second.
+    """
+
+    def __init__(self, encoder: AudioEncoder, *, frames_per_chunk: int, fps: int) -> None:
+        _require_fps(fps, encoder.rate_hz)
+        if frames_per_chunk < 1:
+            raise ConfigError(f"a chunk holds at least one frame, got frames_per_chunk={frames_per_chunk}")
+        self._rate_hz = encoder.rate_hz
+        self._stream = encoder.stream(fps)
+        self._fps = fps
+        self._frames_per_chunk = frames_per_chunk
+        self._features: list[Tensor] = []
+        self._sound: list[Tensor] = []
+        self._num_samples = 0
+        self._num_chunks = 0
+
+    def push(self, samples_S: Tensor) -> list[AudioChunk]:
+        """Hear the next samples; returns the chunks that became ready, in order."""
+        samples_S = _as_sound(samples_S)
+        self._sound.append(samples_S)
+        self._num_samples += len(samples_S)
+        return self._cut(self._stream.push(samples_S))
+
+    def finish(self) -> list[AudioChunk]:
+        """The voice has ended: silence fills its last chunk."""
+        num_chunks = 0
+        while self._boundary(num_chunks := self._num_chunks + num_chunks) < self._num_samples:
+            num_chunks = num_chunks - self._num_chunks + 1
+        silence_S = torch.zeros(self._boundary(num_chunks) - self._num_samples)
+        return [*self.push(silence_S), *self._cut(self._stream.finish())]
+
+    def _boundary(self, chunk: int) -> int:
+        return frame_boundary(chunk * self._frames_per_chunk, self._fps, self._rate_hz)
+
+    def _cut(self, columns_BZEA: Tensor) -> list[AudioChunk]:
+        self._features.append(columns_BZEA)
+        A = self._frames_per_chunk
+        if sum(columns.shape[-1] for columns in self._features) < A:
+            return []
+        features_BZEA = torch.cat(self._features, dim=-1)
+        sound_S = torch.cat(self._sound)
+        chunks: list[AudioChunk] = []
+        while features_BZEA.shape[-1] >= A:
+            samples = self._boundary(self._num_chunks + 1) - self._boundary(self._num_chunks)
+            chunks.append(AudioChunk(features_BZEA[..., :A].contiguous(), sound_S[:samples].clone()))
+            features_BZEA, sound_S = features_BZEA[..., A:], sound_S[samples:]
+            self._num_chunks += 1
+        self._features, self._sound = [features_BZEA.clone()], [sound_S.clone()]
+        return chunks
+
+
+def chunks(
+    audio_blocks: Iterable[Tensor], encoder: AudioEncoder, *, frames_per_chunk: int, fps: int
+) -> Iterator[AudioChunk]:
+    """Chunks of a voice that is pulled, block by block; memory does not grow with its length.
+
+    Equal to pushing the same blocks through an `AudioChunker`. The last chunk ends in silence.
+    """
+    chunker = AudioChunker(encoder, frames_per_chunk=frames_per_chunk, fps=fps)
+    for block_S in audio_blocks:
+        yield from chunker.push(block_S)
+    yield from chunker.finish()
+
+
+class Wav2Vec2Features:
+    """All hidden states of a wav2vec2 model per video frame: what Wan2.2-S2V was trained on.
+
+    `encode_whole` is the published recipe (Wan2.2 ``audio_encoder.py``): hidden states at 50 Hz, moved to
+    30 Hz by linear interpolation, of which video frame i reads number round(30 i / fps). It sees the whole
+    file at every moment. `stream` sees, for each hop of frames, ``context_s`` before it and ``lookahead_s``
+    after it, and runs the model once on that window: memory and time per hop do not depend on how long the
+    voice lasts. With unlimited context and look-ahead, and the length known beforehand, the two agree to 1e-5
+    of the largest value.
+
+    Three things differ in a stream; perf/audio_context.py measures each:
+
+    - The window cuts attention and the positional convolution (which alone reaches 1.28 s each way).
+    - Zero mean and unit variance of the waveform, a property of the whole file, become running statistics:
+      every sample so far, the past forgotten with time constant ``statistics_s``.
+    - The published interpolation pins the ends of both rates together, which makes the features of a file run
+      ahead of its sound, by up to 40 ms at its end. A stream of unknown length keeps the true ratio 5:3.
+
+    Z is 25 and E is 1024 for wav2vec2-large. The last state is the normalised output of the encoder, as the
+    published code had it from transformers 4 (5.x no longer normalises the last of its ``hidden_states``).
+
+    Args:
+        model: a Wav2Vec2Model in eval mode; see `load`.
+        context_s: sound heard before a hop, seconds; math.inf keeps everything.
+        lookahead_s: sound heard beyond a hop, seconds: the latency it costs.
+        statistics_s: time constant of the running statistics, seconds; math.inf never forgets.
+        hop_frames: video frames per run of the model; a chunk, usually.
+        normalise: whether the waveform is brought to zero mean and unit variance (xlsr models: yes).
+    """
+
+    rate_hz = 16_000
+
+    def __init__(
+        self,
+        model: Wav2Vec2Model,
+        *,
+        context_s: float = 8.0,
+        lookahead_s: float = 0.16,
+        statistics_s: float = 30.0,
+        hop_frames: int = 12,
+        normalise: bool = True,
+    ) -> None:
+        if context_s < 0 or lookahead_s < 0 or statistics_s <= 0 or hop_frames < 1:
+            raise ConfigError(
+                "context_s and lookahead_s must not be negative, statistics_s and hop_frames must be "
+                f"positive, got {context_s=}, {lookahead_s=}, {statistics_s=}, {hop_frames=}"
+            )
+        kernels, strides = list(model.config.conv_kernel), list(model.config.conv_stride)
+        if math.prod(strides) * _FEATURE_HZ != self.rate_hz:
+            raise CheckpointError(
+                f"the published recipe takes {_FEATURE_HZ} hidden states per second, but strides {strides} "
+                f"give {self.rate_hz / math.prod(strides):g}; use a wav2vec2 with the usual strides"
+            )
+        self.context_s, self.lookahead_s, self.statistics_s = context_s, lookahead_s, statistics_s
+        self.hop_frames = hop_frames
+        self.normalise = normalise
+        self.num_features: int = model.config.num_hidden_layers + 1
+        self.feature_dim: int = model.config.hidden_size
+        self._model = model
+        self.stride_samples = math.prod(strides)
+        self.field_samples = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        context_s: float = 8.0,
+        lookahead_s: float = 0.16,
+        statistics_s: float = 30.0,
+        hop_frames: int = 12,
+    ) -> Wav2Vec2Features:
+        """Open a published wav2vec2 directory (config.json and weights), without the network.
+
+        Raises:
+            CheckpointError: no such directory, files missing, weights that do not fill the model.
+            BackendError: transformers is not installed.
+        """
+        path = Path(directory)
+        weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+        if not (path / "config.json").is_file() or not any((path / name).is_file() for name in weights):
+            raise CheckpointError(
+                f"{path} is not a wav2vec2 directory: it needs config.json and one of {', '.join(weights)}; "
+                "download wav2vec2-large-xlsr-53-english there"
+            )
+        try:
+            from transformers import Wav2Vec2Model
+        except ImportError as error:
+            raise BackendError(
+                "wav2vec2 needs transformers, which is not installed; pip install 'streamdiff[encoders]'"
+            ) from error
+        try:
+            loaded: Any = Wav2Vec2Model.from_pretrained(
+                str(path), local_files_only=True, output_loading_info=True
+            )
+            model, info = loaded
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot load wav2vec2 from {path}: {error}; download it again") from error
+        # A mask embedding is only used in training and often not published.
+        missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})
+        misshapen = sorted(str(key) for key in info["mismatched_keys"])
+        if missing or misshapen:
+            raise CheckpointError(
+                f"the weights in {path} do not fill a wav2vec2: missing {missing}, misshapen {misshapen}"
+            )
+        processor = path / "preprocessor_config.json"
+        settings = json.loads(processor.read_text()) if processor.is_file() else {}
+        return cls(
+            model.to(device=device, dtype=dtype).eval().requires_grad_(False),
+            context_s=context_s,
+            lookahead_s=lookahead_s,
+            statistics_s=statistics_s,
+            hop_frames=hop_frames,
+            normalise=bool(settings.get("do_normalize", True)),
+        )
+
+    def stream(self, fps: int, *, total_samples: int | None = None) -> FeatureStream:
+        """Begin to listen; ``total_samples``, where known, gives the published interpolation of a file."""
+        return _Wav2Vec2Stream(self, fps, self._time_map(total_samples))
+
+    def encode_whole(self, samples_S: Tensor, fps: int, *, num_frames: int | None = None) -> Tensor:
+        """All columns [1, Z, E, A] of a sound as the published code makes them; memory grows with its length.
+
+        ``num_frames`` cuts the columns, or appends zeros as the published code does up to a whole clip.
+        """
+        samples_S = _as_sound(samples_S)
+        if self.normalise:
+            wide_S = samples_S.double()
+            samples_S = _standardised(samples_S, float(wide_S.mean()), float(wide_S.var(correction=0)))
+        states_ZTE = self.hidden_states(samples_S)
+        times = self._time_map(len(samples_S))
+        assert times.last is not None
+        heard = next(i for i in itertools.count() if times.moment(i, fps) > times.last)
+        columns_BZEA = self.columns(states_ZTE, 0, [times.position(i, fps) for i in range(heard)])
+        missing = 0 if num_frames is None else max(0, num_frames - heard)
+        return torch.nn.functional.pad(columns_BZEA, (0, missing))[..., :num_frames]
+
+    def hidden_states(self, samples_S: Tensor) -> Tensor:
+        """The input of every layer and the output of the last, [Z, T, E] at 50 Hz, float32."""
+        parameter = next(self._model.parameters())
+        samples_S = torch.nn.functional.pad(samples_S, (0, max(0, self.field_samples - len(samples_S))))
+        states: list[Tensor] = []
+
+        def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [
+            layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self._model.encoder.layers
+        ]
+        try:
+            with torch.no_grad():
+                output = self._model(samples_S[None].to(parameter.device, parameter.dtype))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([*states, output.last_hidden_state]).float()
+
+    def _features_in(self, num_samples: int) -> int:
+        """Hidden states per layer that so many samples give."""
+        return max(0, num_samples - self.field_samples) // self.stride_samples + 1
+
+    def _time_map(self, total_samples: int | None) -> _TimeMap:
+        if total_samples is None:
+            return _TimeMap(step=Fraction(_FEATURE_HZ, _MOMENT_HZ), last=None)
+        num_features = self._features_in(total_samples)
+        # In float, as published: the truncation must fall on the same side.
+        num_moments = max(1, int(num_features / float(_FEATURE_HZ) * _MOMENT_HZ))
+        step = Fraction(num_features - 1, num_moments - 1) if num_moments > 1 else Fraction(0)
+        return _TimeMap(step=step, last=num_moments - 1)
+
+    def columns(self, states_ZTE: Tensor, first: int, positions: list[Fraction]) -> Tensor:
+        """Read hidden states between their moments; ``first`` is the number of the first one given."""
+        last = first + states_ZTE.shape[1] - 1
+        inside = [min(max(position, Fraction(first)), Fraction(last)) for position in positions]
+        below = torch.tensor([math.floor(position) - first for position in inside], device=states_ZTE.device)
+        above = (below + 1).clamp(max=last - first)
+        share_AE = states_ZTE.new_tensor([float(position % 1) for position in inside])[:, None]
+        columns_ZAE = states_ZTE[:, below] * (1 - share_AE) + states_ZTE[:, above] * share_AE
+        return columns_ZAE.transpose(1, 2)[None].contiguous()
+
+
+_FEATURE_HZ = 50
+_MOMENT_HZ = 30
+
+
+@dataclass(frozen=True, slots=True)
+class _TimeMap:
+    """Which hidden state a video frame reads, in exact fractions."""
+
+    step: Fraction
+    """Hidden states per moment of the 30 Hz grid."""
+    last: int | None
+    """Last moment of the grid; None while the sound goes on."""
+
+    def moment(self, frame: int, fps: int) -> int:
+        """The moment of the 30 Hz grid nearest to a frame; halves go to the even one, as in numpy."""
+        return round(Fraction(frame * _MOMENT_HZ, fps))
+
+    def position(self, frame: int, fps: int) -> Fraction:
+        moment = self.moment(frame, fps)
+        return self.step * (moment if self.last is None else min(moment, self.last))
+
+
+class _RunningStatistics:
+    """Mean and variance of the samples so far, older ones counting less and less."""
+
+    def __init__(self, time_constant_samples: float) -> None:
+        self._time_constant = time_constant_samples
+        self._weight = self._sum = self._sum_of_squares = 0.0
+
+    def update(self, samples_S: Tensor) -> None:
+        keep = math.exp(-len(samples_S) / self._time_constant)
+        wide_S = samples_S.double()
+        self._weight = keep * self._weight + len(samples_S)
+        self._sum = keep * self._sum + float(wide_S.sum())
+        self._sum_of_squares = keep * self._sum_of_squares + float(wide_S.square().sum())
+
+    @property
+    def mean(self) -> float:
+        return self._sum / max(self._weight, 1.0)
+
+    @property
+    def variance(self) -> float:
+        return max(0.0, self._sum_of_squares / max(self._weight, 1.0) - self.mean**2)
+
+
+def _standardised(samples_S: Tensor, mean: float, variance: float) -> Tensor:
+    return (samples_S - mean) / math.sqrt(variance + 1e-7)
+
+
+class _Wav2Vec2Stream:
+    """Runs the model on one window per hop; which window is arithmetic on sample numbers alone."""
+
+    def __init__(self, encoder: Wav2Vec2Features, fps: int, times: _TimeMap) -> None:
+        _require_fps(fps, encoder.rate_hz)
+        self._encoder = encoder
+        self._fps = fps
+        self._times = times
+        self._statistics = _RunningStatistics(encoder.statistics_s * encoder.rate_hz)
+        self._num_measured = 0
+        self._blocks: list[Tensor] = []
+        self._kept_from = 0
+        self._num_samples = 0
+        self._num_hops = 0
+        self._last_window: tuple[int, int] | None = None
+        self._last_states_ZTE = torch.empty(0)
+
+    def push(self, samples_S: Tensor) -> Tensor:
+        samples_S = _as_sound(samples_S)
+        self._blocks.append(samples_S)
+        self._num_samples += len(samples_S)
+        columns: list[Tensor] = []
+        while self._num_samples >= self._window_end(self._num_hops):
+            columns.append(self._next_hop(self._encoder.hop_frames))
+        return self._joined(columns)
+
+    def finish(self) -> Tensor:
+        num_frames = -(-self._num_samples * self._fps // self._encoder.rate_hz)
+        columns: list[Tensor] = []
+        while (left := num_frames - self._num_hops * self._encoder.hop_frames) > 0:
+            columns.append(self._next_hop(min(left, self._encoder.hop_frames)))
+        return self._joined(columns)
+
+    def _window_start(self, hop: int) -> int:
+        """Where the window of a hop begins: on the grid of the convolutions, so that states line up."""
+        begins = self._boundary(hop * self._encoder.hop_frames)
+        if math.isinf(self._encoder.context_s):
+            return 0
+        stride = self._encoder.stride_samples
+        return max(0, begins - round(self._encoder.context_s * self._encoder.rate_hz)) // stride * stride
+
+    def _window_end(self, hop: int) -> float:
+        ends = self._boundary((hop + 1) * self._encoder.hop_frames)
+        return ends + self._encoder.lookahead_s * self._encoder.rate_hz
+
+    def _boundary(self, frame: int) -> int:
+        return frame_boundary(frame, self._fps, self._encoder.rate_hz)
+
+    def _next_hop(self, num_frames: int) -> Tensor:
+        start = self._window_start(self._num_hops)
+        end = math.floor(min(self._window_end(self._num_hops), self._num_samples))
+        states_ZTE = self._states(start, end)
+        first_frame = self._num_hops * self._encoder.hop_frames
+        positions = [self._times.position(first_frame + i, self._fps) for i in range(num_frames)]
+        self._num_hops += 1
+        self._forget(self._window_start(self._num_hops))
+        return self._encoder.columns(states_ZTE, start // self._encoder.stride_samples, positions)
+
+    def _states(self, start: int, end: int) -> Tensor:
+        if self._last_window != (start, end):
+            if self._encoder.normalise:
+                self._statistics.update(self._slice(self._num_measured, end))
+                self._num_measured = end
+            samples_S = self._slice(start, end)
+            if self._encoder.normalise:
+                samples_S = _standardised(samples_S, self._statistics.mean, self._statistics.variance)
+            self._last_states_ZTE = self._encoder.hidden_states(samples_S)
+            self._last_window = (start, end)
+        return self._last_states_ZTE
+
+    def _slice(self, start: int, end: int) -> Tensor:
+        self._blocks = [torch.cat(self._blocks)]
+        return self._blocks[0][start - self._kept_from : end - self._kept_from]
+
+    def _forget(self, before: int) -> None:
+        """Drop samples that neither a window nor the statistics will ask for again."""
+        before = min(before, self._num_samples)
+        if self._encoder.normalise:
+            before = min(before, self._num_measured)
+        if before > self._kept_from:
+            self._blocks = [self._slice(before, self._num_samples).clone()]
+            self._kept_from = before
+
+    def _joined(self, columns: list[Tensor]) -> Tensor:
+        if not columns:
+            return torch.zeros(1, self._encoder.num_features, self._encoder.feature_dim, 0)
+        return torch.cat(columns, dim=-1)
+
+
+class LogMelFeatures:
+    """Log-mel spectrum and energy, twice per video frame, with first and second differences: no weights.
+
+    The two moments end half-way through the frame and at its end, so no sound beyond the frame is heard
+    (look-ahead 0 ms). Their spectra stand side by side: E = 2 * (num_bands + 1). Z = 3: level, change since
+    the frame before, change of that change. Values have about zero mean and unit variance on speech at
+    -26 dBFS and lie within -4..4 for any sound.
+
+    Streamed and whole encodings are the same bits: every frame is computed by itself, by the same calls.
+
+    Args:
+        num_bands: triangular bands, equally spaced in mel between 60 and 7600 Hz.
+    """
+
+    rate_hz = 16_000
+    num_features = 3
+    lookahead_s = 0.0
+
+    def __init__(self, num_bands: int = 31) -> None:
+        if not 4 <= num_bands <= 80:
+            raise ConfigError(f"num_bands must lie in 4..80 (a band needs a bin), got {num_bands}")
+        self.feature_dim = 2 * (num_bands + 1)
+        self._bank = _mel_bank(num_bands, _FFT_SAMPLES, self.rate_hz, low_hz=60.0, high_hz=7600.0)
+        self._window_S = torch.hann_window(_WINDOW_SAMPLES, periodic=False, dtype=torch.float64).float()
+        self._window_power = float(self._window_S.square().sum())
+
+    def stream(self, fps: int) -> FeatureStream:
+        return _LogMelStream(self, fps)
+
+    def encode_whole(self, samples_S: Tensor, fps: int) -> Tensor:
+        """All columns [1, Z, E, A] of a sound at once; the same bits as streaming it."""
+        stream = self.stream(fps)
+        return torch.cat([stream.push(samples_S), stream.finish()], dim=-1)
+
+    def level(self, moments_MS: Tensor) -> Tensor:
+        """Spectra and energies of windows of sound, laid side by side and scaled: [M, S] to [E].
+
+        Each window carries one sample more in front, for the pre-emphasis.
+        """
+        emphasised_MS = (moments_MS[:, 1:] - 0.97 * moments_MS[:, :-1]) * self._window_S
+        power_MF = torch.fft.rfft(emphasised_MS, n=_FFT_SAMPLES).abs().square() / self._window_power
+        bands_ME = (power_MF @ self._bank + _FLOOR).log10()
+        energy_M1 = (moments_MS[:, 1:].square().mean(dim=1, keepdim=True) + _FLOOR).log10()
+        bands_ME = (bands_ME - _BAND_MEAN) / _BAND_STD
+        energy_M1 = (energy_M1 - _ENERGY_MEAN) / _ENERGY_STD
+        return torch.cat([bands_ME, energy_M1], dim=1).flatten()
+
+
+_FFT_SAMPLES = 1024
+_WINDOW_SAMPLES = 400
+_FLOOR = 1e-7
+# Mean and deviation of log10 power on speech at -26 dBFS; perf/audio_context.py --calibrate measures them.
+_BAND_MEAN, _BAND_STD = -4.5, 1.2
+_ENERGY_MEAN, _ENERGY_STD = -3.5, 1.2
+_CHANGE_STD = (1.0, 0.7, 1.0)
+_BOUND = 4.0
+
+
+class _LogMelStream:
+    def __init__(self, encoder: LogMelFeatures, fps: int) -> None:
+        _require_fps(fps, encoder.rate_hz)
+        self._encoder = encoder
+        self._fps = fps
+        self._history_samples = _WINDOW_SAMPLES + 1
+        self._kept_S = torch.zeros(self._history_samples)
+        self._kept_from = -self._history_samples
+        self._num_frames = 0
+        self._last_E: Tensor | None = None
+        self._last_change_E = torch.zeros(encoder.feature_dim)
+
+    def push(self, samples_S: Tensor) -> Tensor:
+        self._kept_S = torch.cat([self._kept_S, _as_sound(samples_S)])
+        columns: list[Tensor] = []
+        while self._boundary(self._num_frames + 1) <= self._kept_from + len(self._kept_S):
+            columns.append(self._next_column())
+        return self._stacked(columns)
+
+    def finish(self) -> Tensor:
+        num_samples = self._kept_from + len(self._kept_S)
+        if num_samples == self._boundary(self._num_frames):
+            return self._stacked([])
+        missing = self._boundary(self._num_frames + 1) - num_samples
+        return self.push(torch.zeros(missing))
+
+    def _boundary(self, frame: int) -> int:
+        return frame_boundary(frame, self._fps, self._encoder.rate_hz)
+
+    def _next_column(self) -> Tensor:
+        start, end = self._boundary(self._num_frames), self._boundary(self._num_frames + 1)
+        level_E = self._encoder.level(
+            torch.stack([self._before(start + (end - start) // 2), self._before(end)])
+        )
+        last_E = level_E if self._last_E is None else self._last_E
+        change_E = level_E - last_E
+        turn_E = change_E - self._last_change_E
+        self._last_E, self._last_change_E = level_E, change_E
+        self._num_frames += 1
+        forget = end - self._history_samples - self._kept_from
+        if forget > 0:
+            self._kept_S, self._kept_from = self._kept_S[forget:].clone(), self._kept_from + forget
+        scaled = [part / std for part, std in zip((level_E, change_E, turn_E), _CHANGE_STD, strict=True)]
+        return torch.stack(scaled).clamp(-_BOUND, _BOUND)
+
+    def _before(self, sample: int) -> Tensor:
+        """The window of sound that ends at a sample."""
+        end = sample - self._kept_from
+        return self._kept_S[end - self._history_samples : end]
+
+    def _stacked(self, columns: list[Tensor]) -> Tensor:
+        if not columns:
+            return torch.zeros(1, self._encoder.num_features, self._encoder.feature_dim, 0)
+        return torch.stack(columns, dim=-1)[None]
+
+
+def _mel_bank(num_bands: int, fft_samples: int, rate_hz: int, *, low_hz: float, high_hz: float) -> Tensor:
+    """Triangles in mel, each summing to one: [bins, bands]."""
+
+    def mel(hz: Tensor) -> Tensor:
+        return 2595 * torch.log10(1 + hz / 700)
+
+    ends = mel(torch.tensor([low_hz, high_hz], dtype=torch.float64))
+    corners = torch.linspace(float(ends[0]), float(ends[1]), num_bands + 2, dtype=torch.float64)
+    bins = mel(torch.arange(fft_samples // 2 + 1, dtype=torch.float64) * rate_hz / fft_samples)
+    rising = (bins[:, None] - corners[:-2]) / (corners[1:-1] - corners[:-2])
+    falling = (corners[2:] - bins[:, None]) / (corners[2:] - corners[1:-1])
+    bank = torch.minimum(rising, falling).clamp(min=0)
+    assert bool((bank.sum(0) > 0).all()), "a band without a bin"
+    return (bank / bank.sum(0)).float()
+
+
+def _require_fps(fps: int, rate_hz: int) -> None:
+    if not 1 <= fps <= rate_hz // _WINDOW_SAMPLES:
+        raise ConfigError(f"fps must lie in 1..{rate_hz // _WINDOW_SAMPLES}, got {fps}")
+
+
+def _as_sound(samples_S: Tensor) -> Tensor:
+    if samples_S.ndim != 1:
+        raise InputError(f"sound is pushed as one row of mono samples, got shape {list(samples_S.shape)}")
+    if not bool(torch.isfinite(samples_S).all()):
+        raise InputError("the sound holds NaN or infinity; check the source")
+    return samples_S.detach().to("cpu", torch.float32)
