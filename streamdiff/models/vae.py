@@ -1,0 +1,708 @@
+"""The causal video VAE of Wan2.1, as an encoder and a decoder that stream.
+
+Weights and parameter names are those of the published ``Wan2.1_VAE.pth``; `official_name` translates those of
+diffusers' ``AutoencoderKLWan``. The two halves are separate modules, because no rank needs both.
+
+A module holds weights only. What a stream has seen is a value: `encode` and `decode` take a state and return
+the next one, made of new tensors, so that an old state is a snapshot to which a stream can be taken back.
+Every call works through the same shapes, one latent frame at a time, however many frames it was given: a
+stream cut anywhere gives the same bits as the whole.
+
+Time is causal: the first latent frame is one video frame, each later one is ``temporal_factor`` of them.
+
+Axes: B streams, T frames (latent or video), C channels, H height, W width, F frames of all streams, L pixels
+of a frame. Activations are channels-last in memory (``torch.channels_last_3d``), the layout that
+convolutions, channel norms and RGB output all prefer.
+
+Source: Wan (arXiv 2503.20314, section 4.1); https://github.com/Wan-Video/Wan2.2, wan/modules/vae2_1.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamdiff import counter
+from streamdiff.config import VAEConfig
+from streamdiff.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderState:
+    """What a decoder remembers of one batch of streams; never written to, so keeping it keeps that moment."""
+
+    num_latents: int
+    """Latent frames decoded so far."""
+    pasts: tuple[Tensor, ...]
+    """For each layer that looks back, the last frames of its input, in order of execution."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held by the tensors."""
+        return _bytes(self.pasts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncoderState:
+    """What an encoder remembers of one batch of streams; like `DecoderState`, never written to."""
+
+    num_latents: int
+    """Latent frames encoded so far."""
+    waiting_BCTHW: Tensor
+    """Video frames that do not fill a latent frame yet."""
+    pasts: tuple[Tensor, ...]
+    """For each layer that looks back, the last frames of its input, in order of execution."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held by the tensors."""
+        return _bytes((self.waiting_BCTHW, *self.pasts))
+
+
+class VideoDecoder(Protocol):
+    """Latents in, video out, at the pace of a stream."""
+
+    def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState: ...
+
+    def decode(
+        self, latents_BCTHW: Tensor, state: DecoderState | None = None
+    ) -> tuple[Tensor, DecoderState]: ...
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _Tape:
+    """One pass through the layers: hands each its past, collects the pasts of the next pass."""
+
+    def __init__(self, pasts: tuple[Tensor, ...], *, first: bool) -> None:
+        self.first = first
+        """Whether this is the first latent frame of the stream, the one that is not resampled in time."""
+        self._old = iter(pasts)
+        self._new: list[Tensor] = []
+
+    def convolve(self, conv: CausalConv3d, x_BCTHW: Tensor) -> Tensor:
+        y_BCTHW, past_BCTHW = conv.stream(x_BCTHW, next(self._old))
+        self._new.append(past_BCTHW)
+        return y_BCTHW
+
+    def keep(self) -> None:
+        """The layer does not run; its past stays."""
+        self._new.append(next(self._old))
+
+    def replace(self, past_BCTHW: Tensor) -> None:
+        """The layer does not run, yet remembers this."""
+        next(self._old)
+        self._new.append(past_BCTHW)
+
+    @property
+    def pasts(self) -> tuple[Tensor, ...]:
+        return tuple(self._new)
+
+
+def _channels_last(x_BCTHW: Tensor) -> Tensor:
+    return x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees no later frame; the frames before its input are handed in.
+
+    ``past_frames`` is how many it needs: kernel minus stride, so that outputs tile the time axis.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], *, stride_t: int = 1) -> None:
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        super().__init__(in_dim, out_dim, kernel, stride=(stride_t, 1, 1), padding=padding)
+        self._symmetric_padding = padding
+        self.past_frames = kernel[0] - stride_t
+
+    def stream(self, x_BCTHW: Tensor, past_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Output for x that follows ``past``, and the past of the next call."""
+        joined_BCTHW = torch.cat([past_BCTHW, x_BCTHW], 2)
+        # Cloned, because a view would keep the whole input alive.
+        past_BCTHW = joined_BCTHW[:, :, -self.past_frames :].clone(memory_format=torch.channels_last_3d)
+        return self(joined_BCTHW), past_BCTHW
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _wants_mkldnn(input):
+            return torch.mkldnn_convolution(
+                input,
+                self.weight,
+                self.bias,
+                self._symmetric_padding,
+                self.stride,
+                self.dilation,
+                self.groups,
+            )
+        return super().forward(input)
+
+
+def _wants_mkldnn(x: Tensor) -> bool:
+    """Whether a convolution on CPU must be sent to oneDNN by hand.
+
+    Torch's own rule sends a single-threaded float32 convolution of fewer than 20,480 rows to a naive loop, 20
+    times slower at the widths of a tiny model (78 ms against 3.9 ms: 16 channels, 4 frames of 128x128).
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False  # The compiler chooses for itself.
+    return torch.backends.mkldnn.is_available()
+
+
+class RMSNorm(nn.Module):
+    """Scale each pixel's channel vector to unit root mean square, then by ``gamma``."""
+
+    def __init__(self, dim: int, *, num_axes: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Summed in float32 at least; the smallest norm is that of the published model.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+        return x * (math.sqrt(x.shape[1]) / norm).to(x.dtype) * self.gamma
+
+
+class NormedConvs(nn.ModuleDict):
+    """Norm, SiLU, causal convolution; once, or twice.
+
+    Numbered as in the published sequence, whose other members (SiLU, dropout) have no weights.
+    """
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        for in_dim, out_dim, (norm, conv) in zip(dims, dims[1:], (("0", "2"), ("3", "6")), strict=False):
+            self[norm] = RMSNorm(in_dim)
+            self[conv] = CausalConv3d(in_dim, out_dim, (3, 3, 3))
+
+    def pairs(self) -> Iterator[tuple[RMSNorm, CausalConv3d]]:
+        members = iter(self.values())
+        for norm, conv in zip(members, members, strict=True):
+            yield cast(RMSNorm, norm), cast(CausalConv3d, conv)
+
+    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+        for norm, conv in self.pairs():
+            x_BCTHW = tape.convolve(conv, F.silu(norm(x_BCTHW)))
+        return x_BCTHW
+
+
+class ResidualBlock(nn.Module):
+    """Two normed convolutions, around which the input passes."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.residual = NormedConvs(in_dim, out_dim, out_dim)
+        self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+        return self.shortcut(x_BCTHW) + self.residual(x_BCTHW, tape)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention among the pixels of one frame."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, num_axes=2)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+        del tape
+        B, _, T, H, W = x_BCTHW.shape
+        x_FCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        qkv_FLC = self.to_qkv(self.norm(x_FCHW)).flatten(2).transpose(1, 2)
+        q_FLC, k_FLC, v_FLC = (part.unsqueeze(1) for part in qkv_FLC.chunk(3, dim=-1))
+        y_FLC = F.scaled_dot_product_attention(q_FLC, k_FLC, v_FLC).squeeze(1)
+        y_FCHW = self.proj(y_FLC.transpose(1, 2).unflatten(2, (H, W)))
+        return x_BCTHW + y_FCHW.unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Upsampler(nn.Module):
+    """Twice the height and width, half the channels; twice the frames too where ``time`` is set."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(in_dim, out_dim, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(in_dim, in_dim * 2, (3, 1, 1)) if time else None
+
+    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+        if self.time_conv is not None:
+            if tape.first:
+                # The next latent frame will see zeros here, not this one: so the published model was trained.
+                tape.keep()
+            else:
+                x_BCTHW = _interleave(tape.convolve(self.time_conv, x_BCTHW))
+        B, T = x_BCTHW.shape[0], x_BCTHW.shape[2]
+        y_FCHW = self.resample(x_BCTHW.transpose(1, 2).flatten(0, 1))
+        return y_FCHW.unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Downsampler(nn.Module):
+    """Half the height and width; half the frames too where ``time`` is set."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(in_dim, out_dim, 3, stride=2))
+        self.time_conv = CausalConv3d(out_dim, out_dim, (3, 1, 1), stride_t=2) if time else None
+
+    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+        B, T = x_BCTHW.shape[0], x_BCTHW.shape[2]
+        y_FCHW = self.resample(x_BCTHW.transpose(1, 2).flatten(0, 1))
+        y_BCTHW = y_FCHW.unflatten(0, (B, T)).transpose(1, 2)
+        if self.time_conv is None:
+            return y_BCTHW
+        if tape.first:
+            tape.replace(y_BCTHW)
+            return y_BCTHW
+        return tape.convolve(self.time_conv, y_BCTHW)
+
+
+def _interleave(x_BCTHW: Tensor) -> Tensor:
+    """Two channel groups become two frames, the first group the earlier one."""
+    x_BTHWGC = x_BCTHW.permute(0, 2, 3, 4, 1).unflatten(-1, (2, -1))
+    return x_BTHWGC.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One member of ``middle``, ``downsamples`` or ``upsamples``."""
+
+    kind: Literal["residual", "attention", "up", "down"]
+    in_dim: int
+    out_dim: int
+    time: bool = False
+
+    def build(self) -> nn.Module:
+        match self.kind:
+            case "residual":
+                return ResidualBlock(self.in_dim, self.out_dim)
+            case "attention":
+                return AttentionBlock(self.in_dim)
+            case "up":
+                return Upsampler(self.in_dim, self.out_dim, time=self.time)
+            case "down":
+                return Downsampler(self.in_dim, self.out_dim, time=self.time)
+
+
+def _middle(config: VAEConfig) -> list[_Layer]:
+    dim = config.base_dim * config.dim_mult[-1]
+    return [_Layer("residual", dim, dim), _Layer("attention", dim, dim), _Layer("residual", dim, dim)]
+
+
+def _downsamples(config: VAEConfig) -> list[_Layer]:
+    layers: list[_Layer] = []
+    dim = config.base_dim
+    for mult, time in zip(config.dim_mult, (*config.temporal_downsample, None), strict=True):
+        for _ in range(config.num_res_blocks):
+            layers.append(_Layer("residual", dim, config.base_dim * mult))
+            dim = config.base_dim * mult
+        if time is not None:
+            layers.append(_Layer("down", dim, dim, time))
+    return layers
+
+
+def _upsamples(config: VAEConfig) -> list[_Layer]:
+    layers: list[_Layer] = []
+    dim = config.base_dim * config.dim_mult[-1]
+    for mult, time in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1], None), strict=True):
+        for _ in range(config.num_res_blocks + 1):
+            layers.append(_Layer("residual", dim, config.base_dim * mult))
+            dim = config.base_dim * mult
+        if time is not None:
+            layers.append(_Layer("up", dim, dim // 2, time))
+            dim = dim // 2
+    return layers
+
+
+def _encoder_columns(config: VAEConfig) -> dict[str, list[_Layer]]:
+    return {"downsamples": _downsamples(config), "middle": _middle(config)}
+
+
+def _decoder_columns(config: VAEConfig) -> dict[str, list[_Layer]]:
+    return {"middle": _middle(config), "upsamples": _upsamples(config)}
+
+
+class _Trunk(nn.Module):
+    """First convolution, columns of layers, last convolution: the shape that encoder and decoder share."""
+
+    def __init__(self, in_dim: int, out_dim: int, columns: Mapping[str, Sequence[_Layer]]) -> None:
+        super().__init__()
+        plan = [layer for column in columns.values() for layer in column]
+        self.conv1 = CausalConv3d(in_dim, plan[0].in_dim, (3, 3, 3))
+        for name, column in columns.items():
+            self.add_module(name, nn.ModuleList([layer.build() for layer in column]))
+        self.head = NormedConvs(plan[-1].out_dim, out_dim)
+
+    def layers(self) -> Iterator[nn.Module]:
+        """Everything between the first and the last convolution, in order of execution."""
+        for column in self.children():
+            if isinstance(column, nn.ModuleList):
+                yield from column
+
+    def forward(
+        self, x_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        tape = _Tape(pasts, first=first)
+        x_BCTHW = tape.convolve(self.conv1, _channels_last(x_BCTHW))
+        for layer in self.layers():
+            x_BCTHW = layer(x_BCTHW, tape)
+        return self.head(x_BCTHW, tape), tape.pasts
+
+    def initial_pasts(self, num_streams: int, height: int, width: int) -> tuple[Tensor, ...]:
+        """Zeros, as the published model pads; one tensor per layer that looks back, in order of execution."""
+        weight = self.conv1.weight
+        pasts: list[Tensor] = []
+        for layer in (self.conv1, *self.layers(), self.head):
+            if isinstance(layer, Downsampler):
+                height, width = height // 2, width // 2
+            for conv in layer.modules():
+                if isinstance(conv, CausalConv3d) and conv.past_frames > 0:
+                    shape = (num_streams, conv.in_channels, conv.past_frames, height, width)
+                    pasts.append(_channels_last(weight.new_zeros(shape)))
+            if isinstance(layer, Upsampler):
+                height, width = height * 2, width * 2
+        return tuple(pasts)
+
+
+@functools.cache
+def _latent_statistics(config: VAEConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float32, (1, C, 1, 1, 1).
+
+    Constants of the configuration rather than buffers of a module: buffers would lose their values on the
+    meta device and their precision in bfloat16.
+    """
+    with torch.inference_mode(False):
+        mean = config.latent_mean or (0.0,) * config.z_dim
+        std = config.latent_std or (1.0,) * config.z_dim
+        shape = (1, config.z_dim, 1, 1, 1)
+        return (
+            torch.tensor(mean, dtype=torch.float32, device=device).view(shape),
+            torch.tensor(std, dtype=torch.float32, device=device).view(shape),
+        )
+
+
+class VAEDecoder(nn.Module):
+    """Normalised latents to video: the decoding half of the published file, under its names."""
+
+    official_prefixes: ClassVar = ("decoder.", "conv2.")
+    """What the names of its tensors begin with in the published file."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        _check_widths(config)
+        self.config = config
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = _Trunk(config.z_dim, 3, _decoder_columns(config))
+
+    def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
+        """State of streams that have not begun; same device and dtype as the weights."""
+        return DecoderState(0, self.decoder.initial_pasts(num_streams, latent_h, latent_w))
+
+    def decode(self, latents_BCTHW: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """Decode the next T latent frames of a stream.
+
+        latents_BCTHW: (B, z_dim, T, h, w), normalised. Returns frames in [-1, 1] in the dtype of the weights
+        (for the published model (B, 3, 4T, 8h, 8w), three frames fewer at the start of a stream) and the next
+        state. Raises ConfigError for latents of another shape than the state's.
+        """
+        B, _, T, H, W = _shape(latents_BCTHW, channels=self.config.z_dim, what="latents")
+        if state is None:
+            state = self.initial_state(latent_h=H, latent_w=W, num_streams=B)
+        _check_same_stream(latents_BCTHW, state.pasts[0])
+        if T == 0:
+            raise ConfigError("no latent frame to decode; hand in at least one")
+
+        weight = self.conv2.weight
+        mean, std = _latent_statistics(self.config, weight.device)
+        z_BCTHW = (latents_BCTHW.to(weight.device) * std + mean).to(weight.dtype)
+        frames: list[Tensor] = []
+        for z_BC1HW in z_BCTHW.split(1, dim=2):
+            frames_BCTHW, pasts = self.decode_one(z_BC1HW, state.pasts, first=state.num_latents == 0)
+            state = DecoderState(state.num_latents + 1, pasts)
+            frames.append(frames_BCTHW)
+        return torch.cat(frames, 2), state
+
+    def decode_one(
+        self, z_BC1HW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """One latent frame, in the VAE's own scale and dtype: the unit to compile or to capture.
+
+        Shapes depend only on ``first``; nothing here reads a tensor on the host.
+        """
+        x_BC1HW = self.conv2(_channels_last(z_BC1HW))
+        frames_BCTHW, pasts = self.decoder(x_BC1HW, pasts, first=first)
+        return frames_BCTHW.clamp(-1.0, 1.0), pasts
+
+
+class VAEEncoder(nn.Module):
+    """Video to normalised latents (the mode of the posterior): the encoding half of the published file."""
+
+    official_prefixes: ClassVar = ("encoder.", "conv1.")
+    """What the names of its tensors begin with in the published file."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        _check_widths(config)
+        self.config = config
+        self.encoder = _Trunk(3, config.z_dim * 2, _encoder_columns(config))
+        self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
+
+    def initial_state(self, *, height: int, width: int, num_streams: int = 1) -> EncoderState:
+        """State of streams that have not begun; same device and dtype as the weights. Sizes in pixels."""
+        factor = self.config.spatial_factor
+        if height <= 0 or width <= 0 or height % factor or width % factor:
+            raise ConfigError(
+                f"height and width must be positive multiples of {factor}, got {height}x{width}"
+            )
+        waiting = self.conv1.weight.new_zeros(num_streams, 3, 0, height, width)
+        return EncoderState(0, waiting, self.encoder.initial_pasts(num_streams, height, width))
+
+    def encode(self, frames_BCTHW: Tensor, state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
+        """Encode the next T video frames of a stream.
+
+        frames_BCTHW: (B, 3, T, H, W) in [-1, 1]. Returns normalised latents in float32 (for the published
+        model (B, 16, N, H/8, W/8)) and the next state. The first frame makes one latent frame, every further
+        ``temporal_factor`` frames one more; frames that fill none wait in the state, so that N may be 0.
+        Nothing but the latents grows with T: an expanded view of one photograph costs one photograph. Raises
+        ConfigError for frames of another shape than the state's.
+        """
+        B, _, T, H, W = _shape(frames_BCTHW, channels=3, what="frames")
+        if state is None:
+            state = self.initial_state(height=H, width=W, num_streams=B)
+        _check_same_stream(frames_BCTHW, state.waiting_BCTHW)
+
+        weight = self.conv1.weight
+        num_latents, waiting_BCTHW, pasts = state.num_latents, state.waiting_BCTHW, state.pasts
+        factor = self.config.spatial_factor
+        latents = [waiting_BCTHW.new_zeros(B, self.config.z_dim, 0, H // factor, W // factor)]
+        begin = 0
+        while (end := begin + self._frames_of(num_latents) - waiting_BCTHW.shape[2]) <= T:
+            group_BCTHW = torch.cat([waiting_BCTHW, frames_BCTHW[:, :, begin:end].to(weight)], 2)
+            latent_BC1HW, pasts = self.encode_one(group_BCTHW, pasts, first=num_latents == 0)
+            latents.append(latent_BC1HW)
+            num_latents, waiting_BCTHW, begin = num_latents + 1, waiting_BCTHW[:, :, :0], end
+        waiting_BCTHW = torch.cat([waiting_BCTHW, frames_BCTHW[:, :, begin:].to(weight)], 2)
+
+        mean, std = _latent_statistics(self.config, weight.device)
+        return (torch.cat(latents, 2) - mean) / std, EncoderState(num_latents, waiting_BCTHW, pasts)
+
+    def _frames_of(self, latent: int) -> int:
+        """Video frames that make the latent frame of this index."""
+        return 1 if latent == 0 else self.config.temporal_factor
+
+    def encode_one(
+        self, frames_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The frames of one latent frame, to the mean of its posterior in the VAE's own scale."""
+        x_BCTHW, pasts = self.encoder(frames_BCTHW, pasts, first=first)
+        return self.conv1(x_BCTHW)[:, : self.config.z_dim], pasts
+
+
+def _check_widths(config: VAEConfig) -> None:
+    if any(config.base_dim * mult % 2 for mult in config.dim_mult[1:]):
+        raise ConfigError(f"upsampling halves the channels: base_dim must be even, got {config.base_dim}")
+
+
+def _shape(x_BCTHW: Tensor, *, channels: int, what: str) -> torch.Size:
+    if x_BCTHW.dim() != 5 or x_BCTHW.shape[1] != channels:
+        raise ConfigError(
+            f"{what} must be (streams, {channels}, frames, height, width), got {tuple(x_BCTHW.shape)}"
+        )
+    return x_BCTHW.shape
+
+
+def _check_same_stream(x_BCTHW: Tensor, past_BCTHW: Tensor) -> None:
+    given = (x_BCTHW.shape[0], *x_BCTHW.shape[3:])
+    known = (past_BCTHW.shape[0], *past_BCTHW.shape[3:])
+    if given != known:
+        raise ConfigError(
+            f"the state belongs to (streams, height, width) = {known}, got {given}; begin with state=None"
+        )
+
+
+def to_rgb8(frames_BCTHW: Tensor) -> Tensor:
+    """Frames in [-1, 1] to uint8 RGB on their device: (..., 3, T, H, W) to contiguous (..., T, H, W, 3)."""
+    levels = frames_BCTHW.movedim(-4, -1).float().add(1.0).mul(127.5).round_()
+    return levels.clamp_(0.0, 255.0).to(torch.uint8).contiguous()
+
+
+def from_rgb8(frames_BTHWC: Tensor) -> Tensor:
+    """Inverse of `to_rgb8`: uint8 (..., T, H, W, 3) to float32 in [-1, 1], (..., 3, T, H, W)."""
+    return frames_BTHWC.movedim(-1, -4).float().div(127.5).sub(1.0)
+
+
+def initialise(module: nn.Module, *, seed: int) -> None:
+    """Fill an encoder or decoder with random weights that depend on the seed and on each tensor's name only.
+
+    Variance 1 / (3 fan_in) keeps the picture of normal latents between grey and saturation: its standard
+    deviation is about 0.3, of a range from -1 to 1.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("gamma"):
+                parameter.fill_(1.0)
+            else:
+                weight = module.get_parameter(f"{name.rpartition('.')[0]}.weight")
+                std = (3 * weight[0].numel()) ** -0.5
+                parameter.copy_(std * counter.normal(tuple(parameter.shape), "weights", seed, name))
+
+
+_OFFICIAL_PARTS = {
+    "conv_in": "conv1",
+    "norm_out": "head.0",
+    "conv_out": "head.2",
+    "norm1": "residual.0",
+    "conv1": "residual.2",
+    "norm2": "residual.3",
+    "conv2": "residual.6",
+    "conv_shortcut": "shortcut",
+    **{part: part for part in ("norm", "to_qkv", "proj", "resample.1", "time_conv")},
+}
+
+
+def official_name(key: str, *, num_res_blocks: int = 2) -> str:
+    """Name in the published ``Wan2.1_VAE.pth`` of a tensor of diffusers' ``AutoencoderKLWan``.
+
+    A name that diffusers does not use comes back unchanged, be it official already or foreign; whether it
+    belongs is for the loader to say.
+
+    >>> official_name("decoder.up_blocks.1.resnets.0.conv_shortcut.weight")
+    'decoder.upsamples.4.shortcut.weight'
+    """
+    module, _, parameter = key.rpartition(".")
+    if module in ("quant_conv", "post_quant_conv"):
+        return f"{'conv1' if module == 'quant_conv' else 'conv2'}.{parameter}"
+
+    # diffusers nests the decoder's column by level; the published one counts straight through.
+    level_size = num_res_blocks + 2
+    place, part = module, ""
+    if match := re.fullmatch(r"(encoder|decoder)\.(conv_in|norm_out|conv_out)", module):
+        place, part = match[1], match[2]
+    elif match := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.(\d+)\.(\w+)", module):
+        place, part = f"{match[1]}.middle.{2 * int(match[2])}", match[3]
+    elif match := re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.(\d+)\.(\w+)", module):
+        place, part = f"{match[1]}.middle.{2 * int(match[2]) + 1}", match[3]
+    elif match := re.fullmatch(r"encoder\.down_blocks\.(\d+)\.([\w.]+)", module):
+        place, part = f"encoder.downsamples.{match[1]}", match[2]
+    elif match := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.(\w+)", module):
+        place, part = f"decoder.upsamples.{level_size * int(match[1]) + int(match[2])}", match[3]
+    elif match := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.([\w.]+)", module):
+        place, part = f"decoder.upsamples.{level_size * (int(match[1]) + 1) - 1}", match[2]
+    return f"{place}.{_OFFICIAL_PARTS[part]}.{parameter}" if part in _OFFICIAL_PARTS else key
+
+
+@dataclass(frozen=True, slots=True)
+class _Conv:
+    """One convolution over one latent frame: enough of its shape to price it."""
+
+    in_dim: int
+    out_dim: int
+    taps: int
+    in_pixels: int
+    """Pixels read, those of the past included."""
+    out_pixels: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.in_dim * self.out_dim * self.taps * self.out_pixels
+
+    @property
+    def elements(self) -> int:
+        weights = (self.in_dim * self.taps + 1) * self.out_dim
+        return self.in_dim * self.in_pixels + self.out_dim * self.out_pixels + weights
+
+
+def _convolutions(
+    in_dim: int, out_dim: int, plan: Sequence[_Layer], size: tuple[int, int, int], *, first: bool
+) -> Iterator[_Conv]:
+    """Every convolution of a trunk for one latent frame; ``size`` is (frames, height, width) of its input."""
+    t, h, w = size
+
+    def cube(in_dim: int, out_dim: int) -> _Conv:
+        return _Conv(in_dim, out_dim, 27, (t + 2) * h * w, t * h * w)
+
+    yield cube(in_dim, plan[0].in_dim)
+    for layer in plan:
+        match layer.kind:
+            case "residual":
+                yield cube(layer.in_dim, layer.out_dim)
+                yield cube(layer.out_dim, layer.out_dim)
+                if layer.in_dim != layer.out_dim:
+                    yield _Conv(layer.in_dim, layer.out_dim, 1, t * h * w, t * h * w)
+            case "attention":
+                yield _Conv(layer.in_dim, 3 * layer.in_dim, 1, t * h * w, t * h * w)
+                yield _Conv(layer.in_dim, layer.in_dim, 1, t * h * w, t * h * w)
+            case "up":
+                if layer.time and not first:
+                    yield _Conv(layer.in_dim, 2 * layer.in_dim, 3, (t + 2) * h * w, t * h * w)
+                    t = 2 * t
+                yield _Conv(layer.in_dim, layer.out_dim, 9, t * h * w, 4 * t * h * w)
+                h, w = 2 * h, 2 * w
+            case "down":
+                yield _Conv(layer.in_dim, layer.out_dim, 9, t * h * w, t * h * w // 4)
+                h, w = h // 2, w // 2
+                if layer.time and not first:
+                    yield _Conv(layer.out_dim, layer.out_dim, 3, (t + 1) * h * w, t // 2 * h * w)
+                    t = t // 2
+    yield cube(plan[-1].out_dim, out_dim)
+
+
+def _half(
+    config: VAEConfig, half: Literal["encoder", "decoder"], latent_h: int, latent_w: int, *, first: bool
+) -> list[_Conv]:
+    pixels = latent_h * latent_w
+    if half == "decoder":
+        plan = [layer for column in _decoder_columns(config).values() for layer in column]
+        outer = _Conv(config.z_dim, config.z_dim, 1, pixels, pixels)
+        return [outer, *_convolutions(config.z_dim, 3, plan, (1, latent_h, latent_w), first=first)]
+    plan = [layer for column in _encoder_columns(config).values() for layer in column]
+    outer = _Conv(2 * config.z_dim, 2 * config.z_dim, 1, pixels, pixels)
+    factor = config.spatial_factor
+    size = (1 if first else config.temporal_factor, latent_h * factor, latent_w * factor)
+    return [*_convolutions(3, 2 * config.z_dim, plan, size, first=first), outer]
+
+
+def vae_flops(
+    config: VAEConfig,
+    half: Literal["encoder", "decoder"],
+    latent_h: int,
+    latent_w: int,
+    *,
+    first: bool = False,
+) -> int:
+    """Floating-point operations of the convolutions and the attention for one latent frame of one stream.
+
+    ``first``: the frame that opens a stream. A multiplication and an addition are two operations; norms,
+    activations and residual additions are not counted.
+    """
+    pixels = latent_h * latent_w
+    attention = 4 * pixels * pixels * config.base_dim * config.dim_mult[-1]
+    return attention + sum(conv.flops for conv in _half(config, half, latent_h, latent_w, first=first))
+
+
+def vae_bytes(
+    config: VAEConfig,
+    half: Literal["encoder", "decoder"],
+    latent_h: int,
+    latent_w: int,
+    *,
+    first: bool = False,
+    element_bytes: int = 2,
+) -> int:
+    """Memory traffic for one latent frame of one stream when everything else is fused into the convolutions.
+
+    Each convolution reads its input, its past and its weights and writes its output, once; norm, activation,
+    addition, nearest upsampling and padding cost nothing. A floor, then, not what an eager run moves.
+    """
+    return element_bytes * sum(conv.elements for conv in _half(config, half, latent_h, latent_w, first=first))
