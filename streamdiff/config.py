@@ -200,6 +200,12 @@ class EngineConfig:
             f"{self.dit.patch[1]}), got {self.height}x{self.width}; "
             f"try {max(step, round(self.height / step) * step)}x{max(step, round(self.width / step) * step)}",
         )
+        smallest = 8 * self.vae.spatial_factor
+        _require(
+            not self.motion_latents or min(self.height, self.width) >= smallest,
+            f"with a motion prefix the picture must be at least {smallest}x{smallest} (it is packed 8 latent cells at "
+            f"a time), got {self.height}x{self.width}; choose a larger size",
+        )
         _require(self.fps > 0, f"fps must be positive, got {self.fps}")
         _require(self.frames_per_chunk >= 1, f"a chunk holds at least one latent frame, got {self.frames_per_chunk}")
         _require(
