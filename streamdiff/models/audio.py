@@ -520,9 +520,9 @@ _FFT_SAMPLES = 1024
 _WINDOW_SAMPLES = 400
 _FLOOR = 1e-7
 # Mean and deviation of log10 power on speech at -26 dBFS; perf/audio_context.py --calibrate measures them.
-_BAND_MEAN, _BAND_STD = -4.5, 1.2
-_ENERGY_MEAN, _ENERGY_STD = -3.5, 1.2
-_CHANGE_STD = (1.0, 0.7, 1.0)
+_BAND_MEAN, _BAND_STD = -5.3, 1.35
+_ENERGY_MEAN, _ENERGY_STD = -3.7, 1.3
+_CHANGE_STD = (1.0, 0.72, 1.07)
 _BOUND = 4.0
 
 
