@@ -56,6 +56,7 @@ class Engine:
     """Makes the parts of a stream for one machine.
 
     ``device`` is where this process computes; ``dtype`` defaults to bfloat16 on CUDA and float32 elsewhere.
+    ``plan_only`` accepts a preset whose weights are not there, for counting and forecasting.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Engine:
         weights: Weights | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        plan_only: bool = False,
     ) -> None:
         self.config = config
         self.weights = weights or Weights()
@@ -72,11 +74,16 @@ class Engine:
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if self.weights.lora is not None and self.weights.folder is None:
             raise ConfigError("a LoRA needs the checkpoint that it adapts; give --checkpoint as well")
-        if self.weights.folder is None and cost.dit_parameters(config.dit) > _LARGEST_RANDOM:
+        if self.weights.folder is None and not self.is_small and not plan_only:
             raise ConfigError(
                 f"preset {config.name} has {cost.dit_parameters(config.dit) / 1e9:.1f} billion parameters and no "
                 "weights of its own; give --checkpoint with the downloaded Wan2.2-S2V-14B"
             )
+
+    @property
+    def is_small(self) -> bool:
+        """Whether random weights make sense: for trying the engine, not for wasting 30 GiB."""
+        return cost.dit_parameters(self.config.dit) <= _LARGEST_RANDOM
 
     def stage(
         self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None

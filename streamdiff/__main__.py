@@ -1,0 +1,266 @@
+"""The command line: argv and environment enter here, once, and become values.
+
+    streamdiff generate --image FACE --audio VOICE --out OUT.mp4
+    torchrun --nproc-per-node 5 -m streamdiff generate --image FACE --audio VOICE --out OUT.mp4
+    streamdiff doctor
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+# cuBLAS needs a workspace of its own to give the same bits twice; it reads this when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from tqdm import tqdm
+
+from streamdiff import __version__, demo, doctor, flow, presets
+from streamdiff.engine import Engine, Weights
+from streamdiff.errors import ConfigError, InputError, StreamdiffError
+from streamdiff.forecast import describe, forecast
+from streamdiff.generate import Job, Made, generate, schedule_for
+from streamdiff.observe import JsonLines, Observer, Silent
+from streamdiff.pipeline.transport import World
+from streamdiff.pipeline.watch import Limits
+
+
+def world_from_environment() -> World | None:
+    """What torchrun says of this process; None outside of it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        port=int(os.environ.get("MASTER_PORT", "29500")),
+        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="streamdiff", description="Pipeline-parallel streaming diffusion for live avatars."
+    )
+    root.add_argument("--version", action="version", version=f"streamdiff {__version__}")
+    root.add_argument("-v", "--verbose", action="store_true", help="log what happens, on stderr")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
+    doctor_parser.set_defaults(run=run_doctor)
+    return root
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate_parser = commands.add_parser(
+        "generate",
+        help="a photo, a voice and a prompt in, a talking video out",
+        description="Make a video of the face in a photograph, saying what the voice says. Alone, or as "
+        "torchrun --nproc-per-node N -m streamdiff generate ... with N from 1 to steps + 1: the bits are the same.",
+    )
+    add = generate_parser.add_argument
+    add("--image", type=Path, help="photograph of the face (default: the demo's)")
+    add("--audio", type=Path, help="voice, any sound file (default: the demo's, 4 s of it)")
+    add("--prompt", default="A person is talking to the camera.", help="what happens (default: %(default)r)")
+    add("--out", type=Path, default=Path("video.mp4"), help="the MP4 to write (default: %(default)s)")
+    add("--preset", default="tiny", choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
+    add("--checkpoint", type=Path, metavar="DIR", help="folder of the downloaded Wan2.2-S2V-14B")
+    add("--lora", type=Path, metavar="FILE", help="liveavatar.safetensors, merged while loading")
+    add("--steps", type=int, help="denoising steps (default: the preset's)")
+    add("--seconds", type=float, help="length of the video (default: the voice's)")
+    add("--size", metavar="WxH", help="picture size in pixels (default: the preset's)")
+    add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
+    layout = generate_parser.add_argument_group("layout")
+    layout.add_argument("--plan", action="store_true", help="print ranks, memory and predicted speed, and stop")
+    layout.add_argument("--ranks", type=int, help="with --plan: for this many ranks")
+    layout.add_argument("--partition", metavar="N,N,...", help="denoising steps of each DiT rank, such as 2,1,1")
+    layout.add_argument(
+        "--decode", choices=["own", "shared"], help="decode on a rank of its own, or on the last DiT rank"
+    )
+    machine = generate_parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    machine.add_argument(
+        "--threads", type=int, default=1, help="CPU threads of a rank; other numbers, other bits (default: %(default)s)"
+    )
+    machine.add_argument(
+        "--deadline", type=float, default=60.0, metavar="S", help="a rank silent for S seconds is lost (default: %(default)s)"
+    )
+    machine.add_argument("--trace", type=Path, metavar="DIR", help="write what each rank did when, one JSON line a span")
+    generate_parser.set_defaults(run=run_generate)
+
+
+def job_from(args: argparse.Namespace, world: World | None) -> Job:
+    """The job that the command line asks for."""
+    config = presets.preset(args.preset)
+    if args.steps is not None:
+        if not 1 <= args.steps <= 50:
+            raise ConfigError(f"--steps must lie in 1..50, got {args.steps}; 4 is what the model was made for")
+        config = dataclasses.replace(config, sigmas=flow.published_grid(args.steps))
+    if args.size is not None:
+        width, height = _size(args.size)
+        config = dataclasses.replace(config, width=width, height=height)
+    demo_audio = args.audio is None
+    return Job(
+        config=config,
+        image=args.image if args.image is not None else demo.demo_image(),
+        audio=args.audio if args.audio is not None else demo.demo_audio(),
+        out=args.out,
+        prompt=args.prompt,
+        weights=Weights(folder=args.checkpoint, lora=args.lora),
+        seconds=4.0 if args.seconds is None and demo_audio else args.seconds,
+        seed=args.seed,
+        partition=_partition(args.partition),
+        decode_alone=None if args.decode is None else args.decode == "own",
+        device=_device(args.device, world),
+        limits=Limits(deadline_s=args.deadline),
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().replace("*", "x").partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ConfigError(f"--size must look like 384x704 (width x height), got {text!r}")
+    return int(width), int(height)
+
+
+def _partition(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ConfigError(f"--partition must look like 2,1,1, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def _device(name: str | None, world: World | None) -> str:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and device.index is None:
+        return f"cuda:{world.local_rank if world is not None else 0}"
+    return name
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    world = world_from_environment()
+    job = job_from(args, world)
+    if args.threads < 1:
+        raise ConfigError(f"--threads must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.deterministic = True
+    rank = 0 if world is None else world.rank
+    num_ranks = args.ranks or (1 if world is None else world.size)
+    if args.plan:
+        if rank == 0:
+            engine = Engine(job.config, weights=job.weights, device=job.device, plan_only=True)
+            print(describe(schedule_for(job, num_ranks), forecast(engine), engine))
+        return 0
+    if rank == 0 and job.weights.folder is None:
+        _say("The tiny preset has random weights: it paints noise. What you see working is the engine, not the model.")
+    with _observer(args.trace, rank) as observer, _Bar() as bar:
+        made = generate(job, world, progress=bar.update, observer=observer)
+    if made is not None:
+        _report(made, job, num_ranks)
+    return 0
+
+
+def _report(made: Made, job: Job, num_ranks: int) -> None:
+    print(
+        f"{made.path}: {made.num_frames} frames, {made.duration_s:.2f} s of video; first chunk after "
+        f"{made.first_frame_s:.2f} s, then {made.fps:.1f} frames/s over all ({job.config.name}, "
+        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'}, {job.device})"
+    )
+
+
+@contextlib.contextmanager
+def _observer(folder: Path | None, rank: int) -> Iterator[Observer]:
+    if folder is None:
+        yield Silent()
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = JsonLines(folder / f"rank{rank}.jsonl", rank=rank)
+    except OSError as error:
+        raise InputError(f"cannot write traces to {folder}: {error.strerror}; choose another folder") from error
+    with lines:
+        yield lines
+
+
+class _Bar:
+    """A progress bar that appears with the first frames, on the rank that writes them."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, unit="frame", desc="streaming", disable=None)
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def run_doctor(_args: argparse.Namespace) -> int:
+    findings = doctor.examine()
+    for finding in findings:
+        print(f"{finding.verdict.value:2}  {finding.subject:<10} {finding.text}")
+    worst = [f for f in findings if f.verdict is doctor.Verdict.ERROR]
+    return int(bool(worst))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that files are closed on the way out."""
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status: 0 done, 2 for what calling again differently mends, 1 for the rest."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return args.run(args)
+    except StreamdiffError as error:
+        # What every rank finds out for itself is said once.
+        if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
+            _say(f"error: {error}")
+            for note in getattr(error, "__notes__", []):
+                _say(note)
+        if args.verbose:
+            logging.getLogger(__name__).exception("the error in full")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; what was written so far is whole")
+        return 130
+    except _Terminated:
+        _say("terminated; what was written so far is whole")
+        return 143
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What a job will need and how fast it will be, before anything large is loaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from streamdiff.config import EngineConfig
+from streamdiff.engine import Engine
+from streamdiff.errors import BackendError
+from streamdiff.models import cost
+from streamdiff.models.audio import AudioChunk
+from streamdiff.models.vae import vae_flops
+from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us, render
+from streamdiff.pipeline.stage import PRIMING_LATENTS
+
+_TEXT_ENCODER_BYTES = 11_400_000_000
+"""The published umT5-xxl encoder in bfloat16; it is loaded into host memory."""
+_SPEECH_ENCODER_BYTES = 1_300_000_000
+"""wav2vec2-large in float32."""
+
+_DENSE_SHARE = 0.52
+_CONV_SHARE = 0.27
+"""Shares of a large matrix product's speed that a denoising step and the decoder reach. From Live Avatar, table 3: a
+bfloat16 step of 121 TFLOP in 0.333 s and a decode of 27 TFLOP in 0.148 s, on a chip that multiplies at about 700 TFLOP/s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Seconds per chunk, and where the numbers come from."""
+
+    costs: Costs
+    basis: str
+
+
+def _flops(config: EngineConfig) -> tuple[int, int]:
+    """Operations of one chunk: in one denoising step, and in the decoder."""
+    decode = config.frames_per_chunk * vae_flops(config.vae, "decoder", *config.latent_hw)
+    return cost.step_flops(config).total, decode
+
+
+def predicted_costs(config: EngineConfig, dense_flops_per_s: float = 700e12) -> Costs:
+    """Costs in proportion to the operations; arithmetic, so the same on every rank and machine."""
+    step, decode = _flops(config)
+    return Costs(
+        step_s=(step / (_DENSE_SHARE * dense_flops_per_s),) * config.num_steps,
+        decode_s=decode / (_CONV_SHARE * dense_flops_per_s),
+    )
+
+
+def forecast(engine: Engine) -> Forecast:
+    """Costs on this machine: measured where the model is small, predicted from a matrix product where it is not."""
+    if engine.is_small:
+        return Forecast(_measured(engine), f"measured here, on {engine.device}")
+    rate = _matmul_rate(engine.device, engine.dtype)
+    return Forecast(
+        predicted_costs(engine.config, rate),
+        f"predicted: a matrix product runs at {rate / 1e12:.2f} TFLOP/s here, a step is taken to reach "
+        f"{_DENSE_SHARE:.0%} of that and the decoder {_CONV_SHARE:.0%} (not measured)",
+    )
+
+
+def _measured(engine: Engine) -> Costs:
+    config = engine.config
+    image_HWC = torch.zeros(config.height, config.width, 3, dtype=torch.uint8)
+    step = engine.stage(Role(rank=0, encodes=True, steps=(0,), decodes=False))
+    decode = engine.stage(Role(rank=1, encodes=False, steps=(), decodes=True))
+    audio = config.dit.audio
+    heard = AudioChunk(
+        torch.zeros(1, audio.num_features if audio else 1, audio.feature_dim if audio else 1, config.video_frames_per_chunk),
+        torch.zeros(1),
+    )
+    # As many chunks as fill the window, one to warm up, and three to time.
+    num_chunks = config.memory.window_chunks + 4
+    step_s: list[float] = []
+    decode_s: list[float] = []
+    packets = engine.head(image_HWC, "").packets([heard] * min(num_chunks, config.refresh_chunk or num_chunks))
+    for packet in packets:
+        start_s = time.perf_counter()
+        stepped = step.step(packet)
+        middle_s = time.perf_counter()
+        decode.step(stepped)
+        step_s.append(middle_s - start_s)
+        decode_s.append(time.perf_counter() - middle_s)
+    return Costs(step_s=(min(step_s[1:]),) * config.num_steps, decode_s=min(decode_s[1:]))
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product, the best of a few tries in about a second."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    best_s = float("inf")
+    for _ in range(4):
+        start_s = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * side**3 / best_s
+
+
+def role_bytes(config: EngineConfig, role: Role, *, device: str, from_folder: bool) -> int:
+    """Memory that a rank needs on its device, largest moment first: what it loads and what it remembers."""
+    on_cuda = device.startswith("cuda")
+    bytes_per_value = 2 if on_cuda else 4
+    total = 0
+    if role.steps:
+        total += cost.rank_bytes(config, num_steps=len(role.steps), bytes_per_value=bytes_per_value).total
+    frame = config.height * config.width * bytes_per_value
+    if role.decodes:
+        # Two frames of every wide layer are remembered, now and for each chunk that can be taken back; one latent
+        # frame's activations come on top.
+        remembered = 2 * config.vae.base_dim * frame * 12
+        total += remembered * (config.memory.slack_chunks + 2) + 6 * 4 * config.vae.base_dim * frame
+        total += PRIMING_LATENTS * 4 * 3 * frame
+    if role.encodes and from_folder:
+        total += _SPEECH_ENCODER_BYTES
+        if not on_cuda:
+            total += _TEXT_ENCODER_BYTES
+    return total
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that is free on a device now; None when the machine does not say."""
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise BackendError(f"{device} was asked for but torch sees no CUDA device; try --device cpu, or `streamdiff doctor`")
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def describe(schedule: Schedule, found: Forecast, engine: Engine) -> str:
+    """The plan in words and numbers, for people."""
+    config = engine.config
+    rank_s = [us / 1e6 for us in rank_costs_us(schedule, found.costs)]
+    period_s, first_s = max(rank_s), sum(rank_s)
+    fps = config.video_frames_per_chunk / period_s
+    bytes_per_value = torch.finfo(engine.dtype).bits // 8
+    step = cost.step_flops(config)
+    audio = "with audio" if config.dit.audio else "no audio"
+    lines = [
+        f"{config.name}: {cost.dit_parameters(config.dit) / 1e9:.3f} B parameters ({audio}), "
+        f"{config.width}x{config.height} at {config.fps} fps, chunks of {config.video_frames_per_chunk} frames "
+        f"({config.chunk_s:.2f} s), {config.num_steps} steps",
+        f"one step of one chunk: {step.total / 1e12:.3g} TFLOP over {config.chunk_tokens} tokens; "
+        f"a hop carries {hop_kib(config):.0f} KiB",
+        "",
+        f"{'rank':<6}{'does':<28}{'s/chunk':>9}{'busy':>7}{'memory':>11}{'weights':>11}{'history':>11}",
+    ]
+    for role, seconds in zip(schedule.roles, rank_s, strict=True):
+        total = role_bytes(
+            config, role, device=str(engine.device), from_folder=engine.weights.folder is not None or not engine.is_small
+        )
+        parts = cost.rank_bytes(config, num_steps=max(1, len(role.steps)), bytes_per_value=bytes_per_value)
+        dit = [_size(parts.weights), _size(parts.history + parts.pristine_sink)] if role.steps else ["-", "-"]
+        lines.append(
+            f"{role.rank:<6}{role!s:<28}{seconds:>9.3f}{seconds / period_s:>7.0%}{_size(total):>11}{dit[0]:>11}{dit[1]:>11}"
+        )
+    lines += [
+        "",
+        render(schedule, num_chunks=4),
+        "",
+        f"predicted: {fps:.1f} frames/s ({'faster' if fps >= config.fps else 'slower'} than the {config.fps} that are shown), "
+        f"first chunk after {first_s:.2f} s, one chunk every {period_s:.3f} s",
+        f"basis: {found.basis}",
+    ]
+    if schedule.bubble_ticks:
+        lines.append(f"the sink refresh at chunk {schedule.refresh_chunk} costs a bubble of {schedule.bubble_ticks} ticks")
+    return "\n".join(lines)
+
+
+def hop_kib(config: EngineConfig) -> float:
+    return cost.hop_bytes(config) / 1024
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"

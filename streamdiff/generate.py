@@ -1,0 +1,222 @@
+"""The main job: a photo, a voice and a prompt in, a talking video out; on one process, or on as many as torchrun started.
+
+Every rank runs this module with the same `Job`. What can be wrong with it is found on every rank before any of them
+waits for another; then each builds its own part, and frames leave the last rank as they are decoded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamdiff.config import EngineConfig
+from streamdiff.engine import Engine, Weights
+from streamdiff.errors import ConfigError, InputError
+from streamdiff.forecast import available_bytes, predicted_costs, role_bytes
+from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_image
+from streamdiff.models.audio import AudioChunk, chunks
+from streamdiff.observe import Observer
+from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.schedule import Role, Schedule, plan
+from streamdiff.pipeline.serve import run_local, serve
+from streamdiff.pipeline.transport import Group, World
+from streamdiff.pipeline.watch import Limits
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Told after every chunk: video frames written so far, and how many there will be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One video to make."""
+
+    config: EngineConfig
+    image: Path
+    audio: Path
+    out: Path
+    prompt: str
+    weights: Weights = Weights()
+    seconds: float | None = None
+    """Length of the video; None: as long as the voice. A longer video ends in silence."""
+    seed: int = 0
+    partition: tuple[int, ...] | None = None
+    """Denoising steps of each DiT rank; None: the shortest longest rank."""
+    decode_alone: bool | None = None
+    """Whether decoding has a rank of its own; None: whatever is faster."""
+    device: str = "cpu"
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise ConfigError(f"--seconds must be a positive number, got {self.seconds}; leave it out for the whole voice")
+        if self.config.dit.audio is None:
+            raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What a finished job can say of itself; on the rank that wrote the video."""
+
+    path: Path
+    num_frames: int
+    duration_s: float
+    first_frame_s: float
+    """From the start of the stream, models loaded, to the first written chunk."""
+    wall_s: float
+    """From the start of the stream to its end."""
+
+    @property
+    def fps(self) -> float:
+        return self.num_frames / self.wall_s if self.wall_s else 0.0
+
+
+def schedule_for(job: Job, num_ranks: int) -> Schedule:
+    """Who owns which step; the same on every rank, since it is arithmetic on the job."""
+    return plan(
+        num_steps=job.config.num_steps,
+        num_ranks=num_ranks,
+        partition=job.partition,
+        decode_alone=job.decode_alone,
+        costs=predicted_costs(job.config),
+        refresh_chunk=job.config.refresh_chunk,
+    )
+
+
+def check(job: Job, role: Role) -> int:
+    """Find what is wrong with the job before anything is loaded; the number of video frames it will make."""
+    read_image(job.image, job.config.height, job.config.width)
+    duration_s = audio_duration_s(job.audio)
+    next(read_audio(job.audio))
+    if not job.out.parent.is_dir():
+        raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
+    need = role_bytes(
+        job.config, role, device=job.device, from_folder=job.weights.folder is not None
+    )
+    have = available_bytes(job.device)
+    if have is not None and need > have:
+        raise ConfigError(
+            f"rank {role.rank} ({role}) needs {need / 2**30:.1f} GiB but {job.device} has {have / 2**30:.1f} GiB free; "
+            "use more ranks, a smaller size, or fewer steps"
+        )
+    seconds = duration_s if job.seconds is None else job.seconds
+    return max(1, round(seconds * job.config.fps))
+
+
+def generate(
+    job: Job,
+    world: World | None = None,
+    *,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
+) -> Made | None:
+    """Make the video; returns what was made on the rank that wrote it, None on the others.
+
+    Raises InputError and ConfigError for what is wrong with the job, RankFailed when another rank is lost; the video so
+    far is whole in either case.
+    """
+    num_ranks = 1 if world is None else world.size
+    schedule = schedule_for(job, num_ranks)
+    role = schedule.roles[0 if world is None else world.rank]
+    num_frames = check(job, role)
+    engine = Engine(job.config, weights=job.weights, device=job.device)
+    if world is None or num_ranks == 1:
+        stage = engine.stage(role, seed=job.seed, observer=observer)
+        with _Film(job, num_frames, progress) as film:
+            source = _source(job, engine, num_frames)
+            for packet in run_local(schedule, [stage], source, observers=[observer] if observer else None):
+                film.show(packet)
+        return film.made()
+    payload = "nccl" if engine.device.type == "cuda" else "gloo"
+    with Group(world, schedule, limits=job.limits, device=engine.device, payload=payload) as group:
+        stage = engine.stage(role, seed=job.seed, observer=observer)
+        source = _source(job, engine, num_frames) if role.encodes else None
+        if not role.decodes:
+            serve(stage, group.link(source=source), observer)
+            return None
+        with _Film(job, num_frames, progress) as film:
+            link = group.link(source=source, deliver=film.show)
+            film.start()
+            serve(stage, link, observer)
+        return film.made()
+
+
+def _source(job: Job, engine: Engine, num_frames: int) -> Iterator[Packet]:
+    """Packets for every chunk of the voice; the encoders are loaded here, on the head alone."""
+    config = job.config
+    image_HWC = read_image(job.image, config.height, config.width)
+    head = engine.head(image_HWC, job.prompt, seed=job.seed)
+    encoder = engine.audio_encoder()
+    num_chunks = -(-num_frames // config.video_frames_per_chunk)
+    voice = itertools.chain(read_audio(job.audio, encoder.rate_hz), _silence(encoder.rate_hz))
+    heard: Iterator[AudioChunk] = chunks(
+        voice, encoder, frames_per_chunk=config.video_frames_per_chunk, fps=config.fps
+    )
+    return head.packets(itertools.islice(heard, num_chunks))
+
+
+def _silence(rate_hz: int) -> Iterator[Tensor]:
+    while True:
+        yield torch.zeros(rate_hz)
+
+
+class _Film:
+    """The end of the line: frames and their sound go to the file as they come, the rest of the last chunk is cut."""
+
+    def __init__(self, job: Job, num_frames: int, progress: Progress | None) -> None:
+        self._job = job
+        self._num_frames = num_frames
+        self._progress = progress
+        self._first_frame_s: float | None = None
+        self._start_s = time.monotonic()
+        self._end_s = self._start_s
+        self._writer = VideoWriter(
+            job.out,
+            width=job.config.width,
+            height=job.config.height,
+            fps=job.config.fps,
+            rate_hz=_RATE_HZ,
+            metadata={"title": job.prompt},
+        )
+
+    def start(self) -> None:
+        """The line is ready: count time from here."""
+        self._start_s = time.monotonic()
+
+    def show(self, packet: Packet) -> None:
+        assert packet.frames_THWC is not None and packet.sound_S is not None
+        frames_THWC = packet.frames_THWC[: self._num_frames - self._writer.num_frames]
+        if len(frames_THWC):
+            self._writer.write(frames_THWC, packet.sound_S[: self._writer.samples_due(len(frames_THWC))])
+        self._end_s = time.monotonic()
+        if self._first_frame_s is None:
+            self._first_frame_s = self._end_s - self._start_s
+        if self._progress is not None:
+            self._progress(self._writer.num_frames, self._num_frames)
+
+    def made(self) -> Made:
+        return Made(
+            path=self._job.out,
+            num_frames=self._writer.num_frames,
+            duration_s=self._writer.duration_s,
+            first_frame_s=self._first_frame_s or 0.0,
+            wall_s=self._end_s - self._start_s,
+        )
+
+    def __enter__(self) -> _Film:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._writer.close()
+
+
+_RATE_HZ = 16_000
+"""Every audio encoder listens at this rate, and the video carries what they heard."""
