@@ -175,7 +175,7 @@ class LineLink:
         self._order = Order()
         self._will_return: dict[int, int] = {}  # chunk -> epoch in which it was last made
         self._chunk = -1
-        self.activity = Activity(Doing.STARTING, -1, time.monotonic())
+        self.activity = Activity(Doing.READY, -1, time.monotonic())
 
     def recv(self) -> Packet | None:
         if self._inlet is not None:

@@ -172,3 +172,10 @@ def put_together(manifest: bytes, payloads: Mapping[str, Tensor]) -> Packet:
         return Packet(**restore_fields(content["packet"]), commands=commands)
     except (KeyError, TypeError) as error:
         raise RankFailed(f"cannot read a packet ({error}); run the same streamdiff on every rank") from error
+
+
+def tensors_of(packet: Packet) -> list[Tensor]:
+    """Every tensor that a packet and its commands hold."""
+    things: tuple[Packet | Command, ...] = (packet, *packet.commands)
+    values = (getattr(thing, field.name) for thing in things for field in fields(thing))
+    return [value for value in values if isinstance(value, Tensor)]

@@ -1,0 +1,434 @@
+"""Who is to blame when the stream falls: every rank watches every other, and all of them name the same one.
+
+Each rank writes a heartbeat that says what it is doing, on which chunk, for how long, and reads those of the
+others from a store that all can reach. A verdict (`Failure`) is reached by whoever sees it first and written
+once; the rest read it. A rank that merely waits is never blamed.
+
+    silent for half the deadline                 killed, stopped, or cut off
+    working on one chunk for the whole deadline  hung in its step
+    closed its connection, and is not done       died
+    failed with an error of its own              says so itself, before it leaves
+    all wait for each other                      nobody: a packet was lost, or the schedule is wrong
+
+The main thread only ever sleeps in short naps and asks `Watch.check` in between, so an error, Ctrl-C or
+SIGTERM ends it at once. If it is stuck in a step instead, the guard thread interrupts it, and at last ends
+the process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+from streamdiff.errors import ConfigError, RankFailed
+from streamdiff.pipeline.link import POLL_S, Activity, Doing
+
+logger = logging.getLogger(__name__)
+
+_FAILURE = "failure"
+_EMPTY = "-"
+_STARTING_SILENCE_S = 10.0
+"""Loading weights can hold the interpreter for seconds; a rank that starts may be silent for this long."""
+_SETTLE_S = 0.3
+"""A lost connection may be the echo of an older failure, whose verdict is on its way."""
+_LINGER_S = 2.0
+"""How long the host of the store stays after the end, so that all can read the verdict."""
+_CLEANUP_S = 20.0
+"""How long a rank that knows of the failure may take to close its files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The patience of a stream, in seconds."""
+
+    deadline_s: float = 30.0
+    """Longest work on one chunk. A dead or stopped rank is found in about half of it."""
+    startup_s: float = 1800.0
+    """Until every rank has loaded its models and joined."""
+    outside_s: float = 3600.0
+    """Longest wait for the outside: the source to speak, the delivery to take."""
+
+    def __post_init__(self) -> None:
+        if min(self.deadline_s, self.startup_s, self.outside_s) <= 0:
+            raise ConfigError(f"limits are positive seconds, got {self}")
+
+    @property
+    def poll_s(self) -> float:
+        """Between two heartbeats."""
+        return min(0.1, self.deadline_s / 20)
+
+    @property
+    def silence_s(self) -> float:
+        """Silence that counts as death."""
+        return max(10 * self.poll_s, self.deadline_s / 2)
+
+
+class Store(Protocol):
+    """What a watch needs of the place where ranks meet. Calls raise when its host is gone."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get_many(self, keys: list[str]) -> list[str]:
+        """Values of keys that exist."""
+        ...
+
+    def compare_set(self, key: str, expected: str, value: str) -> str:
+        """Write ``value`` if the key holds ``expected`` (empty: if it does not exist); what it holds then."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A verdict: ``rank`` (None: nobody in particular) did ``what`` while at ``chunk``."""
+
+    rank: int | None
+    chunk: int
+    what: str
+
+    def __str__(self) -> str:
+        return self.what if self.rank is None else f"rank {self.rank} {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One heartbeat, as its rank wrote it."""
+
+    count: int
+    doing: Doing
+    chunk: int
+    for_s: float
+    knows: bool
+    """Whether the rank has seen how the stream ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is known of a rank: its last beat (None: it never joined), and how long ago that one was new."""
+
+    beat: Beat | None
+    age_s: float
+
+
+def diagnose(reports: Mapping[int, Report], limits: Limits, *, silence_s: float) -> Failure | None:
+    """The verdict over a set of heartbeats, or None when all is well. Pure, so that it can be tested."""
+    silent: list[tuple[float, int, Beat]] = []
+    stuck: list[tuple[float, int, Beat]] = []
+    waiting: list[str] = []
+    all_wait = True
+    for rank, report in reports.items():
+        beat = report.beat
+        if beat is None:
+            all_wait = False
+            continue
+        if beat.doing is Doing.DONE:
+            continue
+        patience_s = max(silence_s, _STARTING_SILENCE_S) if beat.doing is Doing.STARTING else silence_s
+        if report.age_s > patience_s:
+            silent.append((report.age_s, rank, beat))
+        for_s = beat.for_s + report.age_s
+        limit_s = {
+            Doing.WORKING: limits.deadline_s,
+            Doing.SOURCING: limits.outside_s,
+            Doing.DELIVERING: limits.outside_s,
+        }.get(beat.doing)
+        if limit_s is not None and for_s > limit_s:
+            stuck.append((for_s, rank, beat))
+        if beat.doing in (Doing.WAITING, Doing.SENDING) and for_s > limits.deadline_s:
+            waiting.append(f"rank {rank} {beat.doing.value} at chunk {beat.chunk}")
+        else:
+            all_wait = False
+    if silent:
+        age_s, rank, beat = max(silent, key=lambda entry: entry[0])
+        return Failure(
+            rank,
+            beat.chunk,
+            f"gave no sign of life for {age_s:.1f} s, last seen {beat.doing.value}: it was killed, stopped "
+            f"or cut off; look at its output and its machine",
+        )
+    if stuck:
+        for_s, rank, beat = max(stuck, key=lambda entry: entry[0])
+        return Failure(
+            rank,
+            beat.chunk,
+            f"has been {beat.doing.value} for {for_s:.1f} s without an end; find what holds it, or raise the "
+            f"limit",
+        )
+    if all_wait and waiting:
+        return Failure(
+            None,
+            -1,
+            f"all ranks wait for each other ({'; '.join(waiting)}): a packet was lost; start again",
+        )
+    return None
+
+
+class Watch:
+    """One rank's eye on the others. Start it before the models load, stop it last.
+
+    ``activity`` says what this rank is doing; assign it when that changes hands. ``host`` is the rank in
+    whose process the store lives, None when a launcher hosts it. ``picture`` draws (rank, chunk).
+    ``on_abort`` is called before the process is ended from outside its main thread, to save what can be
+    saved.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        store: Store,
+        *,
+        limits: Limits,
+        host: int | None,
+        picture: Callable[[int, int], str],
+        on_abort: Callable[[RankFailed], None] | None = None,
+    ) -> None:
+        self._rank, self._size, self._store, self._limits = rank, size, store, limits
+        self._host, self._picture, self._on_abort = host, picture, on_abort
+        started = Activity(Doing.STARTING, -1, time.monotonic())
+        self.activity: Callable[[], Activity] = lambda: started
+        self._lock = threading.Lock()
+        self._failure: Failure | None = None
+        self._proposed: Failure | None = None
+        self._suspects: dict[int, tuple[float, str]] = {}
+        self._silence_s = limits.silence_s
+        self._reports: dict[int, Report] = {}
+        self._knows = False
+        self._stop = threading.Event()
+        self._blind = threading.Event()
+        self._round = threading.Condition()
+        self._num_rounds = 0
+        self._noticed = False
+        self._owner = threading.current_thread()
+
+    # --- asked by the rank
+    # ---------------------------------------------------------------------------------------
+
+    @property
+    def failure(self) -> Failure | None:
+        return self._failure
+
+    def check(self) -> None:
+        """Raise RankFailed when the stream has fallen."""
+        if self._failure is not None:
+            self._noticed = True
+            raise self.error()
+
+    def notice(self) -> None:
+        """The main thread is on its way out: leave it the time to close its files."""
+        self._noticed = True
+
+    def error(self) -> RankFailed:
+        """The verdict as an exception, with the schedule and the cell it concerns."""
+        failure = self._failure
+        assert failure is not None
+        picture = (
+            f"\n{self._picture(failure.rank, max(0, failure.chunk))}" if failure.rank is not None else ""
+        )
+        return RankFailed(f"{failure}{picture}", rank=failure.rank)
+
+    def reports(self) -> dict[int, Report]:
+        """What was known of each rank in the last round."""
+        return dict(self._reports)
+
+    def suspect(self, rank: int, why: str) -> None:
+        """A connection to ``rank`` broke. It is blamed unless it is done, or another verdict explains it."""
+        with self._lock:
+            self._suspects.setdefault(rank, (time.monotonic(), why))
+
+    def propose(self, failure: Failure) -> None:
+        """Put a verdict forward; the first one to reach the store is everyone's."""
+        with self._lock:
+            if self._proposed is None:
+                self._proposed = failure
+
+    def wait_for_verdict(self, timeout_s: float, *, silence_s: float | None = None) -> Failure | None:
+        """Wait until a verdict is known; ``silence_s`` shortens the silence that counts as death."""
+        if silence_s is not None:
+            self._silence_s = min(self._silence_s, silence_s)
+        end_s = time.monotonic() + timeout_s
+        while self._failure is None and time.monotonic() < end_s:
+            time.sleep(POLL_S / 5)
+        return self._failure
+
+    def wait_until(self, holds: Callable[[dict[int, Report]], bool], timeout_s: float) -> bool:
+        """Wait until ``holds`` of the reports; False when time ran out, RankFailed when the stream fell."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            self.check()
+            with self._round:
+                if len(self._reports) == self._size and holds(self._reports):
+                    return True
+                self._round.wait(POLL_S)
+            if time.monotonic() > end_s:
+                return False
+
+    # --- life
+    # ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        for target in (self._pulse, self._guard):
+            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+
+    def leave(self) -> None:
+        """Stop watching. The host of the store stays until all others know how it ended, or are gone."""
+        self._noticed = self._knows = True
+        blamed = None if self._failure is None else self._failure.rank
+
+        def all_know(reports: Mapping[int, Report]) -> bool:
+            return all(
+                rank in (self._rank, blamed)
+                or report.beat is None
+                or report.beat.knows
+                or report.age_s > 10 * self._limits.poll_s
+                for rank, report in reports.items()
+            )
+
+        end_s = time.monotonic() + _LINGER_S
+        rounds = self._num_rounds
+        # At least one more round, so that our own last word is written.
+        while time.monotonic() < end_s and not self._blind.is_set():
+            with self._round:
+                if self._num_rounds > rounds + 1 and (self._host != self._rank or all_know(self._reports)):
+                    break
+                self._round.wait(POLL_S)
+        self._stop.set()
+
+    # --- threads
+    # -------------------------------------------------------------------------------------------------
+
+    def _pulse(self) -> None:
+        keys = [_FAILURE, *(f"beat/{rank}" for rank in range(self._size))]
+        seen: dict[int, tuple[int, float]] = {}
+        count = 0
+        try:
+            for key in keys:
+                self._store.compare_set(key, "", _EMPTY)
+            while not self._stop.is_set():
+                count += 1
+                now = self.activity()
+                knows = self._knows or self._failure is not None
+                beat = Beat(count, now.doing, now.chunk, time.monotonic() - now.since_s, knows)
+                self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+                verdict, *beats = self._store.get_many(keys)
+                reports = {rank: self._report(rank, text, seen) for rank, text in enumerate(beats)}
+                if verdict != _EMPTY:
+                    self._fall(Failure(**json.loads(verdict)))
+                elif (failure := self._judge(reports)) is not None:
+                    text = self._store.compare_set(_FAILURE, _EMPTY, json.dumps(asdict(failure)))
+                    self._fall(Failure(**json.loads(text)))
+                with self._round:
+                    self._reports = reports
+                    self._num_rounds += 1
+                    self._round.notify_all()
+                self._stop.wait(self._limits.poll_s)
+        except RuntimeError as error:
+            self._blind.set()
+            if not self._stop.is_set():
+                self._lose_store(f"is gone ({first_line(error)})")
+
+    def _report(self, rank: int, text: str, seen: dict[int, tuple[int, float]]) -> Report:
+        if text == _EMPTY:
+            return Report(None, 0.0)
+        fields = json.loads(text)
+        fields["doing"] = Doing(fields["doing"])
+        beat = Beat(**fields)
+        now_s = time.monotonic()
+        if seen.get(rank, (-1, 0.0))[0] != beat.count:
+            seen[rank] = (beat.count, now_s)
+        return Report(beat, now_s - seen[rank][1])
+
+    def _judge(self, reports: Mapping[int, Report]) -> Failure | None:
+        if self._failure is not None:
+            return None
+        with self._lock:
+            if self._proposed is not None:
+                return self._proposed
+            suspects = dict(self._suspects)
+        for rank, (since_s, why) in suspects.items():
+            beat = reports[rank].beat
+            is_done = beat is not None and beat.doing is Doing.DONE
+            if not is_done and time.monotonic() - since_s > _SETTLE_S:
+                chunk, doing = (-1, Doing.STARTING) if beat is None else (beat.chunk, beat.doing)
+                return Failure(
+                    rank,
+                    chunk,
+                    f"died, last seen {doing.value}: its connection broke ({why}); its own output says more",
+                )
+        return diagnose(reports, self._limits, silence_s=self._silence_s)
+
+    def _fall(self, failure: Failure) -> None:
+        with self._lock:
+            if self._failure is None:
+                self._failure = failure
+
+    def _lose_store(self, what: str) -> None:
+        with self._lock:
+            suspects = sorted(self._suspects)
+        if self._host is not None and self._host != self._rank:
+            report = self._reports.get(self._host)
+            chunk = report.beat.chunk if report is not None and report.beat is not None else -1
+            doing = f", last seen {report.beat.doing.value}" if report is not None and report.beat else ""
+            self._fall(
+                Failure(
+                    self._host,
+                    chunk,
+                    f"died or hangs{doing}: it hosts the store at which ranks meet, and that {what}; "
+                    f"look at its output",
+                )
+            )
+        elif suspects:
+            self._fall(Failure(suspects[0], -1, f"died: its connection broke, and the store {what}"))
+        else:
+            self._fall(Failure(None, -1, f"the store at which ranks meet {what}; look at its host's output"))
+
+    def _guard(self) -> None:
+        """Time only, no store: finds a store that does not answer, and a main thread that does not leave."""
+        nap_s = POLL_S
+        idle_s = fallen_s = 0.0
+        rounds = -1
+        interrupted = False
+        while not self._stop.wait(nap_s):
+            if self._failure is None:
+                # Naps are counted rather than read off the clock: a process that was itself stopped has not
+                # waited.
+                idle_s = idle_s + nap_s if rounds == self._num_rounds else 0.0
+                rounds = self._num_rounds
+                if idle_s > self._limits.silence_s and rounds > 0:
+                    self._lose_store(f"does not answer for {idle_s:.1f} s")
+                continue
+            fallen_s += nap_s
+            if self._noticed:
+                if fallen_s > _CLEANUP_S:
+                    self._abort("cannot close its files")
+            elif fallen_s > 5 * nap_s and not interrupted:
+                interrupted = True
+                self._interrupt()
+            elif fallen_s > max(1.0, self._limits.deadline_s / 4):
+                self._abort("is stuck")
+
+    def _interrupt(self) -> None:
+        """Raise KeyboardInterrupt in a busy main thread, so that its files are closed on the way out."""
+        main = threading.main_thread()
+        if self._owner is main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+
+    def _abort(self, why: str) -> None:
+        error = self.error()
+        logger.critical("rank %d %s and is ended: %s", self._rank, why, error)
+        try:
+            if self._on_abort is not None:
+                self._on_abort(error)
+        finally:
+            os._exit(error.exit_code)
+
+
+def first_line(error: BaseException) -> str:
+    """The part of a message that fits into another message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
