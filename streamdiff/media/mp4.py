@@ -3,7 +3,7 @@
 Written here rather than left to a muxer library because a muxer decides by itself when a fragment is
 complete (it waits for the next key frame, or for the other track), and a killed process would lose what it
 was still holding. Every function returns bytes and keeps nothing; what a fragment must know of the past is
-passed in.
+passed in. The header and every fragment are a multiple of `ALIGNMENT` long, see `streamdiff.media.video`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from struct import pack
+
+ALIGNMENT = 8
+"""Size of the head of a box (length and kind), in bytes."""
 
 _UNITY_MATRIX = pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
 _SYNC_SAMPLE = 0x02000000
@@ -113,7 +116,8 @@ def header(
         + pack(">24xI", num_tracks + 1),
     )
     file_type = _box(b"ftyp", b"iso6" + pack(">I", 1) + b"iso6iso5isommp42avc1")
-    return file_type + _box(b"moov", movie + tracks + _box(b"mvex", duration + extends) + _user_data(tags))
+    described = _box(b"moov", movie + tracks + _box(b"mvex", duration + extends) + _user_data(tags))
+    return file_type + described + _box(b"free", bytes(-(len(file_type) + len(described)) % ALIGNMENT))
 
 
 def fragment(
@@ -137,7 +141,8 @@ def fragment(
 
     # Offsets count from the first byte of the moof box; its size does not depend on their value.
     data_offset = len(describe(0)) + 8
-    return describe(data_offset) + _box(b"mdat", video_data + sound_data)
+    padding = bytes(-(data_offset + len(video_data) + len(sound_data)) % ALIGNMENT)
+    return describe(data_offset) + _box(b"mdat", video_data + sound_data + padding)
 
 
 def _box(kind: bytes, body: bytes) -> bytes:

@@ -24,6 +24,8 @@ from streamdiff.errors import InputError
 _MIN_RATE_HZ = 8_000
 _MAX_RATE_HZ = 192_000
 _LOUDEST = 16.0
+# PyAV (18.1) reads a plane too many from frames of eight planar channels or more, and crashes.
+_UNSAFE_PLANES = 8
 _GIVE_SPEECH = "give a file with speech in it"
 
 
@@ -125,6 +127,7 @@ def _decode(source: str | Path | BinaryIO, rate_hz: int) -> Iterator[Tensor]:
     with _open(source) as (container, stream):
         source_rate_hz = stream.rate
         resample = None if source_rate_hz == rate_hz else _Resampler(source_rate_hz, rate_hz)
+        interleave = av.AudioResampler(format="flt")
         num_samples = 0
         frames = container.decode(stream)
         while True:
@@ -144,6 +147,8 @@ def _decode(source: str | Path | BinaryIO, rate_hz: int) -> Iterator[Tensor]:
                 )
             if frame.samples == 0:
                 continue
+            if frame.format.is_planar and frame.layout.nb_channels >= _UNSAFE_PLANES:
+                (frame,) = interleave.resample(frame)
             mono_S = _mono(frame)
             _check_samples(mono_S, f"{name}, {num_samples / source_rate_hz:.2f} s into it,")
             num_samples += len(mono_S)
