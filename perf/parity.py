@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamdiff.checkpoint import load_strict
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig, VAEConfig
@@ -76,12 +76,7 @@ def compare(folder: Path) -> dict[str, float]:
     dit = CausalDiT(config.dit)
     load_strict(dit, load_file(folder / "weights.safetensors"), what=str(folder / "weights.safetensors"))
     velocities: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, velocity: Tensor) -> None:
-        velocities.append(velocity)
-
-    dit.register_forward_hook(keep)
-    stage = DenoiseStage(dit, config, range(config.num_steps))
+    stage = DenoiseStage(dit, config, range(config.num_steps), on_velocity=lambda _, v: velocities.append(v.clone()))
     frames, columns = config.frames_per_chunk, config.video_frames_per_chunk
     worst = {"max_rel_velocity": 0.0, "max_rel_latent": 0.0, "max_rel_sink": 0.0}
     first: Tensor | None = None
@@ -109,8 +104,7 @@ def compare(folder: Path) -> dict[str, float]:
         )
         if chunk == 0:
             first = packet.latent_BCTHW
-            sink = stage._sink.keys_ZBSNK[0]
-            worst["max_rel_sink"] = relative(sink, outputs["sink_k_layer0"])
+            worst["max_rel_sink"] = relative(stage.sink.keys(0), outputs["sink_k_layer0"])
         velocity = max(
             relative(ours[0], theirs) for ours, theirs in zip(velocities, outputs["velocity"][chunk], strict=True)
         )

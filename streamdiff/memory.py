@@ -23,11 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from streamdiff_kernels import Impl, rotate_sink_
 from torch import Tensor
 
 from streamdiff import counter
 from streamdiff.errors import MemoryOrderError
-from streamdiff.rope import Rotation, rotate
+from streamdiff.rope import Rotation
 
 
 def sink_lead(*, seed: int, stream: int, chunk: int, low: int, high: int) -> int:
@@ -134,35 +135,53 @@ class Ring:
 
 
 class SinkMemory:
-    """Keys and values of the sink, un-rotated; shared by all steps of a rank, since the sink is seen at time 0."""
+    """Keys and values of the sink, un-rotated; shared by all steps of a rank, since the sink is seen at time 0.
+
+    The first ``moving_tokens`` of it (the reference) roll with the stream, the rest (the motion prefix) stays where it
+    is; they lie in two buffers so that each can be rotated whole.
+    """
 
     def __init__(
         self,
         *,
         num_layers: int,
         num_streams: int,
-        sink_tokens: int,
+        moving_tokens: int,
+        still_tokens: int = 0,
         num_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_layers, num_streams, sink_tokens, num_heads, head_dim)
-        self.keys_ZBSNK = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_ZBSNK = torch.zeros(shape, dtype=dtype, device=device)
+        def zeros(num_tokens: int) -> Tensor:
+            shape = (num_layers, num_streams, num_tokens, num_heads, head_dim)
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.moving_keys_ZBSNK = zeros(moving_tokens)
+        self.still_keys_ZBSNK = zeros(still_tokens)
+        self.values_ZBSNK = zeros(moving_tokens + still_tokens)
 
     @property
     def sink_tokens(self) -> int:
-        return self.keys_ZBSNK.shape[2]
+        return self.values_ZBSNK.shape[2]
+
+    @property
+    def moving_tokens(self) -> int:
+        return self.moving_keys_ZBSNK.shape[2]
 
     def write(self, layer: int, keys_BSNK: Tensor, values_BSNK: Tensor) -> None:
         """Replace one layer's sink."""
-        self.keys_ZBSNK[layer].copy_(keys_BSNK)
+        self.moving_keys_ZBSNK[layer].copy_(keys_BSNK[:, : self.moving_tokens])
+        self.still_keys_ZBSNK[layer].copy_(keys_BSNK[:, self.moving_tokens :])
         self.values_ZBSNK[layer].copy_(values_BSNK)
+
+    def keys(self, layer: int) -> Tensor:
+        """One layer's pristine keys, moving ones first: ``[B, S, N, K]``."""
+        return torch.cat([self.moving_keys_ZBSNK[layer], self.still_keys_ZBSNK[layer]], dim=1)
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys_ZBSNK.nbytes
+        return 2 * self.values_ZBSNK.nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,17 +195,31 @@ class LayerMemory:
 
 
 class StepMemory:
-    """The history of one denoising step: all layers, one noise level, fixed addresses."""
+    """The history of one denoising step: all layers, one noise level, fixed addresses.
+
+    Where the current chunk goes and how much is filled is known twice: on the host as integers, and on the device
+    (``slot_index``, ``length``), so that a captured step can follow the ring without the host.
+    """
 
     def __init__(
-        self, sink: SinkMemory, *, chunk_tokens: int, window_chunks: int, slack_chunks: int = 0
+        self,
+        sink: SinkMemory,
+        *,
+        chunk_tokens: int,
+        window_chunks: int,
+        slack_chunks: int = 0,
+        impl: Impl = Impl.TORCH,
     ) -> None:
-        Z, B, S, N, K = sink.keys_ZBSNK.shape
-        like = sink.keys_ZBSNK
+        like = sink.values_ZBSNK
+        Z, B, S, N, K = like.shape
         self.ring = Ring(window=window_chunks, slack=slack_chunks)
         self.chunk_tokens = chunk_tokens
+        self.sink_tokens = S
+        self.length_on_host = S
+        self.slot_index = torch.zeros((), dtype=torch.int32, device=like.device)
+        self.length = torch.full((), S, dtype=torch.int32, device=like.device)
         self._sink = sink
-        self._sink_tokens = S
+        self._impl = impl
         num_tokens = S + window_chunks * chunk_tokens
         self.keys_ZBMNK = torch.zeros((Z, B, num_tokens, N, K), dtype=like.dtype, device=like.device)
         self.values_ZBMNK = torch.zeros_like(self.keys_ZBMNK)
@@ -199,36 +232,47 @@ class StepMemory:
         return 2 * (self.keys_ZBMNK.nbytes + self._spilled_keys.nbytes)
 
     def take_sink(self, still: Rotation | None) -> None:
-        """Bring the sink in after it was computed anew: all its values, and the keys of its last tokens, those with a
-        fixed position (``still``). The keys of its first tokens follow with every `turn_sink`.
+        """Bring the sink in after it was computed anew: all its values, and the keys that keep their position.
+
+        The keys that move follow with every `turn_sink`.
         """
-        self.values_ZBMNK[:, :, : self._sink_tokens].copy_(self._sink.values_ZBSNK)
+        self.values_ZBMNK[:, :, : self.sink_tokens].copy_(self._sink.values_ZBSNK)
         if still is not None:
-            self._turn(still, start=self._sink_tokens - still.cos_LF.shape[0])
+            self._turn(self._sink.still_keys_ZBSNK, still, first_row=self._sink.moving_tokens)
 
     def turn_sink(self, rotation: Rotation) -> None:
-        """Rotate the first tokens of the sink, as many as ``rotation`` has, from the pristine copy into the buffer."""
-        self._turn(rotation, start=0)
+        """Rotate the moving tokens of the sink from their pristine copy into the buffer."""
+        self._turn(self._sink.moving_keys_ZBSNK, rotation, first_row=0)
 
-    def _turn(self, rotation: Rotation, *, start: int) -> None:
-        tokens = slice(start, start + rotation.cos_LF.shape[0])
-        Z, B = self.keys_ZBMNK.shape[:2]
-        turned = rotate(self._sink.keys_ZBSNK[:, :, tokens].flatten(0, 1), rotation)
-        self.keys_ZBMNK[:, :, tokens].copy_(turned.unflatten(0, (Z, B)))
+    def _turn(self, pristine_ZBSNK: Tensor, rotation: Rotation, *, first_row: int) -> None:
+        rotate_sink_(
+            pristine_ZBSNK.flatten(0, 1),
+            rotation.cos_LF,
+            rotation.sin_LF,
+            self.keys_ZBMNK.flatten(0, 1),
+            first_row=first_row,
+            impl=self._impl,
+        )
 
-    def admit(self, chunk: int) -> list[LayerMemory]:
-        """Make room for a chunk; one view per layer. See `Ring.admit` for the order that is asked for."""
+    def admit(self, chunk: int) -> Slot:
+        """Make room for a chunk; what it displaces goes to the spill. See `Ring.admit` for the order asked for."""
         slot = self.ring.admit(chunk)
-        start, end = self._span(slot.index)
         if slot.evicted is not None and self.ring.slack:
-            spill = slot.evicted % self.ring.slack
-            self._spilled_keys[spill].copy_(self.keys_ZBMNK[:, :, start:end])
-            self._spilled_values[spill].copy_(self.values_ZBMNK[:, :, start:end])
-        visible = self._sink_tokens + slot.filled * self.chunk_tokens
+            spill, rows = slot.evicted % self.ring.slack, self._rows(slot.index)
+            self._spilled_keys[spill].copy_(self.keys_ZBMNK[:, :, rows])
+            self._spilled_values[spill].copy_(self.values_ZBMNK[:, :, rows])
+        self.length_on_host = self.sink_tokens + slot.filled * self.chunk_tokens
+        self.slot_index.fill_(slot.index)
+        self.length.fill_(self.length_on_host)
+        return slot
+
+    def views(self, slot: Slot) -> list[LayerMemory]:
+        """The chunk's place in every layer, for a model in plain torch."""
+        rows, visible = self._rows(slot.index), self.sink_tokens + slot.filled * self.chunk_tokens
         return [
             LayerMemory(
-                own_keys_BLNK=keys_BMNK[:, start:end],
-                own_values_BLNK=values_BMNK[:, start:end],
+                own_keys_BLNK=keys_BMNK[:, rows],
+                own_values_BLNK=values_BMNK[:, rows],
                 keys_BMNK=keys_BMNK[:, :visible],
                 values_BMNK=values_BMNK[:, :visible],
             )
@@ -238,14 +282,14 @@ class StepMemory:
     def rewind(self, chunk: int) -> None:
         """Forget ``chunk`` and all after it, bringing back what they displaced."""
         for restore in self.ring.rewind(chunk):
-            start, end = self._span(restore.slot)
-            self.keys_ZBMNK[:, :, start:end].copy_(self._spilled_keys[restore.spill])
-            self.values_ZBMNK[:, :, start:end].copy_(self._spilled_values[restore.spill])
+            rows = self._rows(restore.slot)
+            self.keys_ZBMNK[:, :, rows].copy_(self._spilled_keys[restore.spill])
+            self.values_ZBMNK[:, :, rows].copy_(self._spilled_values[restore.spill])
 
     def clear(self) -> None:
         """Forget every chunk; the sink stays."""
         self.ring.clear()
 
-    def _span(self, slot: int) -> tuple[int, int]:
-        start = self._sink_tokens + slot * self.chunk_tokens
-        return start, start + self.chunk_tokens
+    def _rows(self, slot: int) -> slice:
+        start = self.sink_tokens + slot * self.chunk_tokens
+        return slice(start, start + self.chunk_tokens)

@@ -66,6 +66,10 @@ class AudioCondition:
     """Per injector ``[B * T, A, N, K]``."""
     values: tuple[Tensor, ...]
 
+    @property
+    def parts(self) -> tuple[tuple[Tensor, ...], ...]:
+        return self.scales, self.shifts, self.keys, self.values
+
 
 def attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
     """Plain softmax attention of every query to every key; ``[B, L, N * K]``."""
@@ -302,14 +306,14 @@ class CausalDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self._injector_of: dict[int, int] = {}
+        self.injector_of: dict[int, int] = {}
         if config.audio is not None:
             self.cond_encoder = nn.Conv3d(config.cond_dim, D, config.patch, stride=config.patch)
             self.trainable_cond_mask = nn.Embedding(3, D)
             self.casual_audio_encoder = CausalAudioEncoder(config.audio, D)
             self.audio_injector = AudioInjector(config, len(config.audio.inject_layers))
             self.frame_packer = FramePacker(config.in_dim, D)
-            self._injector_of = {layer: j for j, layer in enumerate(config.audio.inject_layers)}
+            self.injector_of = {layer: j for j, layer in enumerate(config.audio.inject_layers)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -459,11 +463,8 @@ class CausalDiT(nn.Module):
         With a memory, writes this chunk's keys and values into it and attends to all it holds; without one the chunk
         attends to itself, which is how the plain Wan model reads a whole clip.
         """
-        B, _, T, H, W = latent_BCTHW.shape
-        x_BLD = self._embed(latent_BCTHW)
-        if self.config.audio is not None:
-            # The pose input is absent, which is not the same as nothing: its bias still counts.
-            x_BLD = x_BLD + self.cond_encoder.bias + self._token_kind(0)
+        _, _, T, H, W = latent_BCTHW.shape
+        x_BLD = self.embed_video(latent_BCTHW)
         for layer, block in enumerate(self.blocks):
             x_BLD = block(
                 x_BLD,
@@ -473,14 +474,24 @@ class CausalDiT(nn.Module):
                 text.values_ZBPNK[layer],
                 None if memory is None else memory[layer],
             )
-            if layer in self._injector_of and audio is not None:
-                x_BLD = self._inject(x_BLD, audio, self._injector_of[layer])
-        patches_BLD = self.head(x_BLD, modulation.head_2D)
+            if layer in self.injector_of and audio is not None:
+                x_BLD = self._inject(x_BLD, audio, self.injector_of[layer])
+        return self.unpatchify(self.head(x_BLD, modulation.head_2D), T, H, W)
+
+    def embed_video(self, latent_BCTHW: Tensor) -> Tensor:
+        """Tokens of a chunk ``[B, L, D]``, marked as video."""
+        x_BLD = self._embed(latent_BCTHW)
+        if self.config.audio is None:
+            return x_BLD
+        # The pose input is absent, which is not the same as nothing: its bias still counts.
+        return x_BLD + self.cond_encoder.bias + self._token_kind(0)
+
+    def unpatchify(self, patches_BLD: Tensor, T: int, H: int, W: int) -> Tensor:
+        """Patches ``[B, L, C * patch]`` back to a latent ``[B, C, T, H, W]``, float32."""
         pt, ph, pw = self.config.patch
         return rearrange(
             patches_BLD.float(),
             "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-            b=B,
             t=T // pt,
             h=H // ph,
             w=W // pw,
@@ -500,7 +511,7 @@ class CausalDiT(nn.Module):
 
     def _embed(self, latent_BCTHW: Tensor) -> Tensor:
         patches = self.patch_embedding(latent_BCTHW.to(device=self.device, dtype=self.dtype))
-        return patches.flatten(2).transpose(1, 2)
+        return patches.flatten(2).transpose(1, 2).contiguous()
 
     def _token_kind(self, kind: int) -> Tensor:
         """Learnt mark of video (0), reference (1) and motion (2) tokens; nothing in a model without audio."""

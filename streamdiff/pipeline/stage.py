@@ -7,17 +7,19 @@ Axes: B streams, T latent frames, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from streamdiff import flow
 from streamdiff.config import EngineConfig
 from streamdiff.errors import MemoryOrderError, StreamdiffError
 from streamdiff.memory import SinkMemory, StepMemory
-from streamdiff.models.dit import AudioCondition, CausalDiT, Modulation, TextCondition
+from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
+from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
@@ -49,15 +51,15 @@ class _Step:
     index: int
     sigma: float
     sigma_next: float
-    modulation: Modulation
     memory: StepMemory
+    velocity: ServedStep
 
 
 class DenoiseStage:
     """Takes a chunk through a contiguous run of denoising steps, each with its own history.
 
     ``steps`` are indices into ``config.sigmas``. ``seed`` and ``stream`` key the fresh noise of the re-noising
-    sampler; the Euler sampler draws none.
+    sampler; the Euler sampler draws none. ``on_velocity`` is told (step, velocity) of every forward.
     """
 
     def __init__(
@@ -69,41 +71,45 @@ class DenoiseStage:
         seed: int = 0,
         stream: int = 0,
         num_streams: int = 1,
+        options: StepOptions | None = None,
         observer: Observer | None = None,
+        on_velocity: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._dit = dit
         self._config = config
         self._seed = seed
         self._stream = stream
         self._observer = observer or Silent()
+        self._on_velocity = on_velocity
         self._reference: SetReference | None = None
         self._text: TextCondition | None = None
+        options = StepOptions() if options is None else options
+        impl = options.resolved(dit.device)
+        sink_tokens = dit.sink_tokens(config.latent_hw, with_motion=config.motion_latents > 0)
         with torch.inference_mode():
+            weights = ServedWeights(dit, options)
             self._clean = dit.modulation(0.0)
-            self._sink = SinkMemory(
+            self.sink = SinkMemory(
                 num_layers=config.dit.num_layers,
                 num_streams=num_streams,
-                sink_tokens=dit.sink_tokens(config.latent_hw, with_motion=config.motion_latents > 0),
+                moving_tokens=config.frame_tokens,
+                still_tokens=sink_tokens - config.frame_tokens,
                 num_heads=config.dit.num_heads,
                 head_dim=config.dit.head_dim,
                 dtype=dit.dtype,
                 device=dit.device,
             )
-            self._steps = [
-                _Step(
-                    index=i,
-                    sigma=config.sigmas[i],
-                    sigma_next=config.sigmas[i + 1],
-                    modulation=dit.modulation(config.sigmas[i]),
-                    memory=StepMemory(
-                        self._sink,
-                        chunk_tokens=config.chunk_tokens,
-                        window_chunks=config.memory.window_chunks,
-                        slack_chunks=config.memory.slack_chunks,
-                    ),
+            self._steps: list[_Step] = []
+            for i in steps:
+                memory = StepMemory(
+                    self.sink,
+                    chunk_tokens=config.chunk_tokens,
+                    window_chunks=config.memory.window_chunks,
+                    slack_chunks=config.memory.slack_chunks,
+                    impl=impl,
                 )
-                for i in steps
-            ]
+                served = ServedStep(weights, dit.modulation(config.sigmas[i]), memory, options)
+                self._steps.append(_Step(i, config.sigmas[i], config.sigmas[i + 1], memory, served))
             self._motion_rotation = (
                 dit.motion_rotation(config.latent_hw) if config.motion_latents > 0 else None
             )
@@ -111,7 +117,7 @@ class DenoiseStage:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all histories and of the pristine sink."""
-        return self._sink.num_bytes + sum(step.memory.num_bytes for step in self._steps)
+        return self.sink.num_bytes + sum(step.memory.num_bytes for step in self._steps)
 
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
@@ -132,9 +138,11 @@ class DenoiseStage:
         x = packet.latent_BCTHW.to(device=dit.device, dtype=torch.float32)
         for step in self._steps:
             with span(self._observer, "denoise", chunk=packet.chunk, epoch=packet.epoch, step=step.index):
-                layers = step.memory.admit(packet.chunk)
+                step.memory.admit(packet.chunk)
                 step.memory.turn_sink(sink)
-                velocity = dit(x, step.modulation, self._text, own, audio=audio, memory=layers)
+                velocity = step.velocity(x, own, self._text, audio)
+                if self._on_velocity is not None:
+                    self._on_velocity(step.index, velocity)
                 if config.renoise and step.sigma_next > 0:
                     noise = flow.step_noise(
                         tuple(x.shape), seed=self._seed, stream=self._stream, chunk=packet.chunk, step=step.index
@@ -186,7 +194,7 @@ class DenoiseStage:
             reference.motion_BCTHW if self._config.motion_latents > 0 else None,
             text,
             self._clean,
-            self._sink,
+            self.sink,
             position=self._config.memory.sink_position,
         )
         for step in self._steps:

@@ -13,7 +13,7 @@ Z, N, K, L, S = 2, 2, 8, 3, 4
 
 def new_memory(window: int, slack: int) -> StepMemory:
     sink = SinkMemory(
-        num_layers=Z, num_streams=1, sink_tokens=S, num_heads=N, head_dim=K, dtype=torch.float32, device="cpu"
+        num_layers=Z, num_streams=1, moving_tokens=S, num_heads=N, head_dim=K, dtype=torch.float32, device="cpu"
     )
     for layer in range(Z):
         sink.write(layer, torch.full((1, S, N, K), -1.0), torch.full((1, S, N, K), -2.0))
@@ -28,7 +28,7 @@ def new_memory(window: int, slack: int) -> StepMemory:
 def push(memory: StepMemory, chunk: int, flavour: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Write recognisable keys and values; return all that the chunk can see."""
     seen = []
-    for layer, view in enumerate(memory.admit(chunk)):
+    for layer, view in enumerate(memory.views(memory.admit(chunk))):
         view.own_keys_BLNK.fill_(100 * layer + chunk + flavour)
         view.own_values_BLNK.fill_(-(100 * layer + chunk + flavour))
         seen.append((view.keys_BMNK.clone(), view.values_BMNK.clone()))
@@ -66,7 +66,7 @@ def test_addresses_are_fixed() -> None:
     memory = new_memory(3, 2)
     address = memory.keys_ZBMNK.data_ptr()
     for chunk in range(10):
-        assert memory.admit(chunk)[0].keys_BMNK.data_ptr() == address
+        assert memory.views(memory.admit(chunk))[0].keys_BMNK.data_ptr() == address
     memory.rewind(8)
     assert memory.keys_ZBMNK.data_ptr() == address
 

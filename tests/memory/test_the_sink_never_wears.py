@@ -51,7 +51,7 @@ def new_memory() -> tuple[SinkMemory, StepMemory, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, TOKENS, 2, 32, generator=generator).to(torch.bfloat16)
     sink = SinkMemory(
-        num_layers=1, num_streams=1, sink_tokens=TOKENS, num_heads=2, head_dim=32, dtype=torch.bfloat16, device="cpu"
+        num_layers=1, num_streams=1, moving_tokens=TOKENS, num_heads=2, head_dim=32, dtype=torch.bfloat16, device="cpu"
     )
     sink.write(0, keys, keys)
     memory = StepMemory(sink, chunk_tokens=TOKENS, window_chunks=2)
