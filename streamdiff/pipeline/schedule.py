@@ -112,6 +112,20 @@ class Schedule:
             f"not finished by then; use refresh_chunk={self.source_chunk + 1} or later",
         )
 
+    def __str__(self) -> str:
+        """In one line, so that two ranks can tell whether they follow the same one.
+
+        >>> print(Schedule(partition=(2, 1, 1), decode_alone=True, refresh_chunk=5))
+        steps 2+1+1, decode alone, refresh 0->5
+        """
+        decode = "decode alone" if self.decode_alone else "decode shared"
+        refresh = (
+            "no refresh"
+            if self.refresh_chunk is None
+            else f"refresh {self.source_chunk}->{self.refresh_chunk}"
+        )
+        return f"steps {'+'.join(map(str, self.partition))}, {decode}, {refresh}"
+
     @property
     def num_steps(self) -> int:
         return sum(self.partition)

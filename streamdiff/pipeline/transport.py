@@ -279,7 +279,7 @@ class Group:
         for other, theirs in enumerate(plans):
             if theirs != plan:
                 raise ScheduleError(
-                    f"rank {other} follows {theirs}, rank {rank} follows {plan}; "
+                    f"rank {other} follows '{theirs}', rank {rank} '{plan}'; "
                     f"give every rank the same arguments"
                 )
 
@@ -468,7 +468,7 @@ class _End:
         return buffer_S
 
     def _finish(self, work: Any) -> None:
-        """Wait on the host, in naps: packets are handed over whole, so no kernel ever waits for a dead peer."""
+        """Wait on the host, in naps: packets are handed over whole, and no kernel waits for a dead peer."""
         is_done = work.query if isinstance(work, torch.cuda.Event) else work.is_completed
         while not is_done():
             self._check()

@@ -104,8 +104,8 @@ class Beat:
     doing: Doing
     chunk: int
     for_s: float
-    knows: bool
-    """Whether the rank has seen how the stream ended."""
+    gone: bool = False
+    """The last beat of a rank that leaves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +199,16 @@ class Watch:
         self._suspects: dict[int, tuple[float, str]] = {}
         self._silence_s = limits.silence_s
         self._reports: dict[int, Report] = {}
-        self._knows = False
         self._stop = threading.Event()
-        self._blind = threading.Event()
+        self._hurry = threading.Event()
         self._round = threading.Condition()
         self._num_rounds = 0
         self._noticed = False
         self._owner = threading.current_thread()
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in (self._pulse, self._guard)
+        ]
 
     # --- asked by the rank
     # ---------------------------------------------------------------------------------------
@@ -247,6 +250,7 @@ class Watch:
         with self._lock:
             if self._proposed is None:
                 self._proposed = failure
+        self._hurry.set()
 
     def wait_for_verdict(self, timeout_s: float, *, silence_s: float | None = None) -> Failure | None:
         """Wait until a verdict is known; ``silence_s`` shortens the silence that counts as death."""
@@ -273,32 +277,31 @@ class Watch:
     # ----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        for target in (self._pulse, self._guard):
-            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def leave(self) -> None:
-        """Stop watching. The host of the store stays until all others know how it ended, or are gone."""
-        self._noticed = self._knows = True
+        """Stop watching. The host of the store stays until all others have read the verdict and gone."""
+        self._noticed = True
         blamed = None if self._failure is None else self._failure.rank
 
-        def all_know(reports: Mapping[int, Report]) -> bool:
+        def all_gone(reports: Mapping[int, Report]) -> bool:
             return all(
                 rank in (self._rank, blamed)
                 or report.beat is None
-                or report.beat.knows
+                or report.beat.gone
                 or report.age_s > 10 * self._limits.poll_s
                 for rank, report in reports.items()
             )
 
         end_s = time.monotonic() + _LINGER_S
-        rounds = self._num_rounds
-        # At least one more round, so that our own last word is written.
-        while time.monotonic() < end_s and not self._blind.is_set():
+        if self._host == self._rank:
             with self._round:
-                if self._num_rounds > rounds + 1 and (self._host != self._rank or all_know(self._reports)):
-                    break
-                self._round.wait(POLL_S)
+                while time.monotonic() < end_s and not all_gone(self._reports):
+                    self._round.wait(POLL_S)
         self._stop.set()
+        self._hurry.set()
+        self._threads[0].join(max(0.0, end_s - time.monotonic()))
 
     # --- threads
     # -------------------------------------------------------------------------------------------------
@@ -312,10 +315,7 @@ class Watch:
                 self._store.compare_set(key, "", _EMPTY)
             while not self._stop.is_set():
                 count += 1
-                now = self.activity()
-                knows = self._knows or self._failure is not None
-                beat = Beat(count, now.doing, now.chunk, time.monotonic() - now.since_s, knows)
-                self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+                self._beat(count)
                 verdict, *beats = self._store.get_many(keys)
                 reports = {rank: self._report(rank, text, seen) for rank, text in enumerate(beats)}
                 if verdict != _EMPTY:
@@ -327,11 +327,18 @@ class Watch:
                     self._reports = reports
                     self._num_rounds += 1
                     self._round.notify_all()
-                self._stop.wait(self._limits.poll_s)
+                self._hurry.wait(self._limits.poll_s)
+                self._hurry.clear()
+            # Nothing is asked of the store after this: its host may leave as soon as it has read it.
+            self._beat(count + 1, gone=True)
         except RuntimeError as error:
-            self._blind.set()
             if not self._stop.is_set():
                 self._lose_store(f"is gone ({first_line(error)})")
+
+    def _beat(self, count: int, *, gone: bool = False) -> None:
+        now = self.activity()
+        beat = Beat(count, now.doing, now.chunk, time.monotonic() - now.since_s, gone)
+        self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def _report(self, rank: int, text: str, seen: dict[int, tuple[int, float]]) -> Report:
         if text == _EMPTY:

@@ -29,7 +29,7 @@ from typing import Any
 from streamdiff.pipeline.transport import World
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "torch.distributed"])
+_PROCESSES.set_forkserver_preload(["torch.distributed", "numpy", "streamdiff.pipeline.transport"])
 
 
 @dataclass(frozen=True)
