@@ -19,10 +19,11 @@ Source: Wan (arXiv 2503.20314, section 4.1); https://github.com/Wan-Video/Wan2.2
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, cast
 
@@ -67,50 +68,73 @@ class EncoderState:
         return _bytes((self.waiting_BCTHW, *self.pasts))
 
 
-class VideoDecoder(Protocol):
-    """Latents in, video out, at the pace of a stream."""
+class LatentStatistics(Protocol):
+    """How the latents of a decoder are scaled, per channel; empty where they are not."""
 
-    def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState: ...
+    @property
+    def z_dim(self) -> int: ...
 
-    def decode(
-        self, latents_BCTHW: Tensor, state: DecoderState | None = None
-    ) -> tuple[Tensor, DecoderState]: ...
+    @property
+    def latent_mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def latent_std(self) -> tuple[float, ...]: ...
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class _Tape:
-    """One pass through the layers: hands each its past, collects the pasts of the next pass."""
+class Tape:
+    """One pass through the layers: each recalls its past and says what the next pass shall recall."""
 
     def __init__(self, pasts: tuple[Tensor, ...], *, first: bool) -> None:
         self.first = first
-        """Whether this is the first latent frame of the stream, the one that is not resampled in time."""
-        self._old = iter(pasts)
-        self._new: list[Tensor] = []
+        """Whether this is the latent frame that opens the stream."""
+        self._pasts = iter(pasts)
+        self._remembered: list[Tensor] = []
 
-    def convolve(self, conv: CausalConv3d, x_BCTHW: Tensor) -> Tensor:
-        y_BCTHW, past_BCTHW = conv.stream(x_BCTHW, next(self._old))
-        self._new.append(past_BCTHW)
-        return y_BCTHW
+    def recall(self) -> Tensor:
+        return next(self._pasts)
 
-    def keep(self) -> None:
-        """The layer does not run; its past stays."""
-        self._new.append(next(self._old))
-
-    def replace(self, past_BCTHW: Tensor) -> None:
-        """The layer does not run, yet remembers this."""
-        next(self._old)
-        self._new.append(past_BCTHW)
+    def remember(self, past_BCTHW: Tensor) -> None:
+        self._remembered.append(past_BCTHW)
 
     @property
     def pasts(self) -> tuple[Tensor, ...]:
-        return tuple(self._new)
+        """What the next pass shall recall, in order of execution."""
+        return tuple(self._remembered)
 
 
-def _channels_last(x_BCTHW: Tensor) -> Tensor:
-    return x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+def last_frames(x_BCTHW: Tensor, num: int) -> Tensor:
+    """The last frames, as a tensor of their own: a view would keep the whole of x alive."""
+    return x_BCTHW[:, :, -num:].clone(memory_format=torch.channels_last_3d)
+
+
+def per_frame(layer: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
+    """Apply a layer for pictures, (F, C, H, W), to every frame; views only, when x is channels-last."""
+    return _from_pictures(layer(_to_pictures(x_BCTHW)), x_BCTHW.shape[0])
+
+
+def _to_pictures(x_BCTHW: Tensor) -> Tensor:
+    # By way of (F, H, W, C): `flatten` alone gives a single frame strides that torch does not take for such.
+    return x_BCTHW.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _from_pictures(x_FCHW: Tensor, num_streams: int) -> Tensor:
+    return x_FCHW.permute(0, 2, 3, 1).unflatten(0, (num_streams, -1)).permute(0, 4, 1, 2, 3)
+
+
+def interleave(x_BCTHW: Tensor, num_groups: int) -> Tensor:
+    """Turn channel groups into frames: (B, G * C, T, H, W) to (B, C, T * G, H, W), first group earliest."""
+    x_BTHWGC = x_BCTHW.permute(0, 2, 3, 4, 1).unflatten(-1, (num_groups, -1))
+    return x_BTHWGC.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).contiguous().permute(0, 4, 1, 2, 3)
+
+
+def channels_last(x_BCTHW: Tensor) -> Tensor:
+    """The same values with channels last in memory, also where axes of one element leave the strides open."""
+    pictures_FCHW = _to_pictures(x_BCTHW).contiguous(memory_format=torch.channels_last)
+    return _from_pictures(pictures_FCHW, x_BCTHW.shape[0])
 
 
 class CausalConv3d(nn.Conv3d):
@@ -122,39 +146,42 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], *, stride_t: int = 1) -> None:
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(in_dim, out_dim, kernel, stride=(stride_t, 1, 1), padding=padding)
-        self._symmetric_padding = padding
         self.past_frames = kernel[0] - stride_t
 
-    def stream(self, x_BCTHW: Tensor, past_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Output for x that follows ``past``, and the past of the next call."""
-        joined_BCTHW = torch.cat([past_BCTHW, x_BCTHW], 2)
-        # Cloned, because a view would keep the whole input alive.
-        past_BCTHW = joined_BCTHW[:, :, -self.past_frames :].clone(memory_format=torch.channels_last_3d)
-        return self(joined_BCTHW), past_BCTHW
+    def stream(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
+        """Convolve x as what follows the past on the tape."""
+        joined_BCTHW = torch.cat([tape.recall(), x_BCTHW], 2)
+        tape.remember(last_frames(joined_BCTHW, self.past_frames))
+        return self(joined_BCTHW)
 
     def forward(self, input: Tensor) -> Tensor:
-        if _wants_mkldnn(input):
-            return torch.mkldnn_convolution(
-                input,
-                self.weight,
-                self.bias,
-                self._symmetric_padding,
-                self.stride,
-                self.dilation,
-                self.groups,
-            )
-        return super().forward(input)
+        return _convolve(input, self)
 
 
-def _wants_mkldnn(x: Tensor) -> bool:
-    """Whether a convolution on CPU must be sent to oneDNN by hand.
+class Conv2d(nn.Conv2d):
+    """A convolution over pictures that keeps them channels-last."""
 
-    Torch's own rule sends a single-threaded float32 convolution of fewer than 20,480 rows to a naive loop, 20
-    times slower at the widths of a tiny model (78 ms against 3.9 ms: 16 channels, 4 frames of 128x128).
+    def forward(self, input: Tensor) -> Tensor:
+        return _convolve(input, self)
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Convolve by the fast way of the device.
+
+    On a CPU with one thread, torch's own rule sends a float32 convolution of fewer than 20,480 rows to loops
+    that are up to 20 times slower at the widths of a tiny model (78 ms against 3.9 ms: 16 channels, 4 frames
+    of 128x128) and lose the channels-last layout for all that follow. oneDNN does neither.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return False  # The compiler chooses for itself.
-    return torch.backends.mkldnn.is_available()
+    padding = cast(tuple[int, ...], conv.padding)
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if on_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(
+            x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups
+        )
+    no_padding = (0,) * len(padding)
+    return torch.convolution(
+        x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, False, no_padding, conv.groups
+    )
 
 
 class RMSNorm(nn.Module):
@@ -188,9 +215,9 @@ class NormedConvs(nn.ModuleDict):
         for norm, conv in zip(members, members, strict=True):
             yield cast(RMSNorm, norm), cast(CausalConv3d, conv)
 
-    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
         for norm, conv in self.pairs():
-            x_BCTHW = tape.convolve(conv, F.silu(norm(x_BCTHW)))
+            x_BCTHW = conv.stream(F.silu(norm(x_BCTHW)), tape)
         return x_BCTHW
 
 
@@ -202,7 +229,7 @@ class ResidualBlock(nn.Module):
         self.residual = NormedConvs(in_dim, out_dim, out_dim)
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
         return self.shortcut(x_BCTHW) + self.residual(x_BCTHW, tape)
 
 
@@ -212,18 +239,18 @@ class AttentionBlock(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, num_axes=2)
-        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
+        self.to_qkv = Conv2d(dim, dim * 3, 1)
+        self.proj = Conv2d(dim, dim, 1)
 
-    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
         del tape
-        B, _, T, H, W = x_BCTHW.shape
-        x_FCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
-        qkv_FLC = self.to_qkv(self.norm(x_FCHW)).flatten(2).transpose(1, 2)
-        q_FLC, k_FLC, v_FLC = (part.unsqueeze(1) for part in qkv_FLC.chunk(3, dim=-1))
-        y_FLC = F.scaled_dot_product_attention(q_FLC, k_FLC, v_FLC).squeeze(1)
-        y_FCHW = self.proj(y_FLC.transpose(1, 2).unflatten(2, (H, W)))
-        return x_BCTHW + y_FCHW.unflatten(0, (B, T)).transpose(1, 2)
+        return x_BCTHW + per_frame(self._attend, x_BCTHW)
+
+    def _attend(self, x_FCHW: Tensor) -> Tensor:
+        _, C, H, W = x_FCHW.shape
+        qkv_F1LC = self.to_qkv(self.norm(x_FCHW)).flatten(2).transpose(1, 2).unsqueeze(1)
+        y_F1LC = F.scaled_dot_product_attention(*qkv_F1LC.chunk(3, dim=-1))
+        return self.proj(y_F1LC.reshape(-1, H, W, C).permute(0, 3, 1, 2))
 
 
 class Upsampler(nn.Module):
@@ -232,20 +259,18 @@ class Upsampler(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, *, time: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(in_dim, out_dim, 3, padding=1)
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), Conv2d(in_dim, out_dim, 3, padding=1)
         )
         self.time_conv = CausalConv3d(in_dim, in_dim * 2, (3, 1, 1)) if time else None
 
-    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
         if self.time_conv is not None:
             if tape.first:
                 # The next latent frame will see zeros here, not this one: so the published model was trained.
-                tape.keep()
+                tape.remember(tape.recall())
             else:
-                x_BCTHW = _interleave(tape.convolve(self.time_conv, x_BCTHW))
-        B, T = x_BCTHW.shape[0], x_BCTHW.shape[2]
-        y_FCHW = self.resample(x_BCTHW.transpose(1, 2).flatten(0, 1))
-        return y_FCHW.unflatten(0, (B, T)).transpose(1, 2)
+                x_BCTHW = interleave(self.time_conv.stream(x_BCTHW, tape), 2)
+        return per_frame(self.resample, x_BCTHW)
 
 
 class Downsampler(nn.Module):
@@ -253,25 +278,18 @@ class Downsampler(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, time: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(in_dim, out_dim, 3, stride=2))
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), Conv2d(in_dim, out_dim, 3, stride=2))
         self.time_conv = CausalConv3d(out_dim, out_dim, (3, 1, 1), stride_t=2) if time else None
 
-    def forward(self, x_BCTHW: Tensor, tape: _Tape) -> Tensor:
-        B, T = x_BCTHW.shape[0], x_BCTHW.shape[2]
-        y_FCHW = self.resample(x_BCTHW.transpose(1, 2).flatten(0, 1))
-        y_BCTHW = y_FCHW.unflatten(0, (B, T)).transpose(1, 2)
+    def forward(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
+        y_BCTHW = per_frame(self.resample, x_BCTHW)
         if self.time_conv is None:
             return y_BCTHW
         if tape.first:
-            tape.replace(y_BCTHW)
+            tape.recall()
+            tape.remember(y_BCTHW)
             return y_BCTHW
-        return tape.convolve(self.time_conv, y_BCTHW)
-
-
-def _interleave(x_BCTHW: Tensor) -> Tensor:
-    """Two channel groups become two frames, the first group the earlier one."""
-    x_BTHWGC = x_BCTHW.permute(0, 2, 3, 4, 1).unflatten(-1, (2, -1))
-    return x_BTHWGC.permute(0, 1, 4, 2, 3, 5).flatten(1, 2).permute(0, 4, 1, 2, 3)
+        return self.time_conv.stream(y_BCTHW, tape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,8 +371,8 @@ class _Trunk(nn.Module):
     def forward(
         self, x_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        tape = _Tape(pasts, first=first)
-        x_BCTHW = tape.convolve(self.conv1, _channels_last(x_BCTHW))
+        tape = Tape(pasts, first=first)
+        x_BCTHW = self.conv1.stream(channels_last(x_BCTHW), tape)
         for layer in self.layers():
             x_BCTHW = layer(x_BCTHW, tape)
         return self.head(x_BCTHW, tape), tape.pasts
@@ -369,78 +387,106 @@ class _Trunk(nn.Module):
             for conv in layer.modules():
                 if isinstance(conv, CausalConv3d) and conv.past_frames > 0:
                     shape = (num_streams, conv.in_channels, conv.past_frames, height, width)
-                    pasts.append(_channels_last(weight.new_zeros(shape)))
+                    pasts.append(channels_last(weight.new_zeros(shape)))
             if isinstance(layer, Upsampler):
                 height, width = height * 2, width * 2
         return tuple(pasts)
 
 
 @functools.cache
-def _latent_statistics(config: VAEConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, float32, (1, C, 1, 1, 1).
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """One float32 value per channel, (1, C, 1, 1, 1).
 
-    Constants of the configuration rather than buffers of a module: buffers would lose their values on the
-    meta device and their precision in bfloat16.
+    Latent statistics are constants of the configuration rather than buffers of a module: buffers would lose
+    their values on the meta device and their precision in bfloat16.
     """
     with torch.inference_mode(False):
-        mean = config.latent_mean or (0.0,) * config.z_dim
-        std = config.latent_std or (1.0,) * config.z_dim
-        shape = (1, config.z_dim, 1, 1, 1)
-        return (
-            torch.tensor(mean, dtype=torch.float32, device=device).view(shape),
-            torch.tensor(std, dtype=torch.float32, device=device).view(shape),
-        )
+        return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
 
 
-class VAEDecoder(nn.Module):
-    """Normalised latents to video: the decoding half of the published file, under its names."""
+def normalise(latents_BCTHW: Tensor, config: LatentStatistics) -> Tensor:
+    """From the scale of the VAE to the scale of the DiT, in float32: (z - mean) / std."""
+    if config.latent_mean:
+        latents_BCTHW = latents_BCTHW - _constant(config.latent_mean, latents_BCTHW.device)
+    if config.latent_std:
+        latents_BCTHW = latents_BCTHW / _constant(config.latent_std, latents_BCTHW.device)
+    return latents_BCTHW
 
-    official_prefixes: ClassVar = ("decoder.", "conv2.")
-    """What the names of its tensors begin with in the published file."""
 
-    def __init__(self, config: VAEConfig) -> None:
+def denormalise(latents_BCTHW: Tensor, config: LatentStatistics) -> Tensor:
+    """From the scale of the DiT to the scale of the VAE, in float32: z * std + mean."""
+    if config.latent_std:
+        latents_BCTHW = latents_BCTHW * _constant(config.latent_std, latents_BCTHW.device)
+    if config.latent_mean:
+        latents_BCTHW = latents_BCTHW + _constant(config.latent_mean, latents_BCTHW.device)
+    return latents_BCTHW
+
+
+class VideoDecoder(nn.Module, abc.ABC):
+    """Normalised latents in, video out, at the pace of a stream."""
+
+    def __init__(self, latents: LatentStatistics) -> None:
         super().__init__()
-        _check_widths(config)
-        self.config = config
-        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = _Trunk(config.z_dim, 3, _decoder_columns(config))
+        self._latents = latents
 
+    @abc.abstractmethod
     def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
         """State of streams that have not begun; same device and dtype as the weights."""
-        return DecoderState(0, self.decoder.initial_pasts(num_streams, latent_h, latent_w))
+
+    @abc.abstractmethod
+    def decode_one(
+        self, z_BC1HW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Frames and new pasts of one latent frame, given in the decoder's own scale and dtype.
+
+        The unit to compile or to capture: shapes depend on ``first`` only, no tensor is read on the host.
+        """
 
     def decode(self, latents_BCTHW: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
         """Decode the next T latent frames of a stream.
 
         latents_BCTHW: (B, z_dim, T, h, w), normalised. Returns frames in [-1, 1] in the dtype of the weights
-        (for the published model (B, 3, 4T, 8h, 8w), three frames fewer at the start of a stream) and the next
-        state. Raises ConfigError for latents of another shape than the state's.
+        (for the published models (B, 3, 4T, 8h, 8w), three frames fewer at the start of a stream) and the
+        next state. Raises ConfigError for latents of another shape than the decoder's or the state's.
         """
-        B, _, T, H, W = _shape(latents_BCTHW, channels=self.config.z_dim, what="latents")
+        B, _, T, H, W = _shape(latents_BCTHW, channels=self._latents.z_dim, what="latents")
         if state is None:
             state = self.initial_state(latent_h=H, latent_w=W, num_streams=B)
         _check_same_stream(latents_BCTHW, state.pasts[0])
         if T == 0:
             raise ConfigError("no latent frame to decode; hand in at least one")
 
-        weight = self.conv2.weight
-        mean, std = _latent_statistics(self.config, weight.device)
-        z_BCTHW = (latents_BCTHW.to(weight.device) * std + mean).to(weight.dtype)
+        weight = next(self.parameters())
+        z_BCTHW = denormalise(latents_BCTHW.to(weight.device), self._latents).to(weight.dtype)
         frames: list[Tensor] = []
+        # One by one and never more at once: the bits of a convolution may depend on its shape.
         for z_BC1HW in z_BCTHW.split(1, dim=2):
             frames_BCTHW, pasts = self.decode_one(z_BC1HW, state.pasts, first=state.num_latents == 0)
             state = DecoderState(state.num_latents + 1, pasts)
             frames.append(frames_BCTHW)
         return torch.cat(frames, 2), state
 
+
+class VAEDecoder(VideoDecoder):
+    """Normalised latents to video: the decoding half of the published file, under its names."""
+
+    official_prefixes: ClassVar = ("decoder.", "conv2.")
+    """What the names of its tensors begin with in the published file."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__(config)
+        _check_widths(config)
+        self.config = config
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = _Trunk(config.z_dim, 3, _decoder_columns(config))
+
+    def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
+        return DecoderState(0, self.decoder.initial_pasts(num_streams, latent_h, latent_w))
+
     def decode_one(
         self, z_BC1HW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """One latent frame, in the VAE's own scale and dtype: the unit to compile or to capture.
-
-        Shapes depend only on ``first``; nothing here reads a tensor on the host.
-        """
-        x_BC1HW = self.conv2(_channels_last(z_BC1HW))
+        x_BC1HW = self.conv2(channels_last(z_BC1HW))
         frames_BCTHW, pasts = self.decoder(x_BC1HW, pasts, first=first)
         return frames_BCTHW.clamp(-1.0, 1.0), pasts
 
@@ -494,8 +540,8 @@ class VAEEncoder(nn.Module):
             num_latents, waiting_BCTHW, begin = num_latents + 1, waiting_BCTHW[:, :, :0], end
         waiting_BCTHW = torch.cat([waiting_BCTHW, frames_BCTHW[:, :, begin:].to(weight)], 2)
 
-        mean, std = _latent_statistics(self.config, weight.device)
-        return (torch.cat(latents, 2) - mean) / std, EncoderState(num_latents, waiting_BCTHW, pasts)
+        state = EncoderState(num_latents, waiting_BCTHW, pasts)
+        return normalise(torch.cat(latents, 2).float(), self.config), state
 
     def _frames_of(self, latent: int) -> int:
         """Video frames that make the latent frame of this index."""
@@ -510,6 +556,8 @@ class VAEEncoder(nn.Module):
 
 
 def _check_widths(config: VAEConfig) -> None:
+    if config.num_res_blocks < 1:
+        raise ConfigError(f"a level needs at least one residual block, got {config.num_res_blocks}")
     if any(config.base_dim * mult % 2 for mult in config.dim_mult[1:]):
         raise ConfigError(f"upsampling halves the channels: base_dim must be even, got {config.base_dim}")
 

@@ -48,6 +48,11 @@ def test_an_odd_width_cannot_be_halved() -> None:
         VAEDecoder(VAEConfig(base_dim=5, dim_mult=(1, 1), temporal_downsample=(True,)))
 
 
+def test_a_level_without_blocks() -> None:
+    with pytest.raises(ConfigError, match="at least one residual block, got 0"):
+        VAEEncoder(VAEConfig(base_dim=4, num_res_blocks=0))
+
+
 def test_every_level_of_rgb_survives_the_round_trip() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(2, 2, 8, 8, 1).expand(-1, -1, -1, -1, 3)
     frames = from_rgb8(levels)
