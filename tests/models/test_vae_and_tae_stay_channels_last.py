@@ -1,7 +1,7 @@
 """Activations keep the channels-last layout from end to end: no convolution falls back to another one.
 
-A layout lost once is lost for all that follows, and costs a tiny model half its speed. Axes of one element leave
-strides open, which is where it gets lost: hence one stream and one latent frame.
+A layout lost once is lost for all that follows, and costs a tiny model half its speed. Axes of one element
+leave strides open, which is where it gets lost: hence one stream and one latent frame.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def packed(x: Tensor) -> bool:
-    """Whether the strides are those of a dense (F, H, W, C) or (B, T, H, W, C), in axes of one element too."""
+    """Whether the strides are those of a dense (F, H, W, C) or (B, T, H, W, C), axes of one included."""
     x = x.movedim(1, -1)
     expected = [1]
     for size in reversed(x.shape[1:]):
