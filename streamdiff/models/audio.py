@@ -16,9 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
@@ -95,6 +97,7 @@ class AudioChunker:
         self._fps = fps
         self._frames_per_chunk = frames_per_chunk
         self._features: list[Tensor] = []
+        self._num_columns = 0
         self._sound: list[Tensor] = []
         self._num_samples = 0
         self._num_chunks = 0
@@ -118,9 +121,11 @@ class AudioChunker:
         return frame_boundary(chunk * self._frames_per_chunk, self._fps, self._rate_hz)
 
     def _cut(self, columns_BZEA: Tensor) -> list[AudioChunk]:
-        self._features.append(columns_BZEA)
         A = self._frames_per_chunk
-        if sum(columns.shape[-1] for columns in self._features) < A:
+        if columns_BZEA.shape[-1]:
+            self._features.append(columns_BZEA)
+            self._num_columns += columns_BZEA.shape[-1]
+        if self._num_columns < A:
             return []
         features_BZEA = torch.cat(self._features, dim=-1)
         sound_S = torch.cat(self._sound)
@@ -131,6 +136,7 @@ class AudioChunker:
             features_BZEA, sound_S = features_BZEA[..., A:], sound_S[samples:]
             self._num_chunks += 1
         self._features, self._sound = [features_BZEA.clone()], [sound_S.clone()]
+        self._num_columns = features_BZEA.shape[-1]
         return chunks
 
 
@@ -245,8 +251,10 @@ class Wav2Vec2Features:
                 str(path), local_files_only=True, output_loading_info=True
             )
             model, info = loaded
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load wav2vec2 from {path}: {error}; download it again") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"cannot load wav2vec2 from {path}: {_first_line(error)}; download it again"
+            ) from error
         # A mask embedding is only used in training and often not published.
         missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})
         misshapen = sorted(str(key) for key in info["mismatched_keys"])
@@ -601,6 +609,10 @@ def _mel_bank(num_bands: int, fft_samples: int, rate_hz: int, *, low_hz: float, 
 def _require_fps(fps: int, rate_hz: int) -> None:
     if not 1 <= fps <= rate_hz // _WINDOW_SAMPLES:
         raise ConfigError(f"fps must lie in 1..{rate_hz // _WINDOW_SAMPLES}, got {fps}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _as_sound(samples_S: Tensor) -> Tensor:

@@ -159,12 +159,14 @@ class UMT5Text:
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"cannot load the tokenizer in {tokenizer_dir}: {error}; download it again"
+                f"cannot load the tokenizer in {tokenizer_dir}: {_first_line(error)}; download it again"
             ) from error
         try:
             official = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"cannot read {weights}: {error}; download it again") from error
+            raise CheckpointError(
+                f"cannot read {weights}: {_first_line(error)}; download it again"
+            ) from error
         model: Any = umt5_from_official(official)
         return cls(model.to(device=device, dtype=dtype).requires_grad_(False), tokenizer)
 
@@ -240,6 +242,8 @@ def umt5_from_official(official: Mapping[str, Tensor]) -> UMT5EncoderModel:
     state = {theirs: official[name] for name, theirs in names.items()}
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     model.load_state_dict(state, strict=True, assign=True)
+    # One parameter, not two that share storage: a later cast or move would double a 2 GB table.
+    model.encoder.embed_tokens.weight = model.shared.weight
     return model
 
 
@@ -259,6 +263,10 @@ def _official_shape(official: Mapping[str, Tensor]) -> dict[str, int]:
         "num_layers": 1 + max(int(name.split(".")[1]) for name in official if name.startswith("blocks.")),
         "relative_attention_num_buckets": position.shape[0],
     }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _missing(package: str) -> BackendError:
