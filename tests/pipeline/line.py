@@ -24,7 +24,10 @@ from streamdiff.pipeline.packet import (
     SetReference,
     SwitchPrompt,
 )
-from streamdiff.pipeline.schedule import Role, Schedule
+from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us
+from streamdiff.pipeline.serve import serve
+from streamdiff.pipeline.transport import Group, World
+from streamdiff.pipeline.watch import Limits
 
 MODULUS = 1_000_003
 SHAPE = (1, 2, 3, 4, 4)
@@ -200,3 +203,30 @@ def assert_equal_streams(left: list[tuple[object, ...]], right: list[tuple[objec
             assert isinstance(x, Tensor)
             assert isinstance(y, Tensor)
             assert torch.equal(x, y), f"chunk {one[0]} of epoch {one[1]} differs"
+
+
+def timed_stream(
+    world: World, schedule: Schedule, costs: Costs, num_chunks: int, port: int
+) -> tuple[float, list[float]]:
+    """Ranks that sleep for as long as their work costs; when the head asked first, when the tail delivered."""
+    work_s = rank_costs_us(schedule, replace(costs, encode_s=0.0))[world.rank] / 1e6
+    asked: list[float] = []
+    delivered: list[float] = []
+
+    def source() -> Iterator[Packet]:
+        asked.append(time.monotonic())
+        latent = torch.zeros(1, 16, 3, 48, 88, dtype=torch.bfloat16)
+        for chunk in range(num_chunks):
+            time.sleep(costs.encode_s)
+            commands: list[Command] = []
+            if chunk == schedule.source_chunk:
+                commands.append(ReturnLatent())
+            if chunk == schedule.refresh_chunk:
+                commands.append(RefreshSink(schedule.source_chunk))
+            yield Packet(chunk=chunk, epoch=0, lead=4, latent_BCTHW=latent, commands=tuple(commands))
+
+    world = replace(world, port=port)
+    with Group(world, schedule, limits=Limits(deadline_s=20)) as group:
+        link = group.link(source=source(), deliver=lambda packet: delivered.append(time.monotonic()))
+        serve(SleepingStage(work_s), link)
+    return (asked[0] if asked else 0.0), delivered
