@@ -3,8 +3,8 @@
     python perf/bench_reference.py                       width 1024, 8 layers, float32 and bfloat16
     python perf/bench_reference.py --dim 256 --layers 2  smaller
 
-Both compute the same velocity from the same weights (checked before anything is timed); forwards alternate, so that a
-busy machine is unfair to neither. Memory is the largest number of bytes held in tensors made during the forward, counted
+Both compute the same velocity from the same weights (checked before anything is timed); forwards alternate, so a busy
+machine is unfair to neither. Memory is the largest number of bytes held in tensors made during the forward, counted
 at every operation; weights and histories, which both hold, do not count. Last line: one JSON object.
 """
 
@@ -67,7 +67,10 @@ def bench_config(args: argparse.Namespace) -> EngineConfig:
             text_dim=4096,
             text_len=512,
             audio=dataclasses.replace(
-                tiny.dit.audio, feature_dim=1024, num_features=25, inject_layers=tuple(range(0, args.layers, every))
+                tiny.dit.audio,
+                feature_dim=1024,
+                num_features=25,
+                inject_layers=tuple(range(0, args.layers, every)),
             ),
         ),
         height=args.height,
@@ -104,9 +107,7 @@ class Case:
         )
         self.condition = dit.text_condition(self.text)
         dit.prefill_sink(reference, motion, self.condition, dit.modulation(0.0), self.sink, position=30)
-        self.memory = StepMemory(
-            self.sink, chunk_tokens=config.chunk_tokens, window_chunks=config.memory.window_chunks
-        )
+        self.memory = StepMemory(self.sink, chunk_tokens=config.chunk_tokens, window_chunks=config.memory.window_chunks)
         still = dit.motion_rotation(config.latent_hw)
         self.memory.take_sink(still)
         self._still_table = torch.complex(still.cos_LF.double(), still.sin_LF.double())[:, None]
@@ -162,7 +163,10 @@ def bench(config: EngineConfig, dtype: torch.dtype, repeats: int) -> dict[str, A
             times[name].append(time.perf_counter() - start_s)
     ours_s, published_s = (statistics.median(times[name]) for name in ("ours", "published"))
     last = window + repeats - 1
-    ours_bytes, published_bytes = peak_bytes(lambda: case.ours(last)), peak_bytes(lambda: case.published(last))
+    ours_bytes, published_bytes = (
+        peak_bytes(lambda: case.ours(last)),
+        peak_bytes(lambda: case.published(last)),
+    )
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "max_rel_difference": worst,
@@ -196,8 +200,18 @@ def main() -> None:
             f"{row['dtype']:<10}{row['published_s']:>10.3f} s{row['ours_s']:>8.3f} s{row['speedup']:>8.2f}x"
             f"{row['published_peak_mib']:>8.0f} MiB{row['ours_peak_mib']:>6.0f} MiB{row['memory_ratio']:>7.2f}x"
         )
-    print(json.dumps({"bench": "reference", "dim": args.dim, "layers": args.layers, "tokens": config.chunk_tokens,
-                      "threads": args.threads, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "bench": "reference",
+                "dim": args.dim,
+                "layers": args.layers,
+                "tokens": config.chunk_tokens,
+                "threads": args.threads,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ The yardstick of `perf/bench_reference.py`. Same weights and same result as our 
 
 - the prompt's embedding, keys and values, the sound's tokens and the time embedding are computed in every forward;
 - scale, shift and gate are repeated for every token in float32 before they are used;
-- rotary tables are complex128, built for every forward; queries, keys and the whole sink turn in complex128 in each layer;
+- rotary tables are complex128, built for every forward; queries, keys and the whole sink turn in complex128 per layer;
 - keys and values of ring and sink are concatenated in every layer.
 
 Attention itself is torch's, in both.
@@ -46,7 +46,7 @@ class PublishedStep:
 
     def __init__(self, dit: CausalDiT, *, window_tokens: int, sink_keys: Tensor, sink_values: Tensor) -> None:
         config = dit.config
-        Z, B, S, N, K = sink_keys.shape
+        _, B, _, N, K = sink_keys.shape
         self.dit = dit
         self.keys = [torch.zeros(B, window_tokens, N, K, dtype=dit.dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(B, window_tokens, N, K, dtype=dit.dtype) for _ in range(config.num_layers)]
@@ -97,7 +97,9 @@ class PublishedStep:
             modulated = (block.modulation.float().unsqueeze(1) + e0).chunk(6, dim=2)
             per_token = [m.squeeze(2).repeat_interleave(L // T, dim=1) for m in modulated]
             h = F.layer_norm(x.float(), (config.dim,), eps=config.eps) * (1 + per_token[1]) + per_token[0]
-            x = x + (self._self_attention(z, block.self_attn, h.to(dit.dtype), table, sink_tables, chunk) * per_token[2])
+            x = x + (
+                self._self_attention(z, block.self_attn, h.to(dit.dtype), table, sink_tables, chunk) * per_token[2]
+            )
             x = x.to(dit.dtype)
             x = x + _cross_attention(block.cross_attn, block.norm3(x), context)
             h = F.layer_norm(x.float(), (config.dim,), eps=config.eps) * (1 + per_token[4]) + per_token[3]
@@ -105,7 +107,9 @@ class PublishedStep:
             if z in dit.injector_of:
                 j = dit.injector_of[z]
                 frames = x.clone().unflatten(1, (T, -1)).flatten(0, 1)
-                shift, scale = dit.audio_injector.injector_adain_layers[j].linear(F.silu(global_BTD[0])).chunk(2, dim=-1)
+                shift, scale = (
+                    dit.audio_injector.injector_adain_layers[j].linear(F.silu(global_BTD[0])).chunk(2, dim=-1)
+                )
                 normed = F.layer_norm(frames, (config.dim,), eps=1e-5) * (1 + scale[:, None]) + shift[:, None]
                 heard = _cross_attention(dit.audio_injector.injector[j], normed, tokens.flatten(0, 1))
                 x = x + heard.reshape_as(x)

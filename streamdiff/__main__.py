@@ -1,8 +1,8 @@
 """The command line: argv and environment enter here, once, and become values.
 
-    streamdiff generate --image FACE --audio VOICE --out OUT.mp4
-    torchrun --nproc-per-node 5 -m streamdiff generate --image FACE --audio VOICE --out OUT.mp4
-    streamdiff doctor
+streamdiff generate --image FACE --audio VOICE --out OUT.mp4
+torchrun --nproc-per-node 5 -m streamdiff generate --image FACE --audio VOICE --out OUT.mp4
+streamdiff doctor
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 # cuBLAS needs a workspace of its own to give the same bits twice; it reads this when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -90,12 +91,21 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     machine = generate_parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     machine.add_argument(
-        "--threads", type=int, default=1, help="CPU threads of a rank; other numbers, other bits (default: %(default)s)"
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of a rank; other numbers, other bits (default: %(default)s)",
     )
     machine.add_argument(
-        "--deadline", type=float, default=60.0, metavar="S", help="a rank silent for S seconds is lost (default: %(default)s)"
+        "--deadline",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="a rank silent for S seconds is lost (default: %(default)s)",
     )
-    machine.add_argument("--trace", type=Path, metavar="DIR", help="write what each rank did when, one JSON line a span")
+    machine.add_argument(
+        "--trace", type=Path, metavar="DIR", help="write what each rank did when, one JSON line a span"
+    )
     generate_parser.set_defaults(run=run_generate)
 
 
@@ -146,10 +156,10 @@ def _device(name: str | None, world: World | None) -> str:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        torch.device(name)
     except RuntimeError:
         raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and device.index is None:
+    if name == "cuda":
         return f"cuda:{world.local_rank if world is not None else 0}"
     return name
 
@@ -186,7 +196,7 @@ def _report(made: Made, job: Job, num_ranks: int) -> None:
 
 
 @contextlib.contextmanager
-def _observer(folder: Path | None, rank: int) -> Iterator[Observer]:
+def _observer(folder: Path | None, rank: int) -> Generator[Observer]:
     if folder is None:
         yield Silent()
         return
@@ -203,7 +213,7 @@ class _Bar:
     """A progress bar that appears with the first frames, on the rank that writes them."""
 
     def __init__(self) -> None:
-        self._bar: tqdm | None = None
+        self._bar: tqdm[NoReturn] | None = None
 
     def update(self, done: int, total: int) -> None:
         if self._bar is None:
@@ -241,7 +251,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status: 0 done, 2 for what calling again differently mends, 1 for the rest."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return args.run(args)

@@ -44,7 +44,7 @@ class AudioInjectionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiTConfig:
-    """Shape of the causal video DiT; field for field the published Wan2.2-S2V, or plain Wan T2V when ``audio`` is None."""
+    """Shape of the causal video DiT: that of Wan2.2-S2V, or of plain Wan T2V when ``audio`` is None."""
 
     dim: int
     ffn_dim: int
@@ -73,7 +73,7 @@ class DiTConfig:
         _require(self.freq_dim % 2 == 0, f"freq_dim must be even, got {self.freq_dim}")
         if self.audio is not None and self.audio.inject_layers:
             _require(
-                0 <= self.audio.inject_layers[0] and self.audio.inject_layers[-1] < self.num_layers,
+                self.audio.inject_layers[0] >= 0 and self.audio.inject_layers[-1] < self.num_layers,
                 f"inject_layers {self.audio.inject_layers} do not lie within {self.num_layers} layers",
             )
 
@@ -189,8 +189,9 @@ class EngineConfig:
             f"sigmas must fall from noise to data, got {self.sigmas}; "
             f"try sigmas={tuple(sorted(set(self.sigmas), reverse=True))}",
         )
+        first, last = max(self.sigmas), min(self.sigmas)
         _require(
-            self.sigmas[0] <= 1.0 and self.sigmas[-1] == 0.0,
+            first <= 1.0 and last == 0.0,
             f"sigmas must start at 1 or below and end at 0, got {self.sigmas}",
         )
         step = self.vae.spatial_factor * self.dit.patch[1]
@@ -207,7 +208,10 @@ class EngineConfig:
             f"a time), got {self.height}x{self.width}; choose a larger size",
         )
         _require(self.fps > 0, f"fps must be positive, got {self.fps}")
-        _require(self.frames_per_chunk >= 1, f"a chunk holds at least one latent frame, got {self.frames_per_chunk}")
+        _require(
+            self.frames_per_chunk >= 1,
+            f"a chunk holds at least one latent frame, got {self.frames_per_chunk}",
+        )
         _require(
             self.dit.in_dim == self.vae.z_dim,
             f"the DiT reads {self.dit.in_dim} channels but the VAE makes {self.vae.z_dim}",

@@ -60,7 +60,9 @@ def _host() -> Iterator[Finding]:
     yield Finding(Verdict.OK, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     free = shutil.disk_usage(".").free / 2**30
     yield Finding(
-        Verdict.OK if free > 5 else Verdict.WARNING, "disk", f"{free:.0f} GiB free here; the 14B checkpoint needs 47"
+        Verdict.OK if free > 5 else Verdict.WARNING,
+        "disk",
+        f"{free:.0f} GiB free here; the 14B checkpoint needs 47",
     )
 
 
@@ -80,18 +82,26 @@ def _cuda() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         size = card.total_memory / 2**30
-        fits = "holds a rank of live_avatar_14b" if size >= 70 else "too small for a bfloat16 rank of live_avatar_14b (about 48 GiB)"
+        fits = (
+            "holds a rank of live_avatar_14b"
+            if size >= 70
+            else "too small for a bfloat16 rank of live_avatar_14b (about 48 GiB)"
+        )
         verdict = Verdict.OK if size >= 48 else Verdict.NOTE
         yield Finding(
             verdict, f"gpu {index}", f"{card.name}, {size:.0f} GiB, compute {card.major}.{card.minor}; {fits}"
         )
     count = torch.cuda.device_count()
     if count > 1:
-        blind = [(a, b) for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)]
+        blind = [
+            (a, b) for a in range(count) for b in range(count) if a != b and not torch.cuda.can_device_access_peer(a, b)
+        ]
         yield Finding(
             Verdict.NOTE if blind else Verdict.OK,
             "peers",
-            f"{len(blind)} of {count * (count - 1)} pairs cannot reach each other directly" if blind else "all GPUs reach each other",
+            f"{len(blind)} of {count * (count - 1)} pairs cannot reach each other directly"
+            if blind
+            else "all GPUs reach each other",
         )
 
 
@@ -106,7 +116,9 @@ def _nccl() -> Iterator[Finding]:
         )
     elif "nvidia-nccl-cu12" in found and cuda is not None and cuda.startswith("13"):
         yield Finding(
-            Verdict.ERROR, "nccl", f"nvidia-nccl-cu12 beside a CUDA {cuda} torch; uninstall it, then reinstall torch"
+            Verdict.ERROR,
+            "nccl",
+            f"nvidia-nccl-cu12 beside a CUDA {cuda} torch; uninstall it, then reinstall torch",
         )
     elif cuda is None:
         yield Finding(Verdict.NOTE, "nccl", "not needed: this torch has no CUDA; ranks talk over gloo")
@@ -115,18 +127,33 @@ def _nccl() -> Iterator[Finding]:
         yield Finding(Verdict.OK, "nccl", f"{name} {version}".strip())
 
 
-_TRITON_OF_TORCH = {(2, 8): "3.4", (2, 9): "3.5", (2, 10): "3.6", (2, 11): "3.6", (2, 12): "3.7", (2, 13): "3.7", (2, 14): "3.8", (2, 15): "3.9"}
+_TRITON_OF_TORCH: dict[tuple[int, ...], str] = {
+    (2, 8): "3.4",
+    (2, 9): "3.5",
+    (2, 10): "3.6",
+    (2, 11): "3.6",
+    (2, 12): "3.7",
+    (2, 13): "3.7",
+    (2, 14): "3.8",
+    (2, 15): "3.9",
+}
 
 
 def _triton() -> Iterator[Finding]:
     version = _version("triton")
     if version is None:
-        yield Finding(Verdict.NOTE, "triton", "not installed; fused kernels run as plain torch (pip install 'streamdiff[triton]')")
+        yield Finding(
+            Verdict.NOTE,
+            "triton",
+            "not installed; fused kernels run as plain torch (pip install 'streamdiff[triton]')",
+        )
         return
     wanted = _TRITON_OF_TORCH.get(_numbers(torch.__version__)[:2])
     if wanted is not None and not version.startswith(wanted) and torch.version.cuda is not None:
         yield Finding(
-            Verdict.WARNING, "triton", f"{version}, but torch {torch.__version__} was made for {wanted}.x; reinstall torch"
+            Verdict.WARNING,
+            "triton",
+            f"{version}, but torch {torch.__version__} was made for {wanted}.x; reinstall torch",
         )
         return
     yield Finding(Verdict.OK, "triton", version)
@@ -160,7 +187,11 @@ def _attention() -> Iterator[Finding]:
 def _encoders() -> Iterator[Finding]:
     version = _version("transformers")
     yield (
-        Finding(Verdict.NOTE, "encoders", "transformers is not installed; live_avatar_14b needs it (pip install 'streamdiff[encoders]')")
+        Finding(
+            Verdict.NOTE,
+            "encoders",
+            "transformers is not installed; live_avatar_14b needs it (pip install 'streamdiff[encoders]')",
+        )
         if version is None
         else Finding(Verdict.OK, "encoders", f"transformers {version}")
     )
@@ -169,7 +200,11 @@ def _encoders() -> Iterator[Finding]:
 def _demo() -> Iterator[Finding]:
     missing = [name for name in ("matplotlib", "moonshine-cpp") if _version(name) is None]
     yield (
-        Finding(Verdict.NOTE, "demo", f"{', '.join(missing)} not installed; `streamdiff generate` then needs --image and --audio")
+        Finding(
+            Verdict.NOTE,
+            "demo",
+            f"{', '.join(missing)} not installed; `streamdiff generate` then needs --image and --audio",
+        )
         if missing
         else Finding(Verdict.OK, "demo", "a photograph and a voice are there")
     )

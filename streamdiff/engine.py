@@ -85,9 +85,7 @@ class Engine:
         """Whether random weights make sense: for trying the engine, not for wasting 30 GiB."""
         return cost.dit_parameters(self.config.dit) <= _LARGEST_RANDOM
 
-    def stage(
-        self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None
-    ) -> Stage:
+    def stage(self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None) -> Stage:
         """What one rank does to a packet: its denoising steps, the decoding, or both in this order."""
         stages: list[Stage] = []
         if role.steps:
@@ -107,7 +105,11 @@ class Engine:
         if tuple(image_HWC.shape) != expected:
             raise ConfigError(f"the reference must be {list(expected)}, got {list(image_HWC.shape)}; resize it")
         return Head(
-            self.config, self.encode_reference(image_HWC), self.encode_prompt(prompt), seed=seed, stream=stream
+            self.config,
+            self.encode_reference(image_HWC),
+            self.encode_prompt(prompt),
+            seed=seed,
+            stream=stream,
         )
 
     @torch.inference_mode()
@@ -148,7 +150,7 @@ class Engine:
     def text_encoder(self) -> TextEncoder:
         config = self.config.dit
         if self.weights.folder is not None:
-            return UMT5Text.from_folder(self.weights.folder, max_tokens=config.text_len)
+            return UMT5Text.load(self.weights.folder)
         return HashedText(config.text_dim, max_tokens=config.text_len)
 
     def audio_encoder(self) -> AudioEncoder:
@@ -156,7 +158,11 @@ class Engine:
         if audio is None:
             raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
         if self.weights.folder is not None:
-            return Wav2Vec2Features.from_folder(self.weights.folder / "wav2vec2-large-xlsr-53-english", device=self.device)
+            return Wav2Vec2Features.load(
+                self.weights.folder / "wav2vec2-large-xlsr-53-english",
+                device=self.device,
+                hop_frames=self.config.video_frames_per_chunk,
+            )
         encoder = LogMelFeatures(num_bands=audio.feature_dim // 2 - 1)
         if (encoder.num_features, encoder.feature_dim) != (audio.num_features, audio.feature_dim):
             raise ConfigError(

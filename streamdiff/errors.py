@@ -49,7 +49,7 @@ class ScheduleError(StreamdiffError, ValueError):
     exit_code = 2
 
 
-class RankFailed(StreamdiffError, RuntimeError):
+class RankFailed(StreamdiffError, RuntimeError):  # noqa: N818  it says what happened
     """Another rank died, hung, or stopped with an error of its own.
 
     ``rank`` is the rank to blame, or None when it could not be told.
@@ -60,7 +60,7 @@ class RankFailed(StreamdiffError, RuntimeError):
         self.rank = rank
 
 
-class SessionClosed(StreamdiffError, RuntimeError):
+class SessionClosed(StreamdiffError, RuntimeError):  # noqa: N818
     """A call to a session whose stream has ended."""
 
 

@@ -24,7 +24,7 @@ _SPEECH_ENCODER_BYTES = 1_300_000_000
 _DENSE_SHARE = 0.52
 _CONV_SHARE = 0.27
 """Shares of a large matrix product's speed that a denoising step and the decoder reach. From Live Avatar, table 3: a
-bfloat16 step of 121 TFLOP in 0.333 s and a decode of 27 TFLOP in 0.148 s, on a chip that multiplies at about 700 TFLOP/s."""
+bfloat16 step of 121 TFLOP in 0.333 s and a decode of 27 TFLOP in 0.148 s, where products run at about 700 TFLOP/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,12 @@ def _measured(engine: Engine) -> Costs:
     decode = engine.stage(Role(rank=1, encodes=False, steps=(), decodes=True))
     audio = config.dit.audio
     heard = AudioChunk(
-        torch.zeros(1, audio.num_features if audio else 1, audio.feature_dim if audio else 1, config.video_frames_per_chunk),
+        torch.zeros(
+            1,
+            audio.num_features if audio else 1,
+            audio.feature_dim if audio else 1,
+            config.video_frames_per_chunk,
+        ),
         torch.zeros(1),
     )
     # As many chunks as fill the window, one to warm up, and three to time.
@@ -126,7 +131,9 @@ def available_bytes(device: str) -> int | None:
     """Memory that is free on a device now; None when the machine does not say."""
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise BackendError(f"{device} was asked for but torch sees no CUDA device; try --device cpu, or `streamdiff doctor`")
+            raise BackendError(
+                f"{device} was asked for but torch sees no CUDA device; try --device cpu, or `streamdiff doctor`"
+            )
         free, _ = torch.cuda.mem_get_info(device)
         return free
     try:
@@ -159,23 +166,30 @@ def describe(schedule: Schedule, found: Forecast, engine: Engine) -> str:
     ]
     for role, seconds in zip(schedule.roles, rank_s, strict=True):
         total = role_bytes(
-            config, role, device=str(engine.device), from_folder=engine.weights.folder is not None or not engine.is_small
+            config,
+            role,
+            device=str(engine.device),
+            from_folder=engine.weights.folder is not None or not engine.is_small,
         )
         parts = cost.rank_bytes(config, num_steps=max(1, len(role.steps)), bytes_per_value=bytes_per_value)
         dit = [_size(parts.weights), _size(parts.history + parts.pristine_sink)] if role.steps else ["-", "-"]
         lines.append(
-            f"{role.rank:<6}{role!s:<28}{seconds:>9.3f}{seconds / period_s:>7.0%}{_size(total):>11}{dit[0]:>11}{dit[1]:>11}"
+            f"{role.rank:<6}{role!s:<28}{seconds:>9.3f}{seconds / period_s:>7.0%}"
+            f"{_size(total):>11}{dit[0]:>11}{dit[1]:>11}"
         )
     lines += [
         "",
         render(schedule, num_chunks=4),
         "",
-        f"predicted: {fps:.1f} frames/s ({'faster' if fps >= config.fps else 'slower'} than the {config.fps} that are shown), "
+        f"predicted: {fps:.1f} frames/s, "
+        f"{'faster' if fps >= config.fps else 'slower'} than the {config.fps} that are shown; "
         f"first chunk after {first_s:.2f} s, one chunk every {period_s:.3f} s",
         f"basis: {found.basis}",
     ]
     if schedule.bubble_ticks:
-        lines.append(f"the sink refresh at chunk {schedule.refresh_chunk} costs a bubble of {schedule.bubble_ticks} ticks")
+        lines.append(
+            f"the sink refresh at chunk {schedule.refresh_chunk} costs a bubble of {schedule.bubble_ticks} ticks"
+        )
     return "\n".join(lines)
 
 

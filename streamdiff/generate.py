@@ -1,4 +1,4 @@
-"""The main job: a photo, a voice and a prompt in, a talking video out; on one process, or on as many as torchrun started.
+"""The main job: a photo, a voice and a prompt in, a talking video out; on one process, or on as many as torchrun has.
 
 Every rank runs this module with the same `Job`. What can be wrong with it is found on every rank before any of them
 waits for another; then each builds its own part, and frames leave the last rank as they are decoded.
@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ class Job:
     audio: Path
     out: Path
     prompt: str
-    weights: Weights = Weights()
+    weights: Weights = field(default_factory=Weights)
     seconds: float | None = None
     """Length of the video; None: as long as the voice. A longer video ends in silence."""
     seed: int = 0
@@ -53,11 +53,13 @@ class Job:
     decode_alone: bool | None = None
     """Whether decoding has a rank of its own; None: whatever is faster."""
     device: str = "cpu"
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not 0 < self.seconds < float("inf"):
-            raise ConfigError(f"--seconds must be a positive number, got {self.seconds}; leave it out for the whole voice")
+            raise ConfigError(
+                f"--seconds must be a positive number, got {self.seconds}; leave it out for the whole voice"
+            )
         if self.config.dit.audio is None:
             raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
 
@@ -98,9 +100,7 @@ def check(job: Job, role: Role) -> int:
     next(read_audio(job.audio))
     if not job.out.parent.is_dir():
         raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
-    need = role_bytes(
-        job.config, role, device=job.device, from_folder=job.weights.folder is not None
-    )
+    need = role_bytes(job.config, role, device=job.device, from_folder=job.weights.folder is not None)
     have = available_bytes(job.device)
     if have is not None and need > have:
         raise ConfigError(
@@ -157,9 +157,7 @@ def _source(job: Job, engine: Engine, num_frames: int) -> Iterator[Packet]:
     encoder = engine.audio_encoder()
     num_chunks = -(-num_frames // config.video_frames_per_chunk)
     voice = itertools.chain(read_audio(job.audio, encoder.rate_hz), _silence(encoder.rate_hz))
-    heard: Iterator[AudioChunk] = chunks(
-        voice, encoder, frames_per_chunk=config.video_frames_per_chunk, fps=config.fps
-    )
+    heard: Iterator[AudioChunk] = chunks(voice, encoder, frames_per_chunk=config.video_frames_per_chunk, fps=config.fps)
     return head.packets(itertools.islice(heard, num_chunks))
 
 
@@ -192,7 +190,8 @@ class _Film:
         self._start_s = time.monotonic()
 
     def show(self, packet: Packet) -> None:
-        assert packet.frames_THWC is not None and packet.sound_S is not None
+        assert packet.frames_THWC is not None
+        assert packet.sound_S is not None
         frames_THWC = packet.frames_THWC[: self._num_frames - self._writer.num_frames]
         if len(frames_THWC):
             self._writer.write(frames_THWC, packet.sound_S[: self._writer.samples_due(len(frames_THWC))])

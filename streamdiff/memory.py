@@ -23,12 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from streamdiff_kernels import Impl, rotate_sink_
 from torch import Tensor
 
 from streamdiff import counter
 from streamdiff.errors import MemoryOrderError
 from streamdiff.rope import Rotation
+from streamdiff_kernels import Impl, rotate_sink_
 
 
 def sink_lead(*, seed: int, stream: int, chunk: int, low: int, high: int) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -61,7 +61,7 @@ class JsonLines:
     """One JSON object per span, appended to a file; close it, or use it as a context manager."""
 
     def __init__(self, path: str | Path, **labels: int | str) -> None:
-        self._file: TextIO = Path(path).open("a", encoding="utf-8", buffering=1)
+        self._file: TextIO = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
         self._labels = labels
         self._lock = threading.Lock()
 
@@ -83,7 +83,7 @@ class JsonLines:
 
 
 @contextlib.contextmanager
-def span(observer: Observer, name: str, **labels: int | str) -> Iterator[None]:
+def span(observer: Observer, name: str, **labels: int | str) -> Generator[None]:
     """Record how long the body took, also when it raises."""
     start_s = time.monotonic()
     try:

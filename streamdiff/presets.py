@@ -98,11 +98,9 @@ def tiny() -> EngineConfig:
             text_dim=64,
             text_len=16,
             freq_dim=64,
-            audio=AudioInjectionConfig(
-                feature_dim=64, num_features=3, num_tokens=4, inject_layers=(0, 2)
-            ),
+            audio=AudioInjectionConfig(feature_dim=64, num_features=3, num_tokens=4, inject_layers=(0, 2)),
         ),
-        vae=VAEConfig(base_dim=16),
+        vae=VAEConfig(base_dim=8, dim_mult=(1, 2, 4, 4), num_res_blocks=1),
         memory=MemoryConfig(),
         sigmas=(1.0, 0.857692, 0.602151, 0.0089286, 0.0),
         height=128,

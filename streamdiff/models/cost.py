@@ -109,9 +109,10 @@ def _audio_flops(config: EngineConfig, audio: AudioInjectionConfig) -> int:
     half = (frames - 1) // 2 + 1
     quarter = (half - 1) // 2 + 1
     paths = audio.num_tokens + 1
-    tokenizer = paths * 2 * 3 * (
-        frames * audio.feature_dim * (D // 4) + half * (D // 4) * (D // 2) + quarter * (D // 2) * D
-    ) + 2 * quarter * D * D
+    tokenizer = (
+        paths * 2 * 3 * (frames * audio.feature_dim * (D // 4) + half * (D // 4) * (D // 2) + quarter * (D // 2) * D)
+        + 2 * quarter * D * D
+    )
     return len(audio.inject_layers) * injector + tokenizer
 
 

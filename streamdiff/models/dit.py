@@ -17,8 +17,9 @@ tokens, D model width, N heads, K head width, P prompt tokens, A audio frames or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +74,7 @@ class AudioCondition:
 
 def attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor) -> Tensor:
     """Plain softmax attention of every query to every key; ``[B, L, N * K]``."""
-    out_BNLK = F.scaled_dot_product_attention(
-        q_BLNK.transpose(1, 2), k_BMNK.transpose(1, 2), v_BMNK.transpose(1, 2)
-    )
+    out_BNLK = F.scaled_dot_product_attention(q_BLNK.transpose(1, 2), k_BMNK.transpose(1, 2), v_BMNK.transpose(1, 2))
     return out_BNLK.transpose(1, 2).flatten(2)
 
 
@@ -88,6 +87,19 @@ def modulate(x_BLD: Tensor, shift_D: Tensor, scale_D: Tensor, eps: float) -> Ten
 def add_gated(x_BLD: Tensor, y_BLD: Tensor, gate_D: Tensor) -> Tensor:
     """``x + gate * y`` in float32; returns the dtype of ``x``."""
     return (x_BLD.float() + y_BLD.float() * gate_D).to(x_BLD.dtype)
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+class Stack(nn.ModuleList, Generic[_M]):
+    """A module list that knows what it holds."""
+
+    def __iter__(self) -> Iterator[_M]:
+        return cast("Iterator[_M]", super().__iter__())
+
+    def at(self, index: int) -> _M:
+        return cast("_M", self[index])
 
 
 class RMSNorm(nn.Module):
@@ -142,6 +154,15 @@ class Block(nn.Module):
             nn.Linear(config.ffn_dim, config.dim),
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    @property
+    def up(self) -> nn.Linear:
+        """Into the hidden width of the feed-forward."""
+        return cast("nn.Linear", self.ffn[0])
+
+    @property
+    def down(self) -> nn.Linear:
+        return cast("nn.Linear", self.ffn[2])
 
     def forward(
         self,
@@ -263,10 +284,10 @@ class AudioInjector(nn.Module):
 
     def __init__(self, config: DiTConfig, num_injectors: int) -> None:
         super().__init__()
-        self.injector = nn.ModuleList(
+        self.injector = Stack[Attention](
             Attention(config.dim, config.num_heads, config.eps) for _ in range(num_injectors)
         )
-        self.injector_adain_layers = nn.ModuleList(_AdaptiveNorm(config.dim) for _ in range(num_injectors))
+        self.injector_adain_layers = Stack[_AdaptiveNorm](_AdaptiveNorm(config.dim) for _ in range(num_injectors))
 
 
 class FramePacker(nn.Module):
@@ -299,12 +320,10 @@ class CausalDiT(nn.Module):
         self.config = config
         D = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, D, config.patch, stride=config.patch)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(config.text_dim, D), nn.GELU(approximate="tanh"), nn.Linear(D, D)
-        )
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, D), nn.GELU(approximate="tanh"), nn.Linear(D, D))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = Stack[Block](Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
         self.injector_of: dict[int, int] = {}
         if config.audio is not None:
@@ -393,18 +412,14 @@ class CausalDiT(nn.Module):
             scale = 2**level
             far += bucket
             times = [-(far - t) for t in spread(bucket // scale, bucket)]
-            parts.append(
-                grid_rotation(times, spread(rows // scale, rows), spread(columns // scale, columns), pairs)
-            )
+            parts.append(grid_rotation(times, spread(rows // scale, rows), spread(columns // scale, columns), pairs))
         return _moved(join(parts), self.device)
 
     def frame_rotation(self, times: Sequence[int], latent_hw: tuple[int, int]) -> Rotation:
         """Rotation of whole latent frames at the given temporal positions."""
         _, ph, pw = self.config.patch
         rows, columns = latent_hw[0] // ph, latent_hw[1] // pw
-        return grid_rotation(
-            times, range(rows), range(columns), self.config.rotary_pairs, device=self.device
-        )
+        return grid_rotation(times, range(rows), range(columns), self.config.rotary_pairs, device=self.device)
 
     def prefill_sink(
         self,
@@ -484,7 +499,9 @@ class CausalDiT(nn.Module):
         if self.config.audio is None:
             return x_BLD
         # The pose input is absent, which is not the same as nothing: its bias still counts.
-        return x_BLD + self.cond_encoder.bias + self._token_kind(0)
+        bias_D = self.cond_encoder.bias
+        assert bias_D is not None
+        return x_BLD + bias_D + self._token_kind(0)
 
     def unpatchify(self, patches_BLD: Tensor, T: int, H: int, W: int) -> Tensor:
         """Patches ``[B, L, C * patch]`` back to a latent ``[B, C, T, H, W]``, float32."""
@@ -502,7 +519,7 @@ class CausalDiT(nn.Module):
 
     def _inject(self, x_BLD: Tensor, audio: AudioCondition, injector: int) -> Tensor:
         """Add what each latent frame hears, in its own moment, to its tokens."""
-        attention = self.audio_injector.injector[injector]
+        attention = self.audio_injector.injector.at(injector)
         T = audio.scales[injector].shape[1]
         frames_BTLD = x_BLD.unflatten(1, (T, -1))
         normed = modulate(frames_BTLD, audio.shifts[injector], audio.scales[injector], _ADAPTIVE_NORM_EPS)

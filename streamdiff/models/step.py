@@ -7,8 +7,8 @@ weights, for inference only:
 - q, k and v come from one matrix product, and one pass norms and rotates them and writes k and v into their ring slot;
 - every ``x + gate * y`` is one pass with the norm and modulation that follow it;
 - attention reads the ring where it lies: nothing is concatenated, masked or rotated again;
-- on CUDA, inputs are copied into buffers of fixed address and the step is replayed as one graph. The slot and, where the
-  attention backend can read it there, the fill level stay on the device; other backends get one graph per fill level.
+- on CUDA, inputs are copied into buffers of fixed address and the step is replayed as one graph. The slot and, where
+  the attention backend can read it there, the fill level stay on the device; other backends get one graph per level.
 
 Linear layers may run in eight bits (e4m3, one scale per token and per output), their inputs quantised in the pass that
 makes them; the first and last linear of the model, modulation, norms and attention stay as they are.
@@ -23,16 +23,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-import streamdiff_kernels as kernels
 import torch
 import torch.nn.functional as F
-from streamdiff_kernels import Impl
 from torch import Tensor, nn
 
+import streamdiff_kernels as kernels
 from streamdiff.errors import BackendError
 from streamdiff.memory import StepMemory
-from streamdiff.models.dit import AudioCondition, CausalDiT, Modulation, TextCondition
+from streamdiff.models.dit import Attention, AudioCondition, Block, CausalDiT, Modulation, TextCondition
 from streamdiff.rope import Rotation
+from streamdiff_kernels import Impl
 
 _AUDIO_NORM_EPS = 1e-5
 
@@ -146,30 +146,32 @@ class ServedWeights:
         self.impl = options.resolved(dit.device)
         self.fp8 = options.precision is Precision.FP8
         if self.fp8 and dit.dtype != torch.bfloat16:
-            raise BackendError(f"fp8 linears accumulate to bfloat16 but the weights are {dit.dtype}; load them as bfloat16")
+            raise BackendError(
+                f"fp8 linears accumulate to bfloat16 but the weights are {dit.dtype}; load them as bfloat16"
+            )
         kernels.require(self.impl, dit.device)
         self.layers = [self._layer(z, block) for z, block in enumerate(dit.blocks)]
 
-    def _layer(self, index: int, block: nn.Module) -> _Layer:
+    def _layer(self, index: int, block: Block) -> _Layer:
         dit = self.dit
-        attention, text, ffn = block.self_attn, block.cross_attn, block.ffn
+        attention = block.self_attn
         injector = dit.injector_of.get(index)
-        audio = None if injector is None else dit.audio_injector.injector[injector]
+        audio = None if injector is None else dit.audio_injector.injector.at(injector)
         return _Layer(
             qkv=self._linear(*_joined(attention.q, attention.k, attention.v)),
             norm_q_D=attention.norm_q.weight,
             norm_k_D=attention.norm_k.weight,
             o=self._linear(attention.o.weight, attention.o.bias),
-            text=self._query(text),
+            text=self._query(block.cross_attn),
             # A norm with weights is a modulation that never changes: norm * w + b = norm * (1 + (w - 1)) + b.
             norm3_scale_1D=(block.norm3.weight.float() - 1)[None],
             norm3_shift_1D=block.norm3.bias.float()[None],
-            up=self._linear(ffn[0].weight, ffn[0].bias),
-            down=self._linear(ffn[2].weight, ffn[2].bias),
+            up=self._linear(block.up.weight, block.up.bias),
+            down=self._linear(block.down.weight, block.down.bias),
             audio=None if audio is None else self._query(audio),
         )
 
-    def _query(self, attention: nn.Module) -> _Query:
+    def _query(self, attention: Attention) -> _Query:
         return _Query(
             q=self._linear(attention.q.weight, attention.q.bias),
             norm_D=attention.norm_q.weight,
@@ -198,7 +200,9 @@ class ServedStep:
     values and returns the velocity, float32.
     """
 
-    def __init__(self, weights: ServedWeights, modulation: Modulation, memory: StepMemory, options: StepOptions) -> None:
+    def __init__(
+        self, weights: ServedWeights, modulation: Modulation, memory: StepMemory, options: StepOptions
+    ) -> None:
         self._weights = weights
         self._memory = memory
         self._impl = weights.impl
@@ -254,11 +258,12 @@ class ServedStep:
         self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
     ) -> Tensor:
         dit, layers = self._weights.dit, self._weights.layers
-        B, _, T, H, W = latent_BCTHW.shape
+        _, _, T, H, W = latent_BCTHW.shape
         x_BLD = dit.embed_video(latent_BCTHW)
         first = self._constants[0]
         h: Activation = self._open(x_BLD, first.scale1, first.shift1)
         injector = 0
+        y_BLD, gate = x_BLD, None
         for z in range(len(layers)):
             y_BLD = self._block(
                 x_BLD,
@@ -378,12 +383,12 @@ class _Inputs:
         self.latent_BCTHW = latent_BCTHW.clone()
         self.rotation = Rotation(rotation.cos_LF.clone(), rotation.sin_LF.clone())
         self.text = TextCondition(text.keys_ZBPNK.clone(), text.values_ZBPNK.clone())
-        self.audio = None if audio is None else AudioCondition(*(tuple(t.clone() for t in part) for part in audio.parts))
+        self.audio = (
+            None if audio is None else AudioCondition(*(tuple(t.clone() for t in part) for part in audio.parts))
+        )
         self._loaded = text
 
-    def load(
-        self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
-    ) -> None:
+    def load(self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None) -> None:
         self.latent_BCTHW.copy_(latent_BCTHW, non_blocking=True)
         self.rotation.copy_(rotation)
         if text is not self._loaded:
@@ -392,4 +397,5 @@ class _Inputs:
             self._loaded = text
         if audio is not None and self.audio is not None:
             for mine, theirs in zip(self.audio.parts, audio.parts, strict=True):
-                torch._foreach_copy_(list(mine), list(theirs))
+                for buffer, value in zip(mine, theirs, strict=True):
+                    buffer.copy_(value, non_blocking=True)

@@ -34,7 +34,13 @@ class Head:
     """Makes the packets of one stream."""
 
     def __init__(
-        self, config: EngineConfig, reference: SetReference, text_BPC: Tensor, *, seed: int = 0, stream: int = 0
+        self,
+        config: EngineConfig,
+        reference: SetReference,
+        text_BPC: Tensor,
+        *,
+        seed: int = 0,
+        stream: int = 0,
     ) -> None:
         self._config = config
         self._seed = seed

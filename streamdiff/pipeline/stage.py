@@ -110,9 +110,7 @@ class DenoiseStage:
                 )
                 served = ServedStep(weights, dit.modulation(config.sigmas[i]), memory, options)
                 self._steps.append(_Step(i, config.sigmas[i], config.sigmas[i + 1], memory, served))
-            self._motion_rotation = (
-                dit.motion_rotation(config.latent_hw) if config.motion_latents > 0 else None
-            )
+            self._motion_rotation = dit.motion_rotation(config.latent_hw) if config.motion_latents > 0 else None
 
     @property
     def memory_bytes(self) -> int:
@@ -129,9 +127,7 @@ class DenoiseStage:
             )
         config, dit = self._config, self._dit
         first_frame = packet.chunk * config.frames_per_chunk
-        own = dit.frame_rotation(
-            range(first_frame, first_frame + config.frames_per_chunk), config.latent_hw
-        )
+        own = dit.frame_rotation(range(first_frame, first_frame + config.frames_per_chunk), config.latent_hw)
         position = sink_position(first_frame, lead=packet.lead, origin=config.memory.sink_position)
         sink = dit.frame_rotation([position], config.latent_hw)
         audio = self._hear(packet)
@@ -145,7 +141,11 @@ class DenoiseStage:
                     self._on_velocity(step.index, velocity)
                 if config.renoise and step.sigma_next > 0:
                     noise = flow.step_noise(
-                        tuple(x.shape), seed=self._seed, stream=self._stream, chunk=packet.chunk, step=step.index
+                        tuple(x.shape),
+                        seed=self._seed,
+                        stream=self._stream,
+                        chunk=packet.chunk,
+                        step=step.index,
                     ).to(x.device)
                     x = flow.renoise_step(x, velocity, noise, sigma=step.sigma, sigma_next=step.sigma_next)
                 else:

@@ -67,7 +67,10 @@ def test_a_checkpoint_in_shards_loads_bit_for_bit(tmp_path: Path, weights: dict[
 
 
 def test_diffusers_names_load_too(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    backwards = {"blocks.0.self_attn.q.weight": "blocks.0.attn1.to_q.weight", "head.modulation": "scale_shift_table"}
+    backwards = {
+        "blocks.0.self_attn.q.weight": "blocks.0.attn1.to_q.weight",
+        "head.modulation": "scale_shift_table",
+    }
     assert all(official_dit_name(theirs) == ours for ours, theirs in backwards.items())
     renamed = {backwards.get(name, name): t for name, t in weights.items()}
     dit = load_dit(CONFIG, save_checkpoint(tmp_path, renamed), dtype=torch.float32)
@@ -96,7 +99,7 @@ def test_a_missing_folder_and_an_empty_one_say_so(tmp_path: Path) -> None:
 
 def test_a_broken_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(CheckpointError, match="cannot read .* as safetensors"):
+    with pytest.raises(CheckpointError, match=r"cannot read .* as safetensors"):
         load_dit(CONFIG, tmp_path)
 
 

@@ -13,7 +13,13 @@ Z, N, K, L, S = 2, 2, 8, 3, 4
 
 def new_memory(window: int, slack: int) -> StepMemory:
     sink = SinkMemory(
-        num_layers=Z, num_streams=1, moving_tokens=S, num_heads=N, head_dim=K, dtype=torch.float32, device="cpu"
+        num_layers=Z,
+        num_streams=1,
+        moving_tokens=S,
+        num_heads=N,
+        head_dim=K,
+        dtype=torch.float32,
+        device="cpu",
     )
     for layer in range(Z):
         sink.write(layer, torch.full((1, S, N, K), -1.0), torch.full((1, S, N, K), -2.0))
@@ -89,11 +95,14 @@ def test_slot_order_does_not_matter() -> None:
         seen = min(chunk + 1, window) * L1
         ours = attend(rotate(q, here), ring_k[:, :seen], ring_v[:, :seen]).float()
         relative = [
-            rotate(key.double().float(), grid_rotation([i], range(2), range(3), pairs)) for i, (key, _) in enumerate(history)
+            rotate(key.double().float(), grid_rotation([i], range(2), range(3), pairs))
+            for i, (key, _) in enumerate(history)
         ]
         now = grid_rotation([len(history) - 1], range(2), range(3), pairs)
         reference = attend(
-            rotate(q.float(), now), torch.cat(relative, 1), torch.cat([value.float() for _, value in history], 1)
+            rotate(q.float(), now),
+            torch.cat(relative, 1),
+            torch.cat([value.float() for _, value in history], 1),
         )
         worst = max(worst, (ours - reference).abs().max().item() / reference.abs().max().item())
     assert worst < 1e-2

@@ -25,11 +25,7 @@ def exact(keys: torch.Tensor, position: int) -> torch.Tensor:
     rates = [torch.arange(p, dtype=torch.float64) / p for p in PAIRS]
     rates = [10000.0**-r for r in rates]
     angles = torch.stack(
-        [
-            torch.cat([position * rates[0], row * rates[1], column * rates[2]])
-            for row in ROWS
-            for column in COLUMNS
-        ]
+        [torch.cat([position * rates[0], row * rates[1], column * rates[2]]) for row in ROWS for column in COLUMNS]
     )
     pairs = torch.view_as_complex(keys.double().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]).flatten(-2)
@@ -51,7 +47,13 @@ def new_memory() -> tuple[SinkMemory, StepMemory, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, TOKENS, 2, 32, generator=generator).to(torch.bfloat16)
     sink = SinkMemory(
-        num_layers=1, num_streams=1, moving_tokens=TOKENS, num_heads=2, head_dim=32, dtype=torch.bfloat16, device="cpu"
+        num_layers=1,
+        num_streams=1,
+        moving_tokens=TOKENS,
+        num_heads=2,
+        head_dim=32,
+        dtype=torch.bfloat16,
+        device="cpu",
     )
     sink.write(0, keys, keys)
     memory = StepMemory(sink, chunk_tokens=TOKENS, window_chunks=2)
