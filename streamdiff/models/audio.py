@@ -212,6 +212,8 @@ class Wav2Vec2Features:
         self.num_features: int = model.config.num_hidden_layers + 1
         self.feature_dim: int = model.config.hidden_size
         self._model = model
+        parameter = next(model.parameters())
+        self.device, self._dtype = parameter.device, parameter.dtype
         self.stride_samples = math.prod(strides)
         self.field_samples = 1 + sum((k - 1) * math.prod(strides[:i]) for i, k in enumerate(kernels))
 
@@ -247,9 +249,7 @@ class Wav2Vec2Features:
                 "wav2vec2 needs transformers, which is not installed; pip install 'streamdiff[encoders]'"
             ) from error
         try:
-            loaded: Any = Wav2Vec2Model.from_pretrained(
-                str(path), local_files_only=True, output_loading_info=True
-            )
+            loaded: Any = Wav2Vec2Model.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
             model, info = loaded
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise CheckpointError(
@@ -296,19 +296,16 @@ class Wav2Vec2Features:
 
     def hidden_states(self, samples_S: Tensor) -> Tensor:
         """The input of every layer and the output of the last, [Z, T, E] at 50 Hz, float32."""
-        parameter = next(self._model.parameters())
         samples_S = torch.nn.functional.pad(samples_S, (0, max(0, self.field_samples - len(samples_S))))
         states: list[Tensor] = []
 
         def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states.append(args[0] if args else kwargs["hidden_states"])
 
-        hooks = [
-            layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self._model.encoder.layers
-        ]
+        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self._model.encoder.layers]
         try:
             with torch.no_grad():
-                output = self._model(samples_S[None].to(parameter.device, parameter.dtype))
+                output = self._model(samples_S[None].to(self.device, self._dtype))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -472,7 +469,8 @@ class _Wav2Vec2Stream:
 
     def _joined(self, columns: list[Tensor]) -> Tensor:
         if not columns:
-            return torch.zeros(1, self._encoder.num_features, self._encoder.feature_dim, 0)
+            shape = (1, self._encoder.num_features, self._encoder.feature_dim, 0)
+            return torch.zeros(shape, device=self._encoder.device)
         return torch.cat(columns, dim=-1)
 
 
@@ -565,9 +563,7 @@ class _LogMelStream:
 
     def _next_column(self) -> Tensor:
         start, end = self._boundary(self._num_frames), self._boundary(self._num_frames + 1)
-        level_E = self._encoder.level(
-            torch.stack([self._before(start + (end - start) // 2), self._before(end)])
-        )
+        level_E = self._encoder.level(torch.stack([self._before(start + (end - start) // 2), self._before(end)]))
         last_E = level_E if self._last_E is None else self._last_E
         change_E = level_E - last_E
         turn_E = change_E - self._last_change_E
