@@ -175,9 +175,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
     padding = cast(tuple[int, ...], conv.padding)
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if on_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(
-            x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups
-        )
+        return torch.mkldnn_convolution(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups)
     no_padding = (0,) * len(padding)
     return torch.convolution(
         x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, False, no_padding, conv.groups
@@ -368,9 +366,7 @@ class _Trunk(nn.Module):
             if isinstance(column, nn.ModuleList):
                 yield from column
 
-    def forward(
-        self, x_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         tape = Tape(pasts, first=first)
         x_BCTHW = self.conv1.stream(channels_last(x_BCTHW), tape)
         for layer in self.layers():
@@ -427,7 +423,7 @@ class VideoDecoder(nn.Module, abc.ABC):
 
     def __init__(self, latents: LatentStatistics) -> None:
         super().__init__()
-        self._latents = latents
+        self.latents = latents
 
     @abc.abstractmethod
     def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
@@ -449,15 +445,22 @@ class VideoDecoder(nn.Module, abc.ABC):
         (for the published models (B, 3, 4T, 8h, 8w), three frames fewer at the start of a stream) and the
         next state. Raises ConfigError for latents of another shape than the decoder's or the state's.
         """
-        B, _, T, H, W = _shape(latents_BCTHW, channels=self._latents.z_dim, what="latents")
+        return self.decode_checked(latents_BCTHW, self.checked(latents_BCTHW, state))
+
+    def checked(self, latents_BCTHW: Tensor, state: DecoderState | None) -> DecoderState:
+        """The state to decode these latents from; ConfigError when they do not belong together."""
+        B, _, T, H, W = _shape(latents_BCTHW, channels=self.latents.z_dim, what="latents")
+        if T == 0:
+            raise ConfigError("no latent frame to decode; hand in at least one")
         if state is None:
             state = self.initial_state(latent_h=H, latent_w=W, num_streams=B)
         _check_same_stream(latents_BCTHW, state.pasts[0])
-        if T == 0:
-            raise ConfigError("no latent frame to decode; hand in at least one")
+        return state
 
+    def decode_checked(self, latents_BCTHW: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Decode latents that are known to fit."""
         weight = next(self.parameters())
-        z_BCTHW = denormalise(latents_BCTHW.to(weight.device), self._latents).to(weight.dtype)
+        z_BCTHW = denormalise(latents_BCTHW.to(weight.device), self.latents).to(weight.dtype)
         frames: list[Tensor] = []
         # One by one and never more at once: the bits of a convolution may depend on its shape.
         for z_BC1HW in z_BCTHW.split(1, dim=2):
@@ -508,9 +511,7 @@ class VAEEncoder(nn.Module):
         """State of streams that have not begun; same device and dtype as the weights. Sizes in pixels."""
         factor = self.config.spatial_factor
         if height <= 0 or width <= 0 or height % factor or width % factor:
-            raise ConfigError(
-                f"height and width must be positive multiples of {factor}, got {height}x{width}"
-            )
+            raise ConfigError(f"height and width must be positive multiples of {factor}, got {height}x{width}")
         waiting = self.conv1.weight.new_zeros(num_streams, 3, 0, height, width)
         return EncoderState(0, waiting, self.encoder.initial_pasts(num_streams, height, width))
 
@@ -564,9 +565,7 @@ def _check_widths(config: VAEConfig) -> None:
 
 def _shape(x_BCTHW: Tensor, *, channels: int, what: str) -> torch.Size:
     if x_BCTHW.dim() != 5 or x_BCTHW.shape[1] != channels:
-        raise ConfigError(
-            f"{what} must be (streams, {channels}, frames, height, width), got {tuple(x_BCTHW.shape)}"
-        )
+        raise ConfigError(f"{what} must be (streams, {channels}, frames, height, width), got {tuple(x_BCTHW.shape)}")
     return x_BCTHW.shape
 
 

@@ -1,0 +1,90 @@
+"""A video decoder as it is served: weights in the layout of the activations, the decoding of a chunk one CUDA graph.
+
+The same interface and the same values as the decoder inside, for inference only. States stay values: they are
+copied into the graph's buffers and out of them, so a kept state is still a snapshot. That moves four times the state
+per chunk: 5.1 GB for the Wan VAE at 704x384 in bfloat16, or 1.2 ms at 4.3 TB/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from streamdiff.models.vae import DecoderState, VideoDecoder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """One graph and the tensors it reads and writes, at fixed addresses."""
+
+    graph: torch.cuda.CUDAGraph
+    latents: Tensor
+    pasts: tuple[Tensor, ...]
+    frames: Tensor
+    next_pasts: tuple[Tensor, ...]
+
+
+class ServedDecoder(VideoDecoder):
+    """Decodes as ``decoder`` does, without its launch and layout overheads.
+
+    ``graph``: replay the decoding of a chunk as one CUDA graph, one per shape of chunk; no effect on a CPU, nor on
+    the call that opens a stream, which happens once. ``compile``: let ``torch.compile`` fuse the decoding of a latent
+    frame; may be combined with ``graph``.
+    """
+
+    def __init__(self, decoder: VideoDecoder, *, graph: bool = True, compile: bool = False) -> None:
+        super().__init__(decoder.latents)
+        self.decoder = decoder
+        pack_weights(decoder)
+        self._graph = graph
+        self._one = torch.compile(decoder.decode_one, fullgraph=True) if compile else decoder.decode_one
+        self._captured: dict[tuple[torch.Size, torch.dtype], _Captured] = {}
+
+    def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
+        return self.decoder.initial_state(latent_h=latent_h, latent_w=latent_w, num_streams=num_streams)
+
+    def decode_one(
+        self, z_BC1HW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self._one(z_BC1HW, pasts, first=first)
+
+    @torch.inference_mode()
+    def decode_checked(self, latents_BCTHW: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        if not (self._graph and state.pasts[0].is_cuda) or state.num_latents == 0:
+            return super().decode_checked(latents_BCTHW, state)
+        key = (latents_BCTHW.shape, latents_BCTHW.dtype)
+        if key not in self._captured:
+            self._captured[key] = self._capture(latents_BCTHW, state)
+        captured = self._captured[key]
+        captured.latents.copy_(latents_BCTHW, non_blocking=True)
+        for buffer, past in zip(captured.pasts, state.pasts, strict=True):
+            buffer.copy_(past, non_blocking=True)
+        captured.graph.replay()
+        pasts = tuple(past.clone() for past in captured.next_pasts)
+        return captured.frames.clone(), DecoderState(state.num_latents + latents_BCTHW.shape[2], pasts)
+
+    def _capture(self, latents_BCTHW: Tensor, state: DecoderState) -> _Captured:
+        latents_BCTHW = latents_BCTHW.to(state.pasts[0].device, copy=True)
+        static = DecoderState(state.num_latents, tuple(past.clone() for past in state.pasts))
+        # Libraries pick their algorithms and compilers compile outside the capture, on a stream of their own.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                super().decode_checked(latents_BCTHW, static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            frames, after = super().decode_checked(latents_BCTHW, static)
+        return _Captured(graph, latents_BCTHW, static.pasts, frames, after.pasts)
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Store the kernels of convolutions channels-last, so that no call has to reorder them. Values stay."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
