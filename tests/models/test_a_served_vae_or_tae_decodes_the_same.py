@@ -8,7 +8,7 @@ import torch
 from streamdiff.config import VAEConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import tae, vae
-from streamdiff.models.served_decoder import ServedDecoder
+from streamdiff.models.served_decoder import ServedDecoder, pack_weights
 from streamdiff.models.tae import TAEConfig, TAEDecoder
 from streamdiff.models.vae import VAEDecoder, VideoDecoder
 
@@ -26,6 +26,7 @@ def decoder(which: str) -> VideoDecoder:
 def agrees(which: str, device: str, *, compile: bool, tolerance: float) -> None:
     """Two chunks, a rewind, and a chunk of another length, against the plain decoder."""
     plain = decoder(which).to(device)
+    pack_weights(plain)
     served = ServedDecoder(decoder(which).to(device), compile=compile)
     generator = torch.Generator().manual_seed(0)
     chunks = [torch.randn(1, 16, T, 4, 6, generator=generator).to(device) for T in (2, 3, 3, 3, 1)]
@@ -75,7 +76,7 @@ def test_a_stream_on_cuda_equals_the_whole(which: str) -> None:
 
 
 def test_weights_are_packed_and_keep_their_values() -> None:
-    plain, served = decoder("vae"), ServedDecoder(decoder("vae"))
+    plain, served = decoder("vae"), ServedDecoder(decoder("vae")).decoder
     for (name, theirs), ours in zip(plain.named_parameters(), served.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
         if ours.dim() == 5:
