@@ -15,6 +15,7 @@ naps and asks the `watch` in between.
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,17 +64,17 @@ class World:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
-            raise ConfigError(
-                f"rank {self.rank} does not exist in a world of {self.size}; ranks count from 0"
-            )
+            raise ConfigError(f"rank {self.rank} does not exist in a world of {self.size}; ranks count from 0")
 
 
 class Group:
     """All ranks of one stream, seen from one of them. A context manager: everything is opened, watched and
     ended here.
 
-    An exception that leaves the ``with`` block ends every other rank with RankFailed naming this one. A clean
-    end waits until every rank is done. With one rank there is nothing to watch, and the link is local.
+    An exception that leaves the ``with`` block ends every other rank with RankFailed naming this one.
+    SystemExit and its like (not KeyboardInterrupt) are taken for a launcher that stops all ranks because one
+    died, and become a RankFailed that names the dead one when it can be found. A clean end waits until every
+    rank is done. With one rank there is nothing to watch, and the link is local.
 
     ``on_abort`` is called, from another thread, before a process whose main thread is stuck is ended by
     force. After RankFailed, end the process with ``os._exit`` once files are closed: a thread may be stuck in
@@ -116,9 +117,7 @@ class Group:
             return self
         # Two clients: a call on one waits for the call before it, and heartbeats must not wait.
         beats, self._store = (
-            _patiently(
-                lambda host=hosts: _open_store(world, self._limits.startup_s, host=host), self._left_s()
-            )
+            _patiently(lambda host=hosts: _open_store(world, self._limits.startup_s, host=host), self._left_s())
             for hosts in (world.rank == 0 and not world.agent_store, False)
         )
         self._hosting = beats  # the server lives as long as this object
@@ -222,10 +221,10 @@ class Group:
     def _end_badly(self, watch: Watch, error: BaseException) -> None:
         watch.notice()
         failure = watch.failure
-        if failure is None and isinstance(error, SystemExit):
+        stopped = not isinstance(error, Exception)
+        if failure is None and stopped and not isinstance(error, KeyboardInterrupt):
             failure = watch.wait_for_verdict(_STOPPED_FROM_OUTSIDE_S, silence_s=1.0)
         if failure is None:
-            stopped = isinstance(error, SystemExit | KeyboardInterrupt)
             what = "was told to stop" if stopped else f"failed: {type(error).__name__}: {first_line(error)}"
             self._fail(watch, what)
             if not stopped:
@@ -233,7 +232,7 @@ class Group:
                 picture = render_around(self._schedule, self._world.rank, max(0, now.chunk))
                 error.add_note(f"on rank {self._world.rank} at chunk {now.chunk}:\n{picture}")
         watch.leave()
-        if failure is not None and isinstance(error, SystemExit | KeyboardInterrupt):
+        if failure is not None and stopped:
             raise watch.error() from error
 
     def _fail(self, watch: Watch, what: str) -> None:
@@ -273,14 +272,11 @@ class Group:
             )
             watch.wait_for_verdict(2.0)
             watch.check()
-        plans = _patiently(
-            lambda: meeting.get_many([str(other) for other in range(size)]), self._left_s(), watch.check
-        )
+        plans = _patiently(lambda: meeting.get_many([str(other) for other in range(size)]), self._left_s(), watch.check)
         for other, theirs in enumerate(plans):
             if theirs != plan:
                 raise ScheduleError(
-                    f"rank {other} follows '{theirs}', rank {rank} '{plan}'; "
-                    f"give every rank the same arguments"
+                    f"rank {other} follows '{theirs}', rank {rank} '{plan}'; give every rank the same arguments"
                 )
 
     def _open_edges(self) -> list[tuple[Edge, _End]]:
@@ -314,7 +310,7 @@ class Group:
                 if watch.failure is None:
                     watch.propose(Failure(peer, -1, f"sent what cannot be read: {error}"))
             except RuntimeError as error:
-                watch.suspect(peer, first_line(error))
+                watch.suspect(peer, _reason(error))
             except BaseException as error:  # noqa: BLE001  becomes this rank's verdict on itself
                 chunk = watch.activity().chunk
                 what = f"failed: {type(error).__name__}: {first_line(error)}"
@@ -563,6 +559,11 @@ def _take(box: queue.SimpleQueue[T], check: Check) -> T:
             continue
 
 
+def _reason(error: RuntimeError) -> str:
+    """What the library says without saying where in its source, and without its advice."""
+    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", first_line(error)).split(". ")[0]
+
+
 def _is_ready(report: Report) -> bool:
     return report.beat is not None and report.beat.doing is not Doing.STARTING
 
@@ -641,9 +642,7 @@ def _patiently(call: Callable[[], T], timeout_s: float, check: Check = lambda: N
 
 def _require_backends(payload: Payload, device: torch.device) -> None:
     if not (dist.is_available() and dist.is_gloo_available()):
-        raise BackendError(
-            f"this torch ({torch.__version__}) has no gloo; install a build that has, or run one rank"
-        )
+        raise BackendError(f"this torch ({torch.__version__}) has no gloo; install a build that has, or run one rank")
     if payload == "nccl" and not (dist.is_nccl_available() and device.type == "cuda"):
         raise BackendError(
             f"payload='nccl' needs a CUDA device and a torch built with NCCL, got device={device} and torch "
