@@ -34,9 +34,7 @@ def write_sound(
         frame.sample_rate = rate_hz
         frame.time_base = Fraction(1, rate_hz)
         frame.pts = 0
-        resampler = av.AudioResampler(
-            format=stream.codec_context.format, layout=layout, rate=rate_hz, frame_size=None
-        )
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate_hz, frame_size=None)
         for converted in [*resampler.resample(frame), *resampler.resample(None)]:
             container.mux(stream.encode(converted))
         container.mux(stream.encode(None))
@@ -100,9 +98,7 @@ def write_film(
     height, width = size_hw
     with VideoWriter(path, width=width, height=height, fps=fps, rate_hz=rate_hz) as writer:
         for chunk in range(num_chunks):
-            frames_THWC, sound_S = film_chunk(
-                writer, chunk, frames_per_chunk, size_hw, fps, rate_hz, flash_frame
-            )
+            frames_THWC, sound_S = film_chunk(writer, chunk, frames_per_chunk, size_hw, fps, rate_hz, flash_frame)
             writer.write(frames_THWC, sound_S)
 
 

@@ -83,9 +83,7 @@ def test_odd_sizes_gain_one_pixel_of_edge(tmp_path: Path) -> None:
 def test_colours_survive(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     colours = [(230, 40, 40), (40, 200, 60), (30, 60, 220), (255, 255, 255), (0, 0, 0), (128, 128, 128)]
-    frames_THWC = torch.stack(
-        [torch.tensor(colour, dtype=torch.uint8).expand(64, 96, 3) for colour in colours]
-    )
+    frames_THWC = torch.stack([torch.tensor(colour, dtype=torch.uint8).expand(64, 96, 3) for colour in colours])
     with VideoWriter(path, width=96, height=64, fps=25, rate_hz=None, crf=4) as writer:
         writer.write(frames_THWC)
     with av.open(str(path)) as container:

@@ -14,9 +14,7 @@ from streamdiff.media import VideoWriter, read_audio, read_image
 
 def _write(path: Path, seed: int) -> bytes:
     generator = torch.Generator().manual_seed(seed)
-    with VideoWriter(
-        path, width=96, height=64, fps=25, rate_hz=16_000, metadata={"title": "noise"}
-    ) as writer:
+    with VideoWriter(path, width=96, height=64, fps=25, rate_hz=16_000, metadata={"title": "noise"}) as writer:
         for _ in range(4):
             frames_THWC = torch.randint(0, 256, (12, 64, 96, 3), generator=generator, dtype=torch.uint8)
             writer.write(frames_THWC, torch.randn(7680, generator=generator) * 0.1)

