@@ -178,9 +178,10 @@ def run_generate(args: argparse.Namespace) -> int:
             engine = Engine(job.config, weights=job.weights, device=job.device, plan_only=True)
             print(describe(schedule_for(job, num_ranks), forecast(engine), engine))
         return 0
-    if rank == 0 and job.weights.folder is None:
-        _say("The tiny preset has random weights: it paints noise. What you see working is the engine, not the model.")
-    with _observer(args.trace, rank) as observer, _Bar() as bar:
+    notice = None
+    if job.weights.folder is None:
+        notice = "The tiny preset has random weights: it paints noise. What works here is the engine, not the model."
+    with _observer(args.trace, rank) as observer, _Bar(notice) as bar:
         made = generate(job, world, progress=bar.update, observer=observer)
     if made is not None:
         _report(made, job, num_ranks)
@@ -212,11 +213,14 @@ def _observer(folder: Path | None, rank: int) -> Generator[Observer]:
 class _Bar:
     """A progress bar that appears with the first frames, on the rank that writes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice: str | None) -> None:
+        self._notice = notice
         self._bar: tqdm[NoReturn] | None = None
 
     def update(self, done: int, total: int) -> None:
         if self._bar is None:
+            if self._notice is not None:
+                _say(self._notice)
             self._bar = tqdm(total=total, unit="frame", desc="streaming", disable=None)
         self._bar.update(done - self._bar.n)
 
@@ -240,12 +244,20 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that files are closed on the way out."""
-
-
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+    """SIGTERM leaves as an exception, so that files are closed on the way out."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _leave(status: int) -> int:
+    """Leave early. As one rank of many, at once: a thread may be stuck in a connection whose other end is gone, and the
+    interpreter would wait for it or crash on it. Files are closed by now.
+    """
+    if world_from_environment() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -265,13 +277,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say(note)
         if args.verbose:
             logging.getLogger(__name__).exception("the error in full")
-        return error.exit_code
+        return _leave(error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted; what was written so far is whole")
-        return 130
-    except _Terminated:
-        _say("terminated; what was written so far is whole")
-        return 143
+        return _leave(130)
+    except SystemExit as error:
+        return _leave(error.code if isinstance(error.code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -173,26 +173,42 @@ def read_lora(path: Path, config: DiTConfig, *, alpha: float = 64.0) -> LoRA:
     ``alpha / rank`` is the scale: 64 / 128 for the published one. Raises `CheckpointError` naming every module that is
     missing, unexpected or misshapen.
     """
-    tensors = _read_safetensors(path)
-    found: dict[str, dict[str, Tensor]] = {}
+    rank = _check_lora(path, config)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _read_safetensors(path).items():
+        module, factor = _lora_factor(name) or ("", "")
+        factors.setdefault(module, {})[factor] = tensor
+    return LoRA({module: (pair["A"], pair["B"]) for module, pair in factors.items()}, alpha / rank)
+
+
+def _lora_factor(name: str) -> tuple[str, str] | None:
+    """The adapted module and the factor, ``A`` or ``B``; None for a tensor that is neither."""
+    match = _LORA_FACTOR.match(name)
+    if match is None:
+        return None
+    module = match["module"]
+    for prefix in _LORA_PREFIXES:
+        module = module.removeprefix(prefix)
+    return module, match["factor"]
+
+
+def _check_lora(path: Path, config: DiTConfig) -> int:
+    """Check names and shapes in the header alone; the rank of the factors."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     strangers: list[str] = []
-    for name, tensor in tensors.items():
-        match = _LORA_FACTOR.match(name)
-        if match is None:
+    for name, shape in safetensors_shapes(path).items():
+        split = _lora_factor(name)
+        if split is None:
             strangers.append(name)
-            continue
-        module = match["module"]
-        for prefix in _LORA_PREFIXES:
-            module = module.removeprefix(prefix)
-        found.setdefault(module, {})[match["factor"]] = tensor
+        else:
+            found.setdefault(split[0], {})[split[1]] = shape
     wanted = lora_modules(config)
     halves = [module for module, pair in found.items() if len(pair) != 2]
-    missing, unexpected = set(wanted) - found.keys(), found.keys() - set(wanted)
     faults = [
         f"{len(names)} {kind}: {_listed(names)}"
         for kind, names in (
-            ("modules missing", missing),
-            ("modules unexpected", unexpected),
+            ("modules missing", set(wanted) - found.keys()),
+            ("modules unexpected", found.keys() - set(wanted)),
             ("modules with only one factor", halves),
             ("tensors that are no LoRA factor", strangers),
         )
@@ -203,20 +219,19 @@ def read_lora(path: Path, config: DiTConfig, *, alpha: float = 64.0) -> LoRA:
             f"{path} is not a LoRA for this model, which has {len(wanted)} adapted modules ({'; '.join(faults)}); "
             "give the LoRA that was trained for it"
         )
-    shapes = {name: tuple(shape) for name, shape in _dit_shapes(config).items()}
-    ranks = {pair["A"].shape[0] for pair in found.values()}
+    shapes = _dit_shapes(config)
+    ranks = {pair["A"][0] for pair in found.values()}
     misshapen = [
         module
         for module, pair in found.items()
-        if (pair["B"].shape[0], pair["A"].shape[1]) != shapes[f"{module}.weight"]
-        or pair["A"].shape[0] != pair["B"].shape[1]
+        if (pair["B"][0], pair["A"][1]) != shapes[f"{module}.weight"] or pair["A"][0] != pair["B"][1]
     ]
     if misshapen or len(ranks) != 1:
         raise CheckpointError(
             f"{path} does not fit the model: {len(misshapen)} misshapen modules ({_listed(misshapen)}), "
             f"ranks {sorted(ranks)}; give the LoRA that was trained for it"
         )
-    return LoRA({module: (pair["A"], pair["B"]) for module, pair in found.items()}, alpha / ranks.pop())
+    return ranks.pop()
 
 
 def _dit_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -237,21 +252,7 @@ def load_dit(
     Names and shapes are checked in the shards' headers before a byte of weights is read; each tensor then goes straight
     to its device, so the peak is the model and one tensor.
     """
-    shards = _dit_shards(folder)
-    where: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        for stored, shape in safetensors_shapes(shard).items():
-            name = official_dit_name(stored)
-            if name in where:
-                raise CheckpointError(
-                    f"{folder} holds {name} twice, in {where[name][0].name} and {shard.name}; "
-                    "keep the files of one checkpoint in the folder"
-                )
-            where[name] = (shard, stored)
-            shapes[name] = shape
-    expected = _dit_shapes(config)
-    check_names_and_shapes(expected, shapes, what=str(folder))
+    where = _locate_dit(config, folder)
     adapter = None if lora is None else read_lora(lora, config)
     with torch.device("meta"):
         dit = CausalDiT(config)
@@ -267,6 +268,31 @@ def load_dit(
                     weight: Tensor = file.get_tensor(where[name][1])
                     own[name].copy_(weight if adapter is None else adapter.merged(name, weight))
     return dit.eval().requires_grad_(False)
+
+
+def check_dit(config: DiTConfig, folder: Path, *, lora: Path | None = None) -> None:
+    """Check names and shapes of a checkpoint and its LoRA in their headers, without reading weights."""
+    _locate_dit(config, folder)
+    if lora is not None:
+        _check_lora(lora, config)
+
+
+def _locate_dit(config: DiTConfig, folder: Path) -> dict[str, tuple[Path, str]]:
+    """For every tensor of the model, the shard that holds it and the name it has there."""
+    where: dict[str, tuple[Path, str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in _dit_shards(folder):
+        for stored, shape in safetensors_shapes(shard).items():
+            name = official_dit_name(stored)
+            if name in where:
+                raise CheckpointError(
+                    f"{folder} holds {name} twice, in {where[name][0].name} and {shard.name}; "
+                    "keep the files of one checkpoint in the folder"
+                )
+            where[name] = (shard, stored)
+            shapes[name] = shape
+    check_names_and_shapes(_dit_shapes(config), shapes, what=str(folder))
+    return where
 
 
 def _dit_shards(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamdiff.checkpoint import check_dit
 from streamdiff.config import EngineConfig
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError, InputError
@@ -95,11 +96,15 @@ def schedule_for(job: Job, num_ranks: int) -> Schedule:
 
 def check(job: Job, role: Role) -> int:
     """Find what is wrong with the job before anything is loaded; the number of video frames it will make."""
+    if job.out.suffix.lower() != ".mp4":
+        raise InputError(f"--out must end in .mp4, got {job.out.name}; other containers are not written")
     read_image(job.image, job.config.height, job.config.width)
     duration_s = audio_duration_s(job.audio)
     next(read_audio(job.audio))
     if not job.out.parent.is_dir():
         raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
+    if job.weights.folder is not None:
+        check_dit(job.config.dit, job.weights.folder, lora=job.weights.lora)
     need = role_bytes(job.config, role, device=job.device, from_folder=job.weights.folder is not None)
     have = available_bytes(job.device)
     if have is not None and need > have:
@@ -126,8 +131,8 @@ def generate(
     num_ranks = 1 if world is None else world.size
     schedule = schedule_for(job, num_ranks)
     role = schedule.roles[0 if world is None else world.rank]
-    num_frames = check(job, role)
     engine = Engine(job.config, weights=job.weights, device=job.device)
+    num_frames = check(job, role)
     if world is None or num_ranks == 1:
         stage = engine.stage(role, seed=job.seed, observer=observer)
         with _Film(job, num_frames, progress) as film:

@@ -1,0 +1,152 @@
+"""Whatever is wrong is said in one line, what, why and what to do, with exit status 2; nothing is written."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Ranks, write_inputs
+from safetensors.torch import save_file
+
+from streamdiff.__main__ import main
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, str]:
+    flags = write_inputs(tmp_path, seconds=0.5)
+    return {**dict(zip(flags[::2], flags[1::2], strict=True)), "--out": str(tmp_path / "film.mp4")}
+
+
+def complaint(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    arguments = ["generate", *(part for pair in flags.items() for part in pair)]
+    status = main(arguments)
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("error: ")
+    assert not Path(flags["--out"]).exists()
+    return lines[0]
+
+
+@pytest.mark.parametrize("flag", ["--image", "--audio"])
+def test_no_such_file(inputs: dict[str, str], capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert "nowhere" in complaint({**inputs, flag: "nowhere/at.all"}, capsys)
+
+
+@pytest.mark.parametrize("flag", ["--image", "--audio"])
+def test_not_what_it_should_be(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("neither picture nor sound " * 50)
+    assert "words.txt" in complaint({**inputs, flag: str(path)}, capsys)
+
+
+@pytest.mark.parametrize("flag", ["--image", "--audio"])
+def test_an_empty_file_and_a_folder(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    empty = tmp_path / "empty.bin"
+    empty.touch()
+    complaint({**inputs, flag: str(empty)}, capsys)
+    complaint({**inputs, flag: str(tmp_path)}, capsys)
+
+
+def test_a_voice_without_samples(inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "silent.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", "not compressed"))
+    assert "silent.wav" in complaint({**inputs, "--audio": str(path)}, capsys)
+
+
+def test_a_voice_of_nan(inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "nan.wav"
+    body = struct.pack("<f", float("nan")) * 8000
+    header = (
+        b"RIFF"
+        + struct.pack("<I", 36 + len(body))
+        + b"WAVEfmt "
+        + struct.pack("<IHHIIHH", 16, 3, 1, 16000, 64000, 4, 32)
+    )
+    path.write_bytes(header + b"data" + struct.pack("<I", len(body)) + body)
+    complaint({**inputs, "--audio": str(path)}, capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--size", "130x128", "multiples of 16"),
+        ("--size", "0x0", "positive multiples"),
+        ("--size", "large", "384x704"),
+        ("--size", "32x32", "at least 64x64"),
+        ("--steps", "0", "1..50"),
+        ("--steps", "1000", "1..50"),
+        ("--seconds", "-1", "positive"),
+        ("--seconds", "nan", "positive"),
+        ("--partition", "2,1", "4"),
+        ("--partition", "2;2", "2,1,1"),
+        ("--partition", "2,2", "2 ranks"),
+        ("--device", "abacus", "cpu"),
+        ("--threads", "0", "at least 1"),
+        ("--checkpoint", "nowhere", "nowhere"),
+        ("--lora", "nowhere.safetensors", "--checkpoint"),
+        ("--preset", "live_avatar_14b", "--checkpoint"),
+        ("--out", "no/such/folder/film.mp4", "no/such/folder"),
+        ("--out", "film.gif", ".mp4"),
+        ("--deadline", "0", "positive"),
+    ],
+)
+def test_values_that_cannot_work(
+    inputs: dict[str, str], capsys: pytest.CaptureFixture[str], flag: str, value: str, words: str
+) -> None:
+    assert words in complaint({**inputs, flag: value}, capsys)
+
+
+def test_a_cuda_device_that_is_not_there(inputs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "doctor" in complaint({**inputs, "--device": "cuda:0"}, capsys)
+
+
+def test_the_wrong_checkpoint(inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"stranger": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    line = complaint({**inputs, "--checkpoint": str(tmp_path)}, capsys)
+    assert "stranger" in line
+    assert "missing" in line
+
+
+def test_too_many_ranks(inputs: dict[str, str]) -> None:
+    ranks = Ranks.start(1, [part for pair in inputs.items() for part in pair], world_size=9)
+    ((status, stderr),) = ranks.end([0], within_s=120).values()
+    assert status == 2
+    assert "9 ranks are too many for 4 steps" in stderr
+    assert len(stderr.strip().splitlines()) == 1
+
+
+def test_too_little_memory(
+    inputs: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamdiff.generate.available_bytes", lambda device: 10_000_000)
+    assert "GiB" in complaint(inputs, capsys)
+
+
+def test_a_malformed_flag_is_argparse_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--seconds", "soon"])
+    assert caught.value.code == 2
+    assert "--seconds" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_machine_says_how_much_memory_it_has() -> None:
+    from streamdiff.forecast import available_bytes
+
+    have = available_bytes("cpu")
+    assert have is not None
+    assert 2**26 < have < 2**50
