@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from streamdiff.pipeline.packet import (
 )
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us
 from streamdiff.pipeline.serve import serve
-from streamdiff.pipeline.transport import Group, World
+from streamdiff.pipeline.transport import Group, Payload, World
 from streamdiff.pipeline.watch import Limits
 
 MODULUS = 1_000_003
@@ -230,3 +231,52 @@ def timed_stream(
         link = group.link(source=source(), deliver=lambda packet: delivered.append(time.monotonic()))
         serve(SleepingStage(work_s), link)
     return (asked[0] if asked else 0.0), delivered
+
+
+class LateCounting:
+    """Integer arithmetic on a GPU, behind work that keeps it busy: a hand-over that does not wait reads old values."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.a = torch.randn(2048, 2048, device=device)
+
+    def step(self, packet: Packet) -> Packet:
+        for _ in range(20):
+            self.a = torch.mm(self.a, self.a).clamp(-1, 1)
+        latent = (packet.latent_BCTHW * 31 + packet.chunk) % MODULUS
+        for command in packet.commands:
+            if isinstance(command, RefreshSink):
+                assert command.latent_BCTHW is not None
+                latent = latent + command.latent_BCTHW.sum()
+        return replace(packet, latent_BCTHW=latent)
+
+
+def gpu_stream(world: World, schedule: Schedule, payload: Payload, num_chunks: int) -> list[Any]:
+    """Latents in GPU memory through every rank; chunk, latent and the untouched rest, as the tail has them."""
+    device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    delivered: list[Any] = []
+
+    def source() -> Iterator[Packet]:
+        for packet in gpu_packets(schedule, num_chunks):
+            yield replace(packet, latent_BCTHW=packet.latent_BCTHW.to(device))
+
+    def deliver(packet: Packet) -> None:
+        assert packet.sound_S is not None
+        assert packet.sound_S.device.type == "cpu"
+        delivered.append((packet.chunk, packet.latent_BCTHW.cpu().numpy(), packet.sound_S.numpy()))
+
+    with Group(world, schedule, limits=Limits(deadline_s=60), device=device, payload=payload) as group:
+        serve(LateCounting(device), group.link(source=source(), deliver=deliver))
+    return delivered
+
+
+def gpu_packets(schedule: Schedule, num_chunks: int) -> Iterator[Packet]:
+    for chunk in range(num_chunks):
+        commands: tuple[Command, ...] = ()
+        if chunk == schedule.source_chunk:
+            commands = (ReturnLatent(),)
+        elif chunk == schedule.refresh_chunk:
+            commands = (RefreshSink(schedule.source_chunk),)
+        latent = noise(chunk, 0).repeat(1, 1, 1, 64, 64)
+        sound_S = torch.arange(64.0) + chunk
+        yield Packet(chunk=chunk, epoch=0, lead=4, latent_BCTHW=latent, sound_S=sound_S, commands=commands)

@@ -107,9 +107,7 @@ class Ranks:
             pipe.close()
 
 
-def run_ranks(
-    function: Callable[..., Any], size: int, *args: object, timeout_s: float = 60.0
-) -> list[Outcome]:
+def run_ranks(function: Callable[..., Any], size: int, *args: object, timeout_s: float = 60.0) -> list[Outcome]:
     """Run ``function(world, *args)`` on ``size`` ranks and wait for all of them."""
     with Ranks(function, size, args) as ranks:
         return ranks.wait(timeout_s)

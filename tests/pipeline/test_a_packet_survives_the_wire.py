@@ -31,9 +31,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     num_bytes = dtype.itemsize * int(torch.tensor(shape).prod().item())
     high = 2 if dtype == torch.bool else 256
-    return (
-        torch.randint(0, high, (num_bytes,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
-    )
+    return torch.randint(0, high, (num_bytes,), dtype=torch.uint8, generator=generator).view(dtype).view(shape)
 
 
 shapes = st.lists(st.integers(0, 4), min_size=0, max_size=5).map(tuple)
@@ -113,9 +111,7 @@ def test_a_header_keeps_its_numbers_and_refuses_strangers() -> None:
 
 
 def test_an_unknown_command_is_refused() -> None:
-    message = wire.take_apart(
-        Packet(chunk=0, epoch=0, lead=0, latent_BCTHW=torch.zeros(1), commands=(Rewind(0),))
-    )
+    message = wire.take_apart(Packet(chunk=0, epoch=0, lead=0, latent_BCTHW=torch.zeros(1), commands=(Rewind(0),)))
     with pytest.raises(RankFailed, match="same streamdiff"):
         wire.put_together(message.manifest.replace(b"Rewind", b"Reboot"), {"cpu": torch.zeros(64).byte()})
 

@@ -42,9 +42,7 @@ def test_a_line_with_a_buffered_feedback_edge_is_free_of_deadlock(
 
 
 @given(schedules(), st.integers(0, 3), st.integers(0, 1))
-def test_the_check_agrees_with_a_run_of_the_line(
-    schedule: Schedule, queue_depth: int, feedback_depth: int
-) -> None:
+def test_the_check_agrees_with_a_run_of_the_line(schedule: Schedule, queue_depth: int, feedback_depth: int) -> None:
     """The check reasons over a graph; this plays the same rules move by move until nothing moves."""
     try:
         check(schedule, num_chunks=30, queue_depth=queue_depth, feedback_depth=feedback_depth)
@@ -116,10 +114,7 @@ def test_the_bubble_is_what_the_picture_shows(schedule: Schedule) -> None:
         if rank == 0 and chunk == schedule.refresh_chunk:
             before.append(starts[schedule.last_dit_rank][schedule.source_chunk] + 1)
         starts[rank][chunk] = max(before)
-    ticks = [
-        [schedule.start_tick(rank, chunk) for chunk in range(num_chunks)]
-        for rank in range(schedule.num_ranks)
-    ]
+    ticks = [[schedule.start_tick(rank, chunk) for chunk in range(num_chunks)] for rank in range(schedule.num_ranks)]
     assert ticks == starts
     idle = starts[0][-1] - (num_chunks - 1)
     assert schedule.bubble_ticks == idle

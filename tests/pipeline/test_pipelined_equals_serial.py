@@ -90,9 +90,7 @@ def stream(world: World, schedules: list[Schedule], ports: list[int], refresh: i
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
 def test_processes_equal_the_plain_loop(num_ranks: int) -> None:
     refresh, rewind = 5, (6, 4)
-    schedules = [
-        replace(schedule, refresh_chunk=refresh) for schedule in LAYOUTS if schedule.num_ranks == num_ranks
-    ]
+    schedules = [replace(schedule, refresh_chunk=refresh) for schedule in LAYOUTS if schedule.num_ranks == num_ranks]
     ports = [free_port() for _ in schedules]
     outcomes = run_ranks(stream, num_ranks, schedules, ports, refresh, rewind, timeout_s=120)
     *others, tail = values(outcomes)

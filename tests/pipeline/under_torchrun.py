@@ -1,0 +1,45 @@
+"""Run by torchrun in the tests: a stream of sleeping stages; one rank may kill itself on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from faults import Trouble, endless_source, layout, stop_by_exception
+from line import SleepingStage
+
+from streamdiff.errors import RankFailed
+from streamdiff.pipeline.serve import serve
+from streamdiff.pipeline.transport import Group, World
+from streamdiff.pipeline.watch import Limits
+
+
+def main(culprit: int) -> None:
+    signal.signal(signal.SIGTERM, stop_by_exception)
+    world = World(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        host=os.environ["MASTER_ADDR"],
+        port=int(os.environ["MASTER_PORT"]),
+        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+    assert world.agent_store
+    delivered: list[int] = []
+    try:
+        with Group(world, layout(world.size), limits=Limits(deadline_s=20)) as group:
+            kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+            stage = Trouble(5, kill) if world.rank == culprit else SleepingStage(0.01)
+            link = group.link(source=endless_source(12), deliver=lambda packet: delivered.append(packet.chunk))
+            serve(stage, link)
+    except RankFailed as error:
+        print(f"rank {world.rank} says: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    if delivered:
+        print(f"delivered {delivered}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
