@@ -103,9 +103,7 @@ def header(
         duration = _box(b"free", bytes(_MEHD_BYTES - 8))
     else:
         duration = _full(b"mehd", 1, 0, pack(">Q", duration_ticks))
-    extends = b"".join(
-        _full(b"trex", 0, 0, pack(">5I", track_id, 1, 0, 0, 0)) for track_id in range(1, num_tracks + 1)
-    )
+    extends = b"".join(_full(b"trex", 0, 0, pack(">5I", track_id, 1, 0, 0, 0)) for track_id in range(1, num_tracks + 1))
     movie = _full(
         b"mvhd",
         0,

@@ -82,17 +82,14 @@ def _open(path: Path) -> Image.Image:
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputError(
-            f"cannot read a picture from {path}: it is damaged ({error}); give a whole file"
-        ) from error
+        raise InputError(f"cannot read a picture from {path}: it is damaged ({error}); give a whole file") from error
 
 
 def _check_size(path: Path, size: tuple[int, int]) -> None:
     width, height = size
     if min(size) < _MIN_SIDE:
         raise InputError(
-            f"cannot use the picture {path}: {width}x{height} pixels show no face; "
-            f"give at least {_MIN_SIDE} each way"
+            f"cannot use the picture {path}: {width}x{height} pixels show no face; give at least {_MIN_SIDE} each way"
         )
     if width * height > _MAX_PIXELS:
         raise InputError(
@@ -119,9 +116,7 @@ def _from_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            converted = ImageCms.profileToProfile(
-                plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
+            converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError):
             return plain.convert("RGB")
         return converted if converted is not None else plain.convert("RGB")

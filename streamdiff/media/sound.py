@@ -55,9 +55,7 @@ def read_audio(source: str | Path | BinaryIO, rate_hz: int = 16_000) -> Iterator
     blocks = _decode(source, rate_hz)
     first_S = next(blocks, None)
     if first_S is None:
-        raise InputError(
-            f"{_name(source)} holds no sound: its audio track is empty; give a file with speech in it"
-        )
+        raise InputError(f"{_name(source)} holds no sound: its audio track is empty; give a file with speech in it")
 
     def stream() -> Iterator[Tensor]:
         yield first_S
@@ -103,8 +101,7 @@ def _open(source: str | Path | BinaryIO) -> Generator[tuple[InputContainer, av.A
         opened = av.open(str(source) if is_path else source, "r", options=only_files)
     except (FFmpegError, OSError, ValueError) as error:
         raise InputError(
-            f"cannot read sound from {name}: not an audio file that FFmpeg knows ({_reason(error)}); "
-            "convert it to WAV"
+            f"cannot read sound from {name}: not an audio file that FFmpeg knows ({_reason(error)}); convert it to WAV"
         ) from error
     with opened as container:
         if not container.streams.audio:
@@ -167,8 +164,7 @@ def _check_samples(mono_S: npt.NDArray[np.float32], where: str) -> None:
         raise InputError(f"the sound of {where} holds NaN or infinity; export it again")
     if loudest > _LOUDEST:
         raise InputError(
-            f"the sound of {where} reaches {loudest:.0f}, but floating-point sound lies within -1..1; "
-            "divide it first"
+            f"the sound of {where} reaches {loudest:.0f}, but floating-point sound lies within -1..1; divide it first"
         )
 
 

@@ -156,11 +156,7 @@ class VideoWriter:
 
     def _check(self, frames_THWC: Tensor, sound_S: Tensor | None) -> None:
         expected = (self._height, self._width, 3)
-        if (
-            frames_THWC.dtype != torch.uint8
-            or frames_THWC.ndim != 4
-            or tuple(frames_THWC.shape[1:]) != expected
-        ):
+        if frames_THWC.dtype != torch.uint8 or frames_THWC.ndim != 4 or tuple(frames_THWC.shape[1:]) != expected:
             raise ConfigError(
                 f"frames must be uint8 of shape [T, {self._height}, {self._width}, 3], "
                 f"got {frames_THWC.dtype} {list(frames_THWC.shape)}"
@@ -197,9 +193,7 @@ class VideoWriter:
             frame.time_base = Fraction(1, self._fps)
             frame.pict_type = PictureType.I if self._key_is_due(index, offset) else PictureType.NONE
             for packet in self._video.encode(frame):
-                samples.append(
-                    mp4.Sample(mp4.length_prefixed(bytes(packet)), _TICKS_PER_FRAME, packet.is_keyframe)
-                )
+                samples.append(mp4.Sample(mp4.length_prefixed(bytes(packet)), _TICKS_PER_FRAME, packet.is_keyframe))
         assert len(samples) == len(frames_THWC), "a zero-latency encoder returns every frame at once"
         return samples
 

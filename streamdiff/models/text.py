@@ -98,8 +98,7 @@ def _signs(key: bytes, width: int) -> npt.NDArray[np.int64]:
     """As many signs as asked for, +1 or -1, drawn from the hash of a key."""
     blocks = (width + 511) // 512
     digest = b"".join(
-        hashlib.blake2b(key, digest_size=64, salt=index.to_bytes(8, "little")).digest()
-        for index in range(blocks)
+        hashlib.blake2b(key, digest_size=64, salt=index.to_bytes(8, "little")).digest() for index in range(blocks)
     )
     bits = np.unpackbits(np.frombuffer(digest, dtype=np.uint8))[:width]
     return bits.astype(np.int64) * 2 - 1
@@ -148,8 +147,7 @@ class UMT5Text:
         for path, exists in ((weights, weights.is_file()), (tokenizer_dir, tokenizer_dir.is_dir())):
             if not exists:
                 raise CheckpointError(
-                    f"{root} has no {path.relative_to(root)}; "
-                    "download the text encoder of Wan2.2-S2V-14B there"
+                    f"{root} has no {path.relative_to(root)}; download the text encoder of Wan2.2-S2V-14B there"
                 )
         try:
             from transformers import AutoTokenizer
@@ -164,9 +162,7 @@ class UMT5Text:
         try:
             official = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"cannot read {weights}: {_first_line(error)}; download it again"
-            ) from error
+            raise CheckpointError(f"cannot read {weights}: {_first_line(error)}; download it again") from error
         model: Any = umt5_from_official(official)
         return cls(model.to(device=device, dtype=dtype).requires_grad_(False), tokenizer)
 
@@ -196,9 +192,7 @@ def umt5_names(num_layers: int) -> dict[str, str]:
         names[f"{ours}.norm2.weight"] = f"{theirs}.1.layer_norm.weight"
         for part in "qkvo":
             names[f"{ours}.attn.{part}.weight"] = f"{theirs}.0.SelfAttention.{part}.weight"
-        names[f"{ours}.pos_embedding.embedding.weight"] = (
-            f"{theirs}.0.SelfAttention.relative_attention_bias.weight"
-        )
+        names[f"{ours}.pos_embedding.embedding.weight"] = f"{theirs}.0.SelfAttention.relative_attention_bias.weight"
         names[f"{ours}.ffn.gate.0.weight"] = f"{theirs}.1.DenseReluDense.wi_0.weight"
         names[f"{ours}.ffn.fc1.weight"] = f"{theirs}.1.DenseReluDense.wi_1.weight"
         names[f"{ours}.ffn.fc2.weight"] = f"{theirs}.1.DenseReluDense.wo.weight"

@@ -100,9 +100,7 @@ def test_an_onset_shows_in_its_frame() -> None:
 
 @pytest.mark.parametrize("frames_per_chunk", [1, 12])
 @pytest.mark.parametrize(("fps", "num_samples"), [(25, 20_000), (25, 15_360), (24, 20_000), (25, 1)])
-def test_chunks_hold_every_sample_once_and_end_in_silence(
-    fps: int, num_samples: int, frames_per_chunk: int
-) -> None:
+def test_chunks_hold_every_sample_once_and_end_in_silence(fps: int, num_samples: int, frames_per_chunk: int) -> None:
     encoder = LogMelFeatures()
     samples_S = speech_like(num_samples)
     made = list(chunks(cut(samples_S, [700, 33]), encoder, frames_per_chunk=frames_per_chunk, fps=fps))
@@ -115,9 +113,7 @@ def test_chunks_hold_every_sample_once_and_end_in_silence(
     whole_BZEA = encoder.encode_whole(sound_S, fps)
     assert torch.equal(torch.cat([audio for audio, _ in made], dim=-1), whole_BZEA)
     for index, (_, sound) in enumerate(made):
-        start, end = (
-            frame_boundary((index + step) * frames_per_chunk, fps, encoder.rate_hz) for step in (0, 1)
-        )
+        start, end = (frame_boundary((index + step) * frames_per_chunk, fps, encoder.rate_hz) for step in (0, 1))
         assert len(sound) == end - start
 
 

@@ -54,9 +54,7 @@ def test_a_word_moves_with_its_position_but_stays_itself() -> None:
 def test_words_that_share_letters_share_direction() -> None:
     encoder = HashedText(2048)
     speaking, speaks, tractor = (encoder.encode(word)[0, 0] for word in ("speaking", "speaks", "tractor"))
-    assert torch.cosine_similarity(speaking, speaks, dim=0) > 0.15 + torch.cosine_similarity(
-        speaking, tractor, dim=0
-    )
+    assert torch.cosine_similarity(speaking, speaks, dim=0) > 0.15 + torch.cosine_similarity(speaking, tractor, dim=0)
 
 
 def test_long_prompts_are_cut_and_keep_their_end_mark() -> None:

@@ -78,9 +78,7 @@ def published_encoder(weights: dict[str, Tensor], ids_P: Tensor, mask_P: Tensor)
         w: Callable[[str], Tensor] = lambda name, n=n: weights[f"blocks.{n}.{name}.weight"]  # noqa: E731
         h = norm(x, w("norm1"))
         q, k, v = (F.linear(h, w(f"attn.{part}")).unflatten(-1, (heads, -1)) for part in "qkv")
-        scores = torch.einsum("qnc,knc->nqk", q, k) + w("pos_embedding.embedding")[buckets_PP].permute(
-            2, 0, 1
-        )
+        scores = torch.einsum("qnc,knc->nqk", q, k) + w("pos_embedding.embedding")[buckets_PP].permute(2, 0, 1)
         scores = scores.masked_fill(mask_P == 0, torch.finfo(scores.dtype).min).softmax(-1)
         x = x + F.linear(torch.einsum("nqk,knc->qnc", scores, v).flatten(1), w("attn.o"))
         h = norm(x, w("norm2"))
@@ -117,9 +115,7 @@ def test_every_name_has_one_counterpart_of_the_same_shape() -> None:
 
 def test_the_published_size_is_read_off_the_tensors() -> None:
     with torch.device("meta"):
-        weights = {
-            name: torch.empty(tensor.shape, dtype=torch.bfloat16) for name, tensor in _xxl_shapes().items()
-        }
+        weights = {name: torch.empty(tensor.shape, dtype=torch.bfloat16) for name, tensor in _xxl_shapes().items()}
     model = umt5_from_official(weights)
     assert len(umt5_names(24)) == 242
     assert sum(p.numel() for p in model.parameters()) == 5_680_910_336
