@@ -4,11 +4,10 @@ Only the head loads encoders, only DiT ranks load the DiT, only the decoding ran
 have to know of each other travels in packets.
 
     engine = Engine(presets.tiny())
-    schedule = plan(num_steps=engine.config.num_steps, num_ranks=2)
-    stages = [engine.stage(role) for role in schedule.roles]
-    head = engine.head(image_HWC, "a person is talking")
-    for packet in run_local(schedule, stages, head.packets(heard)):
-        show(packet.frames_THWC, packet.sound_S)
+    async with engine.open(image_HWC, "a person is talking") as session:
+        session.push_audio(samples_S)
+        async for shown in session:
+            play(shown.frames_THWC, shown.sound_S)
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
 from streamdiff.observe import Observer
 from streamdiff.pipeline.head import Head
 from streamdiff.pipeline.packet import SetReference
-from streamdiff.pipeline.schedule import Role
+from streamdiff.pipeline.schedule import Role, plan
+from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import Chain, DecodeStage, DenoiseStage, Stage
+from streamdiff.session import Session
 
 _LARGEST_RANDOM = 200_000_000
 """Parameters above which random weights are surely a mistake, and an expensive one."""
@@ -110,6 +111,29 @@ class Engine:
             self.encode_prompt(prompt),
             seed=seed,
             stream=stream,
+        )
+
+    def open(
+        self,
+        image_HWC: Tensor,
+        prompt: str,
+        *,
+        num_ranks: int = 1,
+        seed: int = 0,
+        live: bool = True,
+        deadline_s: float = 60.0,
+    ) -> Session:
+        """A live stream in this process, its ranks as threads; see `Session`."""
+        schedule = plan(num_steps=self.config.num_steps, num_ranks=num_ranks, refresh_chunk=self.config.refresh_chunk)
+        stages = [self.stage(role, seed=seed) for role in schedule.roles]
+        head = self.head(image_HWC, prompt, seed=seed)
+        return Session(
+            self.config,
+            head,
+            self.audio_encoder(),
+            lambda packets: run_local(schedule, stages, packets, deadline_s=deadline_s),
+            encode_prompt=self.encode_prompt,
+            live=live,
         )
 
     @torch.inference_mode()

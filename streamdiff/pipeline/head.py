@@ -88,12 +88,24 @@ class Head:
             if chunk < self._chunk:
                 self._rewind = chunk
 
+    def take_back(self, chunk: int) -> int:
+        """Rewind towards ``chunk``, as far as the pipeline remembers; the chunk that is made next.
+
+        Unlike `rewind` it always begins a new epoch, so that everything under way becomes stale.
+        """
+        with self._lock:
+            reach = self._config.memory.slack_chunks + 1
+            next_chunk = self._chunk if self._rewind is None else self._rewind
+            self._rewind = min(max(chunk, self._chunk - reach, 0), next_chunk)
+            return self._rewind
+
     def packets(self, heard: Iterable[AudioChunk]) -> Iterator[Packet]:
         """One packet for every chunk of sound, for as long as there is any."""
         for sound in heard:
-            yield self._packet(sound)
+            yield self.packet(sound)
 
-    def _packet(self, sound: AudioChunk) -> Packet:
+    def packet(self, sound: AudioChunk) -> Packet:
+        """The next packet, with this sound."""
         config = self._config
         commands: list[Command] = []
         with self._lock:
