@@ -119,11 +119,7 @@ class Schedule:
         steps 2+1+1, decode alone, refresh 0->5
         """
         decode = "decode alone" if self.decode_alone else "decode shared"
-        refresh = (
-            "no refresh"
-            if self.refresh_chunk is None
-            else f"refresh {self.source_chunk}->{self.refresh_chunk}"
-        )
+        refresh = "no refresh" if self.refresh_chunk is None else f"refresh {self.source_chunk}->{self.refresh_chunk}"
         return f"steps {'+'.join(map(str, self.partition))}, {decode}, {refresh}"
 
     @property
@@ -351,9 +347,7 @@ def render(
 def render_around(schedule: Schedule, rank: int, chunk: int) -> str:
     """The picture of the moment at which ``rank`` works on ``chunk``, with that cell marked."""
     first = max(0, chunk - schedule.num_ranks + 1)
-    return render(
-        schedule, num_chunks=chunk - first + schedule.num_ranks, first_chunk=first, mark=(rank, chunk)
-    )
+    return render(schedule, num_chunks=chunk - first + schedule.num_ranks, first_chunk=first, mark=(rank, chunk))
 
 
 _Event = tuple[str, int, int]  # ("take" | "give" | "return" | "fill", rank, chunk)
@@ -388,9 +382,7 @@ def check(
         )
 
 
-def _waits(
-    schedule: Schedule, num_chunks: int, queue_depth: int, feedback_depth: int
-) -> dict[_Event, list[_Event]]:
+def _waits(schedule: Schedule, num_chunks: int, queue_depth: int, feedback_depth: int) -> dict[_Event, list[_Event]]:
     """Each event with those that must come first. Unbuffered, giving and taking are one event."""
     refresh, source = schedule.refresh_chunk, schedule.source_chunk
     tail, last_dit = schedule.num_ranks - 1, schedule.last_dit_rank

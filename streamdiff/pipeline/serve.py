@@ -65,18 +65,14 @@ def run_local(
             f"{len(stages)} stages do not fit a schedule of {schedule.num_ranks} ranks; make one per rank"
         )
     if observers is not None and len(observers) != schedule.num_ranks:
-        raise ScheduleError(
-            f"{len(observers)} observers do not fit {schedule.num_ranks} ranks; make one per rank"
-        )
+        raise ScheduleError(f"{len(observers)} observers do not fit {schedule.num_ranks} ranks; make one per rank")
     observers = [Silent()] * schedule.num_ranks if observers is None else observers
     if schedule.num_ranks == 1:
         return _run_alone(schedule, stages[0], source, observers[0])
     return _run_threads(schedule, stages, source, observers, deadline_s)
 
 
-def _run_alone(
-    schedule: Schedule, stage: Stage, source: Iterator[Packet], observer: Observer
-) -> Iterator[Packet]:
+def _run_alone(schedule: Schedule, stage: Stage, source: Iterator[Packet], observer: Observer) -> Iterator[Packet]:
     delivered: list[Packet] = []
     (link,) = local_links(
         1,

@@ -157,8 +157,7 @@ def diagnose(reports: Mapping[int, Report], limits: Limits, *, silence_s: float)
         return Failure(
             rank,
             beat.chunk,
-            f"has been {beat.doing.value} for {for_s:.1f} s without an end; find what holds it, or raise the "
-            f"limit",
+            f"has been {beat.doing.value} for {for_s:.1f} s without an end; find what holds it, or raise the limit",
         )
     if all_wait and waiting:
         return Failure(
@@ -206,12 +205,8 @@ class Watch:
         self._noticed = False
         self._owner = threading.current_thread()
         self._threads = [
-            threading.Thread(target=target, name=target.__name__, daemon=True)
-            for target in (self._pulse, self._guard)
+            threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._pulse, self._guard)
         ]
-
-    # --- asked by the rank
-    # ---------------------------------------------------------------------------------------
 
     @property
     def failure(self) -> Failure | None:
@@ -231,9 +226,7 @@ class Watch:
         """The verdict as an exception, with the schedule and the cell it concerns."""
         failure = self._failure
         assert failure is not None
-        picture = (
-            f"\n{self._picture(failure.rank, max(0, failure.chunk))}" if failure.rank is not None else ""
-        )
+        picture = f"\n{self._picture(failure.rank, max(0, failure.chunk))}" if failure.rank is not None else ""
         return RankFailed(f"{failure}{picture}", rank=failure.rank)
 
     def reports(self) -> dict[int, Report]:
@@ -273,9 +266,6 @@ class Watch:
             if time.monotonic() > end_s:
                 return False
 
-    # --- life
-    # ----------------------------------------------------------------------------------------------------
-
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
@@ -302,9 +292,6 @@ class Watch:
         self._stop.set()
         self._hurry.set()
         self._threads[0].join(max(0.0, end_s - time.monotonic()))
-
-    # --- threads
-    # -------------------------------------------------------------------------------------------------
 
     def _pulse(self) -> None:
         keys = [_FAILURE, *(f"beat/{rank}" for rank in range(self._size))]
@@ -403,8 +390,7 @@ class Watch:
         interrupted = False
         while not self._stop.wait(nap_s):
             if self._failure is None:
-                # Naps are counted rather than read off the clock: a process that was itself stopped has not
-                # waited.
+                # Naps are counted, not read off the clock: a process that was itself stopped has not waited.
                 idle_s = idle_s + nap_s if rounds == self._num_rounds else 0.0
                 rounds = self._num_rounds
                 if idle_s > self._limits.silence_s and rounds > 0:

@@ -166,9 +166,7 @@ def put_together(manifest: bytes, payloads: Mapping[str, Tensor]) -> Packet:
 
     content = json.loads(manifest)
     try:
-        commands = tuple(
-            _COMMANDS[name](**restore_fields(described)) for name, described in content["commands"]
-        )
+        commands = tuple(_COMMANDS[name](**restore_fields(described)) for name, described in content["commands"])
         return Packet(**restore_fields(content["packet"]), commands=commands)
     except (KeyError, TypeError) as error:
         raise RankFailed(f"cannot read a packet ({error}); run the same streamdiff on every rank") from error

@@ -87,10 +87,28 @@ def stream(world: World, schedules: list[Schedule], ports: list[int], refresh: i
     ]
 
 
+def uneven(schedule: Schedule) -> bool:
+    """The layouts of four steps in which early ranks own most: one with and one without a rank for decoding."""
+    return schedule.num_steps == 4 and list(schedule.partition) == sorted(
+        [1] * (schedule.num_dit_ranks - 1) + [5 - schedule.num_dit_ranks], reverse=True
+    )
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
 def test_processes_equal_the_plain_loop(num_ranks: int) -> None:
+    assert_processes_equal([layout for layout in LAYOUTS if layout.num_ranks == num_ranks and uneven(layout)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
+def test_processes_of_every_layout_equal_the_plain_loop(num_ranks: int) -> None:
+    assert_processes_equal([layout for layout in LAYOUTS if layout.num_ranks == num_ranks])
+
+
+def assert_processes_equal(layouts: list[Schedule]) -> None:
     refresh, rewind = 5, (6, 4)
-    schedules = [replace(schedule, refresh_chunk=refresh) for schedule in LAYOUTS if schedule.num_ranks == num_ranks]
+    schedules = [replace(layout, refresh_chunk=refresh) for layout in layouts]
+    (num_ranks,) = {schedule.num_ranks for schedule in schedules}
     ports = [free_port() for _ in schedules]
     outcomes = run_ranks(stream, num_ranks, schedules, ports, refresh, rewind, timeout_s=120)
     *others, tail = values(outcomes)
