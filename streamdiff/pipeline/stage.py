@@ -113,6 +113,11 @@ class DenoiseStage:
             self._motion_rotation = dit.motion_rotation(config.latent_hw) if config.motion_latents > 0 else None
 
     @property
+    def memories(self) -> list[StepMemory]:
+        """The history of each of its steps."""
+        return [step.memory for step in self._steps]
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of all histories and of the pristine sink."""
         return self.sink.num_bytes + sum(step.memory.num_bytes for step in self._steps)
