@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from streamdiff import counter, flow
 from streamdiff.avatar import kinematics
 from streamdiff.avatar.kinematics import FPS, Floats, KinematicSpec
-from streamdiff.avatar.speech import RATE_HZ, Phoneme
+from streamdiff.avatar.speech import PAUSES, RATE_HZ, Phoneme
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 
 FRAME_SAMPLES = RATE_HZ // FPS
@@ -43,7 +43,6 @@ PHONES = ("", "other", " ", "pause", *"ɑæʌɔɛɪiʊuəɚɜAIOQWYᵊᵻaeoɐɒ
 """Classes of phonemes; the first is silence. Punctuation is ``pause``, what is not listed is ``other``."""
 
 _PHONE_INDEX = {symbol: i for i, symbol in enumerate(PHONES)}
-_PAUSES = frozenset(';:,.!?—…"()“”')
 _SLOTS = 2
 """Phonemes are given for each half of a frame: a /p/ lasts 50 ms."""
 
@@ -131,7 +130,7 @@ SILENT_MEL = (math.log(_MEL_FLOOR) + 8.0) / 4.0
 
 def phone_class(symbol: str) -> int:
     """Index of a phoneme symbol in `PHONES`."""
-    if symbol in _PAUSES and symbol:
+    if symbol in PAUSES and symbol:
         return _PHONE_INDEX["pause"]
     return _PHONE_INDEX.get(symbol, _PHONE_INDEX["other"])
 
@@ -203,9 +202,7 @@ class Cues:
     ) -> Cues:
         """Whole frames of sound; ``before_S``: at least 360 samples that precede them."""
         if len(samples_S) % FRAME_SAMPLES:
-            raise InputError(
-                f"cues need whole frames of {FRAME_SAMPLES} samples, got {len(samples_S)}; pad with zeros"
-            )
+            raise InputError(f"cues need whole frames of {FRAME_SAMPLES} samples, got {len(samples_S)}; pad with zeros")
         num_frames = len(samples_S) // FRAME_SAMPLES
         mel_AF = mel_of(np.concatenate([before_S[-_MEL_CONTEXT:], samples_S]))
         said = phonemes is not None
@@ -223,9 +220,7 @@ class Cues:
         heard = self.heard_A[:, None].astype(np.float32)
         said = self.said_A[:, None].astype(np.float32)
         state = np.eye(len(State), dtype=np.float32)[self.state_A]
-        return np.concatenate(
-            [self.mel_AF * heard, self.phones_AP * said, heard, said, state, intent_AI], axis=1
-        )
+        return np.concatenate([self.mel_AF * heard, self.phones_AP * said, heard, said, state, intent_AI], axis=1)
 
 
 BLINK_SHAPE = (0.75, 1.0, 0.88, 0.62, 0.3, 0.12, 0.04)
@@ -283,9 +278,7 @@ class Intent:
             wait_s = math.exp(_GAZE_LOG_MEAN + _GAZE_LOG_STD * self._draw("wait", k))
             onset = self._looks[-1][0] + max(4, round(wait_s * FPS))
             home = counter.seed_of("home", *self._key, k) % 1000 < _GAZE_HOME * 1000
-            yaw, pitch = (
-                (0.0, 0.0) if home else (s * self._draw(a, k) for s, a in zip(_GAZE_STD, "yp", strict=True))
-            )
+            yaw, pitch = (0.0, 0.0) if home else (s * self._draw(a, k) for s, a in zip(_GAZE_STD, "yp", strict=True))
             self._looks.append((onset, yaw, pitch))
             self._next_look += 1
 
@@ -340,9 +333,7 @@ class _Layer(nn.Module):
 
     def forward(self, x_BAD: Tensor, modulation_B6D: Tensor) -> Tensor:
         B, A, D = x_BAD.shape
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation_B6D + self.shift)[:, :, None].unbind(
-            1
-        )
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation_B6D + self.shift)[:, :, None].unbind(1)
         h_BAD = F.layer_norm(x_BAD, (D,)) * (1 + scale_1) + shift_1
         q_BNAK, k_BNAK, v_BNAK = self.qkv(h_BAD).view(B, A, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         attended_BNAK = F.scaled_dot_product_attention(q_BNAK, k_BNAK, v_BNAK)
@@ -528,9 +519,7 @@ class MotionStream:
             torch.from_numpy(values_E.copy()).to(self._device)
             for values_E in (self.spec.rest_E, self.spec.low_E, self.spec.high_E)
         )
-        mouth = [
-            name.startswith(("jaw", "mouth", "tongue", "cheekPuff", "noseSneer")) for name in self.spec.names
-        ]
+        mouth = [name.startswith(("jaw", "mouth", "tongue", "cheekPuff", "noseSneer")) for name in self.spec.names]
         self._is_mouth_E = torch.tensor(mouth, device=self._device)
         trail = model.config.history + MAX_REWIND
         self._trail_AE = self._rest_E.repeat(trail, 1)
@@ -624,9 +613,7 @@ class MotionStream:
         past = self._past[slice(len(self._past) - history, None)]
         rows_AC = Cues.joined([past, self._ahead[slice(0, length)]]).rows(intent_AI)
         cues_BAC = torch.from_numpy(rows_AC)[None].to(self._device)
-        noise_BAE = frame_noise(first, length, self.spec.num_coefs, self._seed, self._stream)[None].to(
-            self._device
-        )
+        noise_BAE = frame_noise(first, length, self.spec.num_coefs, self._seed, self._stream)[None].to(self._device)
         history_BAE = self.model.normal(self._trail_AE[-history:])[None]
         new_BAE = self.model.denoise(noise_BAE, history_BAE, cues_BAC, self._style_1S, self._sigmas)
         new_AE = self.model.motion(new_BAE[0])
@@ -646,9 +633,7 @@ SETTLE_FRAMES = 4
 
 def frame_noise(first: int, count: int, num_coefs: int, seed: int, stream: int) -> Tensor:
     """Noise ``[count, E]`` of the frames from ``first`` on: a frame's noise is the same in every window."""
-    return torch.stack(
-        [counter.normal((num_coefs,), "motion", seed, stream, first + i) for i in range(count)]
-    )
+    return torch.stack([counter.normal((num_coefs,), "motion", seed, stream, first + i) for i in range(count)])
 
 
 _STYLE_ORDINARY: Mapping[str, tuple[float, float]] = {
@@ -743,14 +728,9 @@ def save_motion(model: MotionModel, path: str | Path, *, facts: Mapping[str, Any
     """Write a model as fp16 safetensors with its shape, and any facts worth keeping, in the metadata."""
     from safetensors.torch import save_file
 
-    tensors = {
-        name: value.detach().to("cpu", torch.float16).contiguous()
-        for name, value in model.state_dict().items()
-    }
+    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
     # Means and deviations set the scale of everything: not a place to round.
-    tensors |= {
-        name: getattr(model, name).detach().cpu().float().contiguous() for name in ("mean_E", "std_E")
-    }
+    tensors |= {name: getattr(model, name).detach().cpu().float().contiguous() for name in ("mean_E", "std_E")}
     metadata = {"format": _FORMAT, "config": json.dumps(asdict(model.config)), "phones": json.dumps(PHONES)}
     metadata["facts"] = json.dumps(facts or {}, sort_keys=True)
     save_file(tensors, str(path), metadata)
@@ -767,9 +747,7 @@ def load_motion(path: str | Path | None = None, *, device: str | torch.device = 
 
     path = Path(path) if path is not None else weights_path()
     if not path.is_file():
-        raise InputError(
-            f"no motion weights at {path}; check the path, or train: python -m streamdiff.training.motion"
-        )
+        raise InputError(f"no motion weights at {path}; check the path, or train: python -m streamdiff.training.motion")
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

@@ -152,7 +152,7 @@ class Segment:
 
     def holds(self, seconds: float) -> bool:
         """Whether that much sound is queued, or its end."""
-        return self.queued_s >= seconds or (bool(self._chunks) and self._chunks[-1].last)
+        return bool(self._chunks) and (self.queued_s >= seconds or self._chunks[-1].last)
 
     def finish(self, *, interrupted: bool = False) -> None:
         """Nothing more of it will be shown."""
@@ -236,6 +236,11 @@ class _Score:
         """Whether the sound that was begun has not ended yet."""
         return self._segment is not None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to be heard."""
+        return not self.frames and not self.is_open
+
     def absorb(self, chunk: AudioChunk, segment: Segment) -> Cues:
         """Take in a chunk; the cues of the frames it completes. The end of a segment is padded to a frame."""
         if segment is not self._segment:
@@ -244,9 +249,7 @@ class _Score:
             self._phonemes = None
         elif self._phonemes is not None:
             shift_s = len(self._pending_S) / RATE_HZ
-            self._phonemes += [
-                Phoneme(p.symbol, p.start_s + shift_s, p.end_s + shift_s) for p in chunk.phonemes
-            ]
+            self._phonemes += [Phoneme(p.symbol, p.start_s + shift_s, p.end_s + shift_s) for p in chunk.phonemes]
         self._pending_S = np.concatenate([self._pending_S, chunk.samples_S])
         if chunk.last and (len(self._pending_S) or not self.frames or self.frames[-1].segment is not segment):
             # The end is told once, and on a frame: if all others are gone, on one more.
@@ -269,15 +272,11 @@ class _Score:
         cues = Cues.sound(samples_S, self._phonemes, before_S=self._before_S)
         if count:
             self._before_S = samples_S[-FRAME_SAMPLES:]
-            self.frames += [
-                _Sounding(audio_S, self._segment) for audio_S in samples_S.reshape(count, FRAME_SAMPLES)
-            ]
+            self.frames += [_Sounding(audio_S, self._segment) for audio_S in samples_S.reshape(count, FRAME_SAMPLES)]
         if self._phonemes is not None:
             gone_s = count / FPS
             self._phonemes = [
-                Phoneme(p.symbol, p.start_s - gone_s, p.end_s - gone_s)
-                for p in self._phonemes
-                if p.end_s > gone_s
+                Phoneme(p.symbol, p.start_s - gone_s, p.end_s - gone_s) for p in self._phonemes if p.end_s > gone_s
             ]
         return cues
 
@@ -369,9 +368,7 @@ class AvatarStream:
             self._jobs.append((segment, text))
             return segment
 
-    def push_audio(
-        self, samples: NDArray[Any] | bytes, rate_hz: int = RATE_HZ, *, last: bool = False
-    ) -> Segment:
+    def push_audio(self, samples: NDArray[Any] | bytes, rate_hz: int = RATE_HZ, *, last: bool = False) -> Segment:
         """Give sound from outside, in order; ``last`` ends its segment.
 
         Raises:
@@ -382,9 +379,7 @@ class AvatarStream:
             self._check_open()
             segment, door = self._live or (None, ExternalAudio())
             if segment is not None and segment.queued_s > _BACKLOG_S:
-                raise InputError(
-                    f"{segment.queued_s:.0f} s of sound wait to be shown; take frames between pushes"
-                )
+                raise InputError(f"{segment.queued_s:.0f} s of sound wait to be shown; take frames between pushes")
             chunk = door.push(samples, rate_hz, last=last)
             if segment is None:
                 segment = self._new_segment(live=True)
@@ -639,7 +634,7 @@ class AvatarStream:
         patience = 0
         while True:
             with self._wake:
-                while not self._stopped and self._cut_to is None and len(self._posed) >= _POSED_CAP:
+                while len(self._posed) >= _POSED_CAP and not self._must_turn():
                     self._wake.wait(_NAP_S)
                 if self._stopped:
                     return
@@ -647,12 +642,11 @@ class AvatarStream:
                 settle, self._settle = self._settle, False
                 take, epoch = self._take, self._epoch
                 state = State.LISTENING if self._listening else State.IDLE
-                idle = not score.frames and not score.is_open
-                chunks = self._collect(len(score.frames), longest, idle=idle) if cut_to is None else []
-                if chunks and self._realtime and idle:
+                chunks = self._collect(len(score.frames), longest) if cut_to is None else []
+                if chunks and self._realtime and score.is_idle:
                     # Words: idle frames that nobody has seen yet make room for them.
                     first = max(self._shown, self._sounding_until)
-                    if first < self._made:
+                    if first < motion.next_frame:
                         self._begin_take(first)
                         cut_to, self._cut_to, take = first, None, self._take
                 lacks = self._lacks(score, shortest, longest) and not chunks
@@ -685,9 +679,19 @@ class AvatarStream:
                 score.after_silence()
             self._put(motion_E, sounding, take, epoch, waiting)
 
-    def _collect(self, held: int, wanted: int, *, idle: bool) -> list[tuple[AudioChunk, Segment]]:
+    def _must_turn(self) -> bool:
+        """Whether motion has better to do than wait for room: it is cut, or words overtake idling (lock held)."""
+        if self._stopped or self._cut_to is not None:
+            return True
+        return self._realtime and self._score.is_idle and bool(self._segments) and self._may_begin(self._segments[0])
+
+    def _may_begin(self, segment: Segment) -> bool:
+        """Live sound is begun when its first look-ahead is there: until then the avatar idles (lock held)."""
+        least_s = self._motion.model.config.lengths[0] / FPS if segment.live else 0.0
+        return segment.epoch == self._epoch and segment.holds(least_s)
+
+    def _collect(self, held: int, wanted: int) -> list[tuple[AudioChunk, Segment]]:
         """Chunks until ``wanted`` frames of sound are held (lock held)."""
-        shortest = self._motion.model.config.lengths[0]
         chunks: list[tuple[AudioChunk, Segment]] = []
         frames = float(held)
         while self._segments and frames < wanted:
@@ -696,8 +700,7 @@ class AvatarStream:
                 segment.finish(interrupted=True)
                 self._segments.popleft()
                 continue
-            # Live sound is begun when its first look-ahead is there: until then the avatar idles.
-            if idle and not chunks and segment.live and not segment.holds(shortest / FPS):
+            if self._score.is_idle and not chunks and not self._may_begin(segment):
                 break
             chunk = segment.take()
             if chunk is None:
@@ -751,17 +754,15 @@ class AvatarStream:
 
     def _put(self, motion_E: Tensor, sounding: _Sounding, take: int, epoch: int, waiting: State) -> None:
         """Hand a frame to the picture stage, unless it is void already."""
-        state: StateName = (
-            "speaking" if sounding.segment else "listening" if waiting is State.LISTENING else "idle"
-        )
+        state: StateName = "speaking" if sounding.segment else "listening" if waiting is State.LISTENING else "idle"
         if 0 <= self._motion.next_frame - 1 - self._fading_from < SETTLE_FRAMES and sounding.segment is None:
             state = "fading"
         made = _Made(self._motion.next_frame - 1, take, epoch, motion_E, sounding, state)
         self._trail.append(made)
         with self._wake:
-            while len(self._posed) >= _POSED_CAP and take == self._take and not self._stopped:
+            while len(self._posed) >= _POSED_CAP and not self._must_turn():
                 self._wake.wait(_NAP_S)
-            if take != self._take or self._stopped:
+            if take != self._take or len(self._posed) >= _POSED_CAP:
                 return
             self._posed.append(made)
             self._made = made.index + 1
@@ -913,9 +914,7 @@ class AvatarSession:
         task.add_done_callback(self._feeders.discard)
         return segment
 
-    async def push_audio(
-        self, samples: NDArray[Any] | bytes, rate_hz: int = RATE_HZ, *, last: bool = False
-    ) -> Segment:
+    async def push_audio(self, samples: NDArray[Any] | bytes, rate_hz: int = RATE_HZ, *, last: bool = False) -> Segment:
         """Give sound from outside; see `AvatarStream.push_audio`."""
         return self._stream.push_audio(samples, rate_hz, last=last)
 

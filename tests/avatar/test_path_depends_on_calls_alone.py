@@ -1,0 +1,77 @@
+"""Outside real time, the bits shown depend on the calls and not on how long anything took."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from tiny_avatar import Bars, Tones, tiny_motion
+
+from streamdiff.avatar.path import AvatarStream, AVFrame
+
+
+def scene(*, voice_s: float = 0.0, render_s: float = 0.0, pause_s: float = 0.0) -> list[AVFrame]:
+    taken: list[AVFrame] = []
+
+    with AvatarStream(Bars(render_s), voice=Tones(voice_s), motion=tiny_motion(), seed=4) as stream:
+
+        def take(count: int) -> None:
+            for _ in range(count):
+                taken.append(stream.next_frame(20))
+
+        take(3)
+        time.sleep(pause_s)
+        first = stream.say("Hello, my dear friend. This is a second sentence. And a third one here.")
+        take(20)
+        time.sleep(pause_s)
+        second = stream.say("More words.")
+        while not second.done:
+            take(1)
+        assert first.done
+        time.sleep(pause_s)
+        take(4)
+        stream.listen()
+        take(6)
+        stream.say("This one is cut off in the middle of it all.")
+        take(13)
+        time.sleep(pause_s)
+        stream.interrupt()
+        stream.say("Right away.")
+        take(12)
+        time.sleep(pause_s)
+        rng = np.random.default_rng(0)
+        for _ in range(12):
+            stream.push_audio(rng.uniform(-0.3, 0.3, 1600).astype(np.float32), 16_000)
+            take(2)
+        stream.flush()
+        take(10)
+    return taken
+
+
+def same(one: list[AVFrame], two: list[AVFrame]) -> bool:
+    return len(one) == len(two) and all(
+        a.motion_E.equal(b.motion_E)
+        and a.video_HW3.equal(b.video_HW3)
+        and np.array_equal(a.audio_S, b.audio_S)
+        and (a.index, a.state, a.segment_id, a.end_of_segment, a.epoch)
+        == (b.index, b.state, b.segment_id, b.end_of_segment, b.epoch)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[AVFrame]:
+    return scene()
+
+
+@pytest.mark.parametrize(
+    "slow", [{}, {"voice_s": 0.03}, {"render_s": 0.004}, {"pause_s": 0.08}, {"voice_s": 0.02, "pause_s": 0.05}]
+)
+def test_slow_stages_change_nothing(plain: list[AVFrame], slow: dict[str, float]) -> None:
+    assert same(scene(**slow), plain)
+
+
+def test_another_seed_is_another_motion(plain: list[AVFrame]) -> None:
+    with AvatarStream(Bars(), motion=tiny_motion(), seed=5) as stream:
+        assert not stream.next_frame(20).motion_E.equal(plain[0].motion_E)
