@@ -34,10 +34,10 @@ class _Dense:
     device.
     """
 
-    q_BLNK: Tensor  # noqa: N815
-    keys_BMNK: Tensor  # noqa: N815
-    values_BMNK: Tensor  # noqa: N815
-    used_B: Tensor | None  # noqa: N815
+    q_BLNK: Tensor
+    keys_BMNK: Tensor
+    values_BMNK: Tensor
+    used_B: Tensor | None
     scale: float
     need_lse: bool
 
@@ -62,9 +62,7 @@ def _sdpa(call: _Dense) -> _Answer:
         return out.transpose(1, 2), lse
     if q.dtype in HALF_TYPES:
         return _sdpa_flash(call)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, scale=call.scale
-    )
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=call.scale)
     return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
 
@@ -76,9 +74,7 @@ def _sdpa_flash(call: _Dense) -> _Answer:
 
 def _sdpa_cudnn(call: _Dense) -> _Answer:
     q, k, v = _heads_first(call)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, call.need_lse, scale=call.scale
-    )
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, call.need_lse, scale=call.scale)
     return out.transpose(1, 2), lse.reshape(q.shape[:3]) if call.need_lse else None
 
 
@@ -116,9 +112,7 @@ def _fa3_module() -> ModuleType:
 def _xformers(call: _Dense) -> _Answer:
     ops: Any = importlib.import_module("xformers.ops")
     if not call.need_lse:
-        return ops.memory_efficient_attention(
-            call.q_BLNK, call.keys_BMNK, call.values_BMNK, scale=call.scale
-        ), None
+        return ops.memory_efficient_attention(call.q_BLNK, call.keys_BMNK, call.values_BMNK, scale=call.scale), None
     out, lse = ops.memory_efficient_attention_forward_requires_grad(
         call.q_BLNK, call.keys_BMNK, call.values_BMNK, scale=call.scale
     )
@@ -178,6 +172,9 @@ def _triton_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         return why
     if head_dim > 256:
         return f"its tiles hold head widths up to 256, got {head_dim}"
+    if device.type == "cuda" and dtype not in HALF_TYPES:
+        # Float32 products on tensor cores take three passes and more registers than there are.
+        return f"it multiplies float16 or bfloat16, the queries are {str(dtype).removeprefix('torch.')}"
     return "it computes in float32 or below, the queries are float64" if dtype == torch.float64 else None
 
 
@@ -236,9 +233,7 @@ def backend_named(name: str, *, device: torch.device, dtype: torch.dtype, head_d
     """The backend, or `BackendUnavailable` when it cannot run on such tensors."""
     backend = BACKENDS.get(name)
     if backend is None:
-        raise BackendUnavailable(
-            f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}"
-        )
+        raise BackendUnavailable(f"attention backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if (why := backend.missing(device, dtype, head_dim)) is not None:
         raise BackendUnavailable(f"attention backend {name!r} cannot run: {why}; {backend.remedy}")
     return backend

@@ -29,9 +29,7 @@ def resolve_backend(name: str, q_BLNK: Tensor, keys_BMNK: Tensor, values_BMNK: T
     best = min(times_ms, key=times_ms.__getitem__)
     if math.isinf(times_ms[best]):
         raise BackendUnavailable("no attention backend ran on these tensors; name one to see its error")
-    logger.info(
-        "attention backend %s chosen: %s", best, {name: round(ms, 3) for name, ms in times_ms.items()}
-    )
+    logger.info("attention backend %s chosen: %s", best, {name: round(ms, 3) for name, ms in times_ms.items()})
     return best
 
 

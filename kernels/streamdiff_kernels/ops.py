@@ -102,9 +102,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, *, eps: float = 1e-6, impl: Impl) 
     For cross-attention, whose keys have no position. Wan norms all heads together (weight ``[D]``).
     """
     if x_BLD.dim() != 3 or weight_D.shape != x_BLD.shape[-1:] or x_BLD.stride(-1) != 1:
-        raise KernelInputError(
-            f"rms_norm wants x [B, L, D] and weight [D], got {_shape(x_BLD)}, {_shape(weight_D)}"
-        )
+        raise KernelInputError(f"rms_norm wants x [B, L, D] and weight [D], got {_shape(x_BLD)}, {_shape(weight_D)}")
     return _rms_norm(x_BLD, weight_D, eps, impl.value)
 
 
@@ -153,9 +151,7 @@ def _check_tables(num_tokens: int, head_dim: int, cos: Tensor, sin: Tensor) -> N
 def _check_ring(keys: Tensor, values: Tensor | None, scales: tuple[Tensor | None, ...]) -> None:
     if keys.dim() not in (3, 4) or not keys.is_contiguous():
         raise KernelInputError(f"a ring is a contiguous [B, M, N, K] or [M, N, K], got {_shape(keys)}")
-    if values is not None and (
-        values.shape != keys.shape or values.dtype != keys.dtype or not values.is_contiguous()
-    ):
+    if values is not None and (values.shape != keys.shape or values.dtype != keys.dtype or not values.is_contiguous()):
         raise KernelInputError(f"keys and values must be alike, got {_shape(keys)} and {_shape(values)}")
     for scale in scales:
         if (scale is not None) != (keys.dtype == E4M3):
@@ -207,13 +203,9 @@ def qk_norm_rope_write(
             f"got {_shape(q_BLD)}, {_shape(k_BLD)}, {_shape(v_BLD)}"
         )
     if q_BLD.stride(-1) != 1 or k_BLD.stride(-1) != 1 or v_BLD.stride(-1) != 1:
-        raise KernelInputError(
-            "q, k and v must be contiguous along the width; call .contiguous() on the projection"
-        )
+        raise KernelInputError("q, k and v must be contiguous along the width; call .contiguous() on the projection")
     if q_weight_D.shape != (D,) or k_weight_D.shape != (D,):
-        raise KernelInputError(
-            f"norm weights must be [{D}], got {_shape(q_weight_D)} and {_shape(k_weight_D)}"
-        )
+        raise KernelInputError(f"norm weights must be [{D}], got {_shape(q_weight_D)} and {_shape(k_weight_D)}")
     _check_tables(L, K, cos_LR, sin_LR)
     if (cos_sink_LR is None) != (sin_sink_LR is None):
         raise KernelInputError("cos_sink and sin_sink come together; give both or neither")
@@ -404,16 +396,12 @@ def _check_modulation(x: Tensor, *mods: Tensor | None) -> None:
                 f"a modulation is [T, {D}] or [B, T, {D}] with T dividing the {L} tokens, got {_shape(mod)}"
             )
         if mod.dim() == 3 and mod.shape[0] not in (1, B):
-            raise KernelInputError(
-                f"a modulation for {mod.shape[0]} streams cannot serve {B}; give [T, D] to share it"
-            )
+            raise KernelInputError(f"a modulation for {mod.shape[0]} streams cannot serve {B}; give [T, D] to share it")
         if first is not None and mod.shape[-2] != first.shape[-2]:
             raise KernelInputError(f"modulations must agree on T, got {_shape(first)} and {_shape(mod)}")
 
 
-def norm_modulate(
-    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, *, eps: float = 1e-6, impl: Impl
-) -> Tensor:
+def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, *, eps: float = 1e-6, impl: Impl) -> Tensor:
     """Layer norm without affine, then adaptive scale and shift per latent frame: ``norm(x) * (1 + scale) +
     shift``.
 
@@ -450,9 +438,7 @@ def gate_residual_(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, *, imp
 
 def _check_branch(x: Tensor, y: Tensor) -> None:
     if y.shape != x.shape or not y.is_contiguous():
-        raise KernelInputError(
-            f"a branch must be contiguous and shaped as its stream {_shape(x)}, got {_shape(y)}"
-        )
+        raise KernelInputError(f"a branch must be contiguous and shaped as its stream {_shape(x)}, got {_shape(y)}")
 
 
 @custom_op("streamdiff_kernels::gate_residual_", mutates_args=("x",))
@@ -503,9 +489,7 @@ def _gate_residual_norm_modulate(
 
 
 @_shapes_of("gate_residual_norm_modulate_")
-def _(
-    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, impl: str
-) -> Tensor:
+def _(x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, impl: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -524,9 +508,7 @@ def rms_norm_silu(
         )
     last = torch.channels_last if x_BCTHW.dim() == 4 else torch.channels_last_3d
     if not (x_BCTHW.is_contiguous() or x_BCTHW.is_contiguous(memory_format=last)):
-        raise KernelInputError(
-            "rms_norm_silu wants a contiguous or a channels-last picture; call .contiguous() first"
-        )
+        raise KernelInputError("rms_norm_silu wants a contiguous or a channels-last picture; call .contiguous() first")
     return _rms_norm_silu(x_BCTHW, weight_C, bias_C, eps, impl.value)
 
 
@@ -582,9 +564,7 @@ def norm_modulate_fp8(
 
 
 @custom_op("streamdiff_kernels::norm_modulate_fp8", mutates_args=())
-def _norm_modulate_fp8(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str
-) -> tuple[Tensor, Tensor]:
+def _norm_modulate_fp8(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
     if impl == Impl.REFERENCE:
         return reference.quantise_rows(reference.norm_modulate(reference.wide(x), scale, shift, eps))
     return _fast(impl, x.device).norm_modulate_fp8(x, _batched(scale, 3), _batched(shift, 3), eps)
@@ -675,18 +655,14 @@ def linear_fp8(
     D, E = x8_BLD.shape[-1], weight8_ED.shape[0]
     if x8_BLD.dim() != 3 or x8_BLD.dtype != E4M3 or weight8_ED.dtype != E4M3 or weight8_ED.shape != (E, D):
         raise KernelInputError(
-            f"linear_fp8 wants x [B, L, D], weight [E, D], float8_e4m3fn; "
-            f"got {_shape(x8_BLD)}, {_shape(weight8_ED)}"
+            f"linear_fp8 wants x [B, L, D], weight [E, D], float8_e4m3fn; got {_shape(x8_BLD)}, {_shape(weight8_ED)}"
         )
     if x_scale_BL.shape != x8_BLD.shape[:-1] or weight_scale_E.shape != (E,):
         raise KernelInputError(
-            f"scales must be {list(x8_BLD.shape[:-1])} and [{E}], "
-            f"got {_shape(x_scale_BL)}, {_shape(weight_scale_E)}"
+            f"scales must be {list(x8_BLD.shape[:-1])} and [{E}], got {_shape(x_scale_BL)}, {_shape(weight_scale_E)}"
         )
     if impl == Impl.TRITON:
-        raise BackendUnavailable(
-            "linear_fp8 has no Triton implementation: torch._scaled_mm serves it; use Impl.TORCH"
-        )
+        raise BackendUnavailable("linear_fp8 has no Triton implementation: torch._scaled_mm serves it; use Impl.TORCH")
     return _linear_fp8(x8_BLD, x_scale_BL, weight8_ED, weight_scale_E, bias_E, out_dtype, impl.value)
 
 
@@ -817,13 +793,9 @@ def _attend_checked(
     B, _, N, K = q.shape
     _check_ring(keys, values, (key_scale, value_scale))
     if keys.shape[-2:] != (N, K) or (keys.shape[0] if keys.dim() == 4 else 1) != B:
-        raise KernelInputError(
-            f"queries {_shape(q)} and ring {_shape(keys)} must agree on streams, heads and width"
-        )
+        raise KernelInputError(f"queries {_shape(q)} and ring {_shape(keys)} must agree on streams, heads and width")
     if keys.dtype not in (q.dtype, E4M3):
-        raise KernelInputError(
-            f"queries {_shape(q)} and ring {_shape(keys)} must be of one type, or the ring e4m3"
-        )
+        raise KernelInputError(f"queries {_shape(q)} and ring {_shape(keys)} must be of one type, or the ring e4m3")
     if q_sink is not None and (q_sink.shape != q.shape or q_sink.dtype != q.dtype):
         raise KernelInputError(f"q_sink must be like q {_shape(q)}, got {_shape(q_sink)}")
     if (length is None) == (segments is None):

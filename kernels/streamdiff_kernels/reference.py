@@ -75,9 +75,7 @@ def write_slot(ring_BMNK: Tensor, x_BLNK: Tensor, slot: int, ring_start: int) ->
     num_tokens = x_BLNK.shape[1]
     first = ring_start + slot * num_tokens
     if slot < 0 or first + num_tokens > ring_BMNK.shape[1]:
-        raise IndexError(
-            f"slot {slot} of {num_tokens} tokens lies outside a ring of {ring_BMNK.shape[1]} rows"
-        )
+        raise IndexError(f"slot {slot} of {num_tokens} tokens lies outside a ring of {ring_BMNK.shape[1]} rows")
     written = ring_BMNK.clone()
     written[:, first : first + num_tokens] = x_BLNK.to(ring_BMNK.dtype)
     return written

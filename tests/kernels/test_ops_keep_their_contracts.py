@@ -123,7 +123,5 @@ def test_opcheck_finds_nothing(name: str, impl: str) -> None:
 
 
 def test_every_op_of_the_door_is_checked() -> None:
-    registered = {
-        name.removeprefix("_") for name, value in vars(ops).items() if hasattr(value, "_opoverload")
-    }
+    registered = {name.removeprefix("_") for name, value in vars(ops).items() if hasattr(value, "_opoverload")}
     assert registered == set(CASES)

@@ -22,9 +22,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 
 def tables(num_tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    angle = 50 * torch.randn(
-        num_tokens, K // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    angle = 50 * torch.randn(num_tokens, K // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -35,9 +33,7 @@ def test_rms_norm_and_rotation(impl: Impl, dtype: torch.dtype) -> None:
     want = reference.rms_norm(x.double(), weight, 1e-6)
     TOLERANCES["rms_norm"].check(sk.rms_norm(x, weight, impl=impl), want)
     heads = x.unflatten(-1, (N, K))
-    TOLERANCES["rotate"].check(
-        sk.rotate(heads, cos, sin, impl=impl), reference.rotate(heads.double(), cos, sin)
-    )
+    TOLERANCES["rotate"].check(sk.rotate(heads, cos, sin, impl=impl), reference.rotate(heads.double(), cos, sin))
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
@@ -78,9 +74,7 @@ def test_a_chunk_is_written_into_its_slot_alone(
     bound.check(got, want_q)
     if two_turns:
         assert got_sink is not None
-        bound.check(
-            got_sink, reference.qk_norm_rope(q.double(), k.double(), wq, wk, cos_sink, sin_sink, 1e-6)[0]
-        )
+        bound.check(got_sink, reference.qk_norm_rope(q.double(), k.double(), wq, wk, cos_sink, sin_sink, 1e-6)[0])
     else:
         assert got_sink is None
     rows = slice(sink + slot * L, sink + (slot + 1) * L)
@@ -124,9 +118,7 @@ def test_the_sink_is_rotated_into_its_rows_alone(impl: Impl, dtype: torch.dtype)
     pristine, keys, (cos, sin) = draw(B, G, N, K, dtype=dtype), draw(B, 20, N, K, dtype=dtype), tables(G)
     before = keys.clone()
     sk.rotate_sink_(pristine, cos, sin, keys, first_row=first, impl=impl)
-    TOLERANCES["rotate_sink_"].check(
-        keys[:, first : first + G], reference.rotate(pristine.double(), cos, sin)
-    )
+    TOLERANCES["rotate_sink_"].check(keys[:, first : first + G], reference.rotate(pristine.double(), cos, sin))
     assert torch.equal(keys[:, :first], before[:, :first])
     assert torch.equal(keys[:, first + G :], before[:, first + G :])
 
@@ -220,9 +212,7 @@ def test_attention_over_segments(backend: str, dtype: torch.dtype) -> None:
             )
             bound.check(got, want)
             TOLERANCES["lse"].check(lse, want_lse)
-            plainly = sk.attend(
-                q, keys, values, backend=backend, q_sink_BLNK=second, sink_rows=sink, **kwargs
-            )
+            plainly = sk.attend(q, keys, values, backend=backend, q_sink_BLNK=second, sink_rows=sink, **kwargs)
             bound.check(plainly, want)
 
 
@@ -230,12 +220,8 @@ def test_an_eight_bit_history_is_attended_as_its_numbers() -> None:
     keys8, key_scale = sk.quantise_rows(draw(1, 30, N, K), impl=Impl.TORCH)
     values8, value_scale = sk.quantise_rows(draw(1, 30, N, K, seed=1), impl=Impl.TORCH)
     q = draw(1, L, N, K)
-    numbers = [
-        reference.dequantise_rows(x, s).double() for x, s in ((keys8, key_scale), (values8, value_scale))
-    ]
+    numbers = [reference.dequantise_rows(x, s).double() for x, s in ((keys8, key_scale), (values8, value_scale))]
     want, _ = reference.attend(q.double(), *numbers, [(0, 30)])
     for backend in ("reference", "sdpa"):
-        got = sk.attend(
-            q, keys8, values8, 30, backend=backend, key_scale_BMN=key_scale, value_scale_BMN=value_scale
-        )
+        got = sk.attend(q, keys8, values8, 30, backend=backend, key_scale_BMN=key_scale, value_scale_BMN=value_scale)
         TOLERANCES["attend_float32"].check(got, want)
