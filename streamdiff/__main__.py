@@ -77,6 +77,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--preset", default="tiny", choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
     add("--checkpoint", type=Path, metavar="DIR", help="folder of the downloaded Wan2.2-S2V-14B")
     add("--lora", type=Path, metavar="FILE", help="liveavatar.safetensors, merged while loading")
+    add("--light-decoder", type=Path, metavar="FILE", help="decode with a published taew2_1: rougher, much faster")
     add("--steps", type=int, help="denoising steps (default: the preset's)")
     add("--seconds", type=float, help="length of the video (default: the voice's)")
     add("--size", metavar="WxH", help="picture size in pixels (default: the preset's)")
@@ -126,7 +127,7 @@ def job_from(args: argparse.Namespace, world: World | None) -> Job:
         audio=args.audio if args.audio is not None else demo.demo_audio(),
         out=args.out,
         prompt=args.prompt,
-        weights=Weights(folder=args.checkpoint, lora=args.lora),
+        weights=Weights(folder=args.checkpoint, lora=args.lora, light_decoder=args.light_decoder),
         seconds=4.0 if args.seconds is None and demo_audio else args.seconds,
         seed=args.seed,
         partition=_partition(args.partition),

@@ -23,6 +23,7 @@ from streamdiff.config import DiTConfig
 from streamdiff.errors import CheckpointError
 from streamdiff.models import vae
 from streamdiff.models.dit import CausalDiT
+from streamdiff.models.tae import TAEDecoder
 from streamdiff.models.vae import VAEDecoder, VAEEncoder
 
 _SHOWN = 6
@@ -122,6 +123,13 @@ def load_vae(half: VAEEncoder | VAEDecoder, path: Path) -> None:
     names = {vae.official_name(name, num_res_blocks=num_res_blocks): t for name, t in stored.items()}
     own = {name: t for name, t in names.items() if name.startswith(half.official_prefixes)}
     load_strict(half, own, what=str(path))
+
+
+def load_light_decoder(decoder: TAEDecoder, path: Path) -> None:
+    """Load a published light decoder (``taew2_1.pth`` or safetensors); the encoder in such files is left alone."""
+    stored = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    own = {name: t for name, t in stored.items() if not name.startswith("encoder.")}
+    load_strict(decoder, own, what=str(path))
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
