@@ -360,8 +360,9 @@ def attend_over_segments(
         more, more_lse = backend.dense(call)
         assert lse is not None
         assert more_lse is not None
-        out, lse = reference.merge_attention(out, lse.float(), more, more_lse.float())
-    return out, lse.float() if need_lse and lse is not None else None
+        # Merging in float32 rounds once, however many segments there are.
+        out, lse = reference.merge_attention(out.float(), lse.float(), more, more_lse.float())
+    return out.to(q_BLNK.dtype), lse.float() if need_lse and lse is not None else None
 
 
 def _stored(x_BMNK: Tensor, scale_BMN: Tensor | None, dtype: torch.dtype | None) -> Tensor:
