@@ -20,7 +20,7 @@ import hashlib
 import importlib.resources
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,10 +60,10 @@ MOUTH = (
 RIGHT_EYE = ((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133))
 LEFT_EYE = ((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263))
 SLITS = (MOUTH, RIGHT_EYE, LEFT_EYE)
-HOLD = 0.4
-"""How far past its edge each side of a slit is carried on, in widths of the slit."""
-SIDES_DIFFER = HOLD + 0.8
-"""How far below a slit a frame has to ask for the lower side: `HOLD`, and the furthest a jaw drops."""
+HOLD = (0.4, 0.2)
+"""How far past its edge the upper, and the lower, side of a slit is carried on, in widths of the slit."""
+SIDES_DIFFER = (1.2, 0.65, 0.65)
+"""How far below mouth and eyes a frame has to ask for the lower side: the hold, and how far the skin there drops."""
 IRISES = (468, 473)
 """Centres of the right and of the left iris; the four that follow lie on its rim."""
 
@@ -71,11 +71,12 @@ _OVAL = [
     *(10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377),
     *(152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109),
 ]
-# Rows of skin above each upper lid, nearest first: how much of the lid's own correction they follow.
-_LID_ROWS = (
-    (((247, 30, 29, 27, 28, 56, 190), 0.55),),
-    (((414, 286, 258, 257, 259, 260, 467), 0.55),),
-)
+_LASHES = 0.09
+"""Height of the band of lashes above a lid, which moves without stretching, in widths of the eye."""
+_LID_SKIN = 0.3
+"""Height of the skin above the lashes that a blink stretches; what lies higher, a glasses' rim for one, stays."""
+_BLINKS = ("", "eyeBlinkRight", "eyeBlinkLeft")
+"""The shape that shuts each slit."""
 # Rings of lip around the inner lips, upper and lower: how much they follow when parted lips are closed.
 _LIP_ROWS = (
     (
@@ -133,6 +134,15 @@ class Placement:
     look: MouthLook = field(default_factory=MouthLook)
 
 
+def _placement(facts: dict[str, Any]) -> Placement:
+    def tuples(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    fixed = tuples(facts)
+    fixed["look"] = MouthLook(**tuples(facts["look"]))
+    return Placement(**fixed)
+
+
 @dataclass(frozen=True, eq=False)
 class IdentityBundle:
     """One person's frozen looks. Pixels count from the top left corner, their centres at +0.5."""
@@ -180,14 +190,10 @@ class IdentityBundle:
         return named
 
     def _facts(self) -> str:
-        place = self.placement
         facts = {
             "name": self.name,
             "source_sha256": self.source_sha256,
-            "placement": {
-                **{k: v for k, v in vars(place).items() if k != "look"},
-                "look": place.look.values(),
-            },
+            "placement": asdict(self.placement),
         }
         return json.dumps(facts, sort_keys=True)
 
@@ -225,16 +231,11 @@ class IdentityBundle:
                 f"{path} is no identity bundle of version {VERSION}; make it again with create_bundle()"
             )
         facts = json.loads(metadata["facts"])
-        place: dict[str, Any] = facts["placement"]
-        tuples = {key: tuple(value) for key, value in place.items() if isinstance(value, list) and key != "look"}
-        values = place["look"]
-        scalars = [f for f in MouthLook.__dataclass_fields__ if f != "shape"]
-        look = MouthLook(**dict(zip(scalars, values, strict=False)), shape=tuple(values[len(scalars) :]))
         decoder = {k.removeprefix("decoder."): tensors.pop(k) for k in list(tensors) if k.startswith("decoder.")}
         try:
             bundle = IdentityBundle(
                 **tensors,
-                placement=Placement(**{**place, **tuples, "look": look}),
+                placement=_placement(facts["placement"]),
                 name=facts["name"],
                 source_sha256=facts["source_sha256"],
                 decoder=decoder,
@@ -373,7 +374,7 @@ def bundle_from_landmarks(
         )
     landmarks = _settle_lip_line(crop, landmarks)
     motion_KJ2 = _personal_motion(landmarks, scale * rig.shapes_EJ3 @ turn.T)
-    upper, lower = _spread(landmarks, motion_KJ2, rig.triangles_R3, size)
+    upper, lower = _spread(landmarks, motion_KJ2, rig.triangles_R3, size, _lid_skin(crop, landmarks))
     pivot = scale * turn @ np.array([0.0, 3.0, -2.5]) + shift
     pose, mask = _pose_fields(landmarks, float(pivot[2]), size)
     stomion = (landmarks[13, :2] + landmarks[14, :2]) / 2
@@ -457,7 +458,11 @@ def _settle_lip_line(crop: NDArray[np.uint8], landmarks: Floats) -> Floats:
     gap = np.linalg.norm(landmarks[upper[1:-1], :2] - landmarks[lower[1:-1], :2], axis=1)
     width = float(np.linalg.norm(landmarks[308, :2] - landmarks[78, :2]))
     if gap.max() > 0.05 * width:
-        return landmarks
+        # Parted lips: keep clear of the teeth, which would else be drawn along the closed lips.
+        parted = landmarks.copy()
+        parted[upper[1:-1], 1] -= 0.02 * width
+        parted[lower[1:-1], 1] += 0.035 * width
+        return parted
     grey = crop.astype(np.float32).mean(2)
     reach = max(1, round(0.045 * width))
     moves = np.zeros(len(upper))
@@ -494,23 +499,19 @@ def _personal_motion(landmarks: Floats, shapes_EJ3: Floats) -> Floats:
     for rows in (MOUTH[0][1:-1], *(row[1:-1] for row, _ in _LIP_ROWS[0])):
         motion[jaw, np.array(rows), 1] *= 0.4
     # A blink ends where the lower lid is: the upper lid falls by this eye's opening, not by the rig's.
-    for eye, name in ((0, "eyeBlinkRight"), (1, "eyeBlinkLeft")):
+    for slit, name in zip(SLITS[1:], _BLINKS[1:], strict=True):
         driver = 1 + ARKIT_NAMES.index(name)
-        above, below = (np.array(side) for side in SLITS[1 + eye])
+        above, below = (np.array(side) for side in slit)
         along = points[below]
         order = along[:, 0].argsort()
         target_y = np.interp(points[above, 0], along[order, 0], along[order, 1])
-        fall = target_y - points[above, 1]
-        rise = motion[driver, below, 1].copy()
+        rise = 0.5 * motion[driver, below, 1]
         motion[driver, below] *= 0.5
-        wanted = fall + np.interp(points[above, 0], along[order, 0], 0.5 * rise[order])
-        old = motion[driver, above, 1].copy()
-        motion[driver, above, 1] = wanted
+        fall = target_y - points[above, 1] + np.interp(points[above, 0], along[order, 0], rise[order])
+        # A little further than they meet: the seam comes to lie on skin, not on the white above the lower lid.
+        fall[1:-1] += 0.09 * float(np.ptp(points[above, 0]))
+        motion[driver, above, 1] = fall
         motion[driver, above, 0] *= 0.3
-        extra = wanted - old
-        for row, follow in _LID_ROWS[eye]:
-            near = np.interp(points[np.array(row), 0], points[above, 0][order], extra[order])
-            motion[driver, np.array(row), 1] += follow * near
     return motion.astype(np.float32)
 
 
@@ -534,6 +535,13 @@ def _between(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return t * t * (3 - 2 * t)
 
 
+def _to_border() -> Tensor:
+    """Distance of each cell from the border of the picture, in sides of it."""
+    axis = (torch.arange(GRID) + 0.5) / GRID
+    edge = torch.minimum(axis, 1 - axis)
+    return torch.minimum(edge[:, None], edge[None, :])
+
+
 def _pose_fields(landmarks: Floats, pivot_z: float, size: int) -> tuple[Tensor, NDArray[np.uint8]]:
     """How the head's movement spreads: ``[2, G, G]``, and the share as a mask in pixels."""
     rho, down = _oval_radius(landmarks, size)
@@ -541,10 +549,7 @@ def _pose_fields(landmarks: Floats, pivot_z: float, size: int) -> tuple[Tensor, 
     inner = 1.25 + 0.25 * up - 0.2 * below
     outer = 2.0 + 0.35 * up + 0.1 * below
     share = 1 - _between(rho, inner, outer)
-    axis = (torch.arange(GRID) + 0.5) / GRID
-    edge = torch.minimum(axis, 1 - axis)
-    border = torch.minimum(edge[:, None], edge[None, :])
-    share = share * _between(border, 0.0, 0.09)
+    share = share * _between(_to_border(), 0.004, 0.09)
     # Depth: from the landmarks over the face, smoothly on towards the ears and hair.
     cells = torch.from_numpy(landmarks[:_NUM_MESH, :2] * (GRID / size)).long().clamp(0, GRID - 1)
     depth = torch.zeros(GRID, GRID, dtype=torch.float64)
@@ -570,10 +575,9 @@ def fill_smoothly(values_CGG: Tensor, known_GG: Tensor, *, iterations: int = 400
 
     Conjugate gradients on the unknown cells, from a start that already carries the coarse shape.
     """
-    values = values_CGG.double() * known_GG
-    start = _coarse_fill(values, known_GG.double())
-    x = torch.where(known_GG, values, start)
-    free = (~known_GG).double()
+    values = values_CGG * known_GG
+    x = torch.where(known_GG, values, _coarse_fill(values, known_GG.to(values.dtype)))
+    free = (~known_GG).to(values.dtype)
 
     def residual_of(field_CGG: Tensor) -> Tensor:
         padded = functional.pad(field_CGG[None], (1, 1, 1, 1), mode="replicate")[0]
@@ -582,7 +586,7 @@ def fill_smoothly(values_CGG: Tensor, known_GG: Tensor, *, iterations: int = 400
 
     r = -residual_of(x)
     p, rr = r.clone(), (r * r).sum((1, 2), keepdim=True)
-    floor = 1e-12 * rr.amax() + 1e-30
+    floor = 1e-7 * rr.amax() + 1e-30
     for _ in range(iterations):
         ap = residual_of(p)
         alpha = rr / (p * ap).sum((1, 2), keepdim=True).clamp(min=1e-30)
@@ -591,7 +595,7 @@ def fill_smoothly(values_CGG: Tensor, known_GG: Tensor, *, iterations: int = 400
         p, rr = r + rr_next / rr.clamp(min=1e-30) * p, rr_next
         if float(rr.amax()) < floor:
             break
-    return x.to(values_CGG.dtype)
+    return x
 
 
 def _coarse_fill(values: Tensor, known: Tensor) -> Tensor:
@@ -602,7 +606,7 @@ def _coarse_fill(values: Tensor, known: Tensor) -> Tensor:
     small_known = functional.avg_pool2d(known[None, None], 2, ceil_mode=True)[0, 0]
     seen = small_known > 0
     small = torch.where(seen, small_values / small_known.clamp(min=1e-12), 0)
-    small = _coarse_fill(small, seen.double())
+    small = _coarse_fill(small, seen.to(values.dtype))
     shape = values.shape[-2:]
     back = functional.interpolate(small[None], size=shape, mode="bilinear", align_corners=False)[0]
     return torch.where(known > 0, values, back)
@@ -617,13 +621,33 @@ def _blur(values_CGG: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(x, taps.view(1, 1, 1, -1))[:, 0]
 
 
-def slit_axes(roll: float) -> tuple[Floats, Floats]:
-    """Unit vectors along and across the lips and eyes of a head rolled by ``roll``."""
-    cos, sin = math.cos(roll), math.sin(roll)
-    return np.array([cos, sin]), np.array([-sin, cos])
+def _lid_skin(crop: NDArray[np.uint8], landmarks: Floats) -> tuple[float, ...]:
+    """Height of the skin that a blink may stretch above each slit's lashes, pixels: it ends below a dark rim."""
+    grey = crop.astype(np.float32).mean(2)
+    cheeks = landmarks[np.array(_SKIN), :2].astype(int).clip(0, crop.shape[0] - 1)
+    dark = 0.5 * float(np.median(grey[cheeks[:, 1], cheeks[:, 0]]))
+    heights = [0.0]
+    for upper, _ in SLITS[1:]:
+        lid = landmarks[list(upper), :2]
+        width = float(np.ptp(lid[:, 0]))
+        most, height = _LID_SKIN * width, _LID_SKIN * width
+        for x, y in lid[2:-2]:
+            lashes = y - _LASHES * width
+            rows = np.arange(int(lashes - 1), max(int(lashes - most), 0), -1)
+            rim = np.flatnonzero(grey[rows, int(x)] < dark)
+            if len(rim):
+                height = min(height, float(lashes - rows[rim[0]]) - 1)
+        heights.append(max(height, 0.1 * width))
+    return tuple(heights)
 
 
-def _spread(landmarks: Floats, motion_KJ2: Floats, triangles: NDArray[np.int64], size: int) -> tuple[Tensor, Tensor]:
+def _spread(
+    landmarks: Floats,
+    motion_KJ2: Floats,
+    triangles: NDArray[np.int64],
+    size: int,
+    lid_skin: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
     """From landmarks to cells, above the slits and below: twice ``[K, 2, G, G]``, pixels."""
     cell = size / GRID
     screen = landmarks[:_NUM_MESH].copy()
@@ -644,19 +668,23 @@ def _spread(landmarks: Floats, motion_KJ2: Floats, triangles: NDArray[np.int64],
     border = torch.zeros(GRID, GRID, dtype=torch.bool)
     border[[0, -1]] = border[:, [0, -1]] = True
     K = face.shape[0]
+    face = fill_smoothly(face.flatten(0, 1).float(), covered | far | border).view(K, 2, GRID, GRID)
     axis = (np.arange(GRID) + 0.5) * cell
     v, u = np.meshgrid(axis, axis, indexing="ij")
+    still = _between(_to_border(), 0.004, 0.03)
     out: list[Tensor] = []
     for side in (0, 1):
-        values, known = face.clone(), covered | far | border
-        hold = torch.zeros(GRID, GRID, dtype=torch.bool)
-        for slit in SLITS:
+        values = face.clone()
+        for slit, blink, skin_above in zip(SLITS, _BLINKS, lid_skin, strict=True):
             edge = landmarks[list(slit[side]), :2].astype(np.float64)
             other = landmarks[list(slit[1 - side]), :2].astype(np.float64)
             order = edge[:, 0].argsort(kind="stable")
             x = edge[order, 0]
             height = np.interp(u, x, edge[order, 1])
-            reach = HOLD * (x[-1] - x[0])
+            width = float(x[-1] - x[0])
+            reach = HOLD[side] * width
+            if side == 0 and blink:
+                height = height - _LASHES * width
             within = (u >= x[0]) & (u <= x[-1])
             beyond = (
                 (v > height) & (v < other[:, 1].max() + reach)
@@ -667,11 +695,15 @@ def _spread(landmarks: Floats, motion_KJ2: Floats, triangles: NDArray[np.int64],
             # Past its edge a lip goes on as it is there: a warp that starts beyond still finds the lip.
             rim = motion[:, list(slit[side])][:, order].numpy()
             held = np.stack([[np.interp(u[0], x, rim[k, :, axis_]) for axis_ in (0, 1)] for k in range(K)])
-            values = torch.where(cells, torch.from_numpy(held)[:, :, None, :], values)
-            hold |= cells
-        known = known | hold
-        filled = fill_smoothly(values.flatten(0, 1), known).view(K, 2, GRID, GRID)
-        out.append(_blur(filled.flatten(0, 1), 0.7).view(K, 2, GRID, GRID).float())
+            rims = torch.from_numpy(held.astype(np.float32))[:, :, None, :]
+            values = torch.where(cells, rims, values)
+            if side == 0 and blink:
+                # Finer than the mesh: the skin stretches evenly from above the lashes.
+                driver = 1 + ARKIT_NAMES.index(blink)
+                share = torch.from_numpy(1 - (height - v) / skin_above).clamp(0, 1).float()
+                over = torch.from_numpy(within & (v <= height))
+                values[driver] = torch.where(cells, values[driver], rims[driver] * share * over)
+        out.append(_blur(values.flatten(0, 1), 0.7).view(K, 2, GRID, GRID) * still)
     return out[0], out[1]
 
 
@@ -743,15 +775,12 @@ def _light(
     # between the two, and take its colour half from the skin, whose own tint is a mean human one.
     level = float(np.clip(skin.mean() / 0.42, 0.25, 0.95)) ** 0.75
     tint = skin / np.array([0.52, 0.33, 0.25])
-    tint = (tint / tint.mean()) ** 0.5
+    tint = (tint / tint.mean()) ** 0.15
     gain = tuple(round(float(v), 4) for v in (level * tint) ** (1 / 2.2))
     look = MouthLook(
         light_x=round(light_x, 3),
         light_y=round(float(np.clip(light_y, -0.45, 0.1)), 3),
         ambient=round(float(np.clip(1 - strength / max(float(bright.mean()), 1e-6), 0.5, 0.8)), 3),
-        gloss=0.35,
-        tooth=0.5,
-        flesh=0.5,
     )
     return (gain[0], gain[1], gain[2]), look
 

@@ -11,7 +11,7 @@ reach over a lip. Trained on pictures of a 3D head (`streamdiff.training.mouth`)
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ NUM_SHAPES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MouthLook:
-    """How one person's mouth is lit and built; fixed for an avatar."""
+    """How one person's mouth is lit, built and coloured; fixed for an avatar."""
 
     light_x: float = 0.0
     """Where the light comes from, as a slope: positive from the right of the picture."""
@@ -34,34 +34,32 @@ class MouthLook:
     """Positive from below."""
     ambient: float = 0.5
     """Share of the light that comes from everywhere."""
-    gloss: float = 0.5
-    """How wet teeth and tongue look, 0..1."""
-    tooth: float = 0.0
-    """Brightness of the teeth, -1..1."""
-    yellow: float = 0.0
-    """Colour of the teeth, -1 (blue white) .. 1 (yellow)."""
-    flesh: float = 0.0
-    """Brightness of gums and tongue, -1..1."""
     shape: tuple[float, ...] = (0.0,) * NUM_SHAPES
-    """Position along the principal modes, in standard deviations."""
-
-    def values(self) -> list[float]:
-        """All numbers in a row, as the decoder takes them."""
-        return [getattr(self, field.name) for field in fields(self) if field.name != "shape"] + list(self.shape)
+    """How the mouth differs from the mean one: principal modes, in standard deviations."""
+    gloss: float = 0.35
+    """How wet teeth and tongue look, 0..1."""
+    teeth: tuple[float, float, float] = (0.80, 0.75, 0.65)
+    """Share of red, green and blue light that teeth reflect (linear)."""
+    flesh: tuple[float, float, float] = (0.52, 0.15, 0.14)
+    """The same for gums and tongue."""
 
 
 MOTION_CONDITIONS = ("jawOpen", "jawForward", "jawSide", "tongueOut", "yaw", "pitch")
 OPENING_CONDITIONS = ("openingTop", "openingBottom", "openingHalfWidth", "openingX")
-NUM_CONDITIONS = len(MOTION_CONDITIONS) + len(OPENING_CONDITIONS) + len(MouthLook().values())
+LIGHT_CONDITIONS = ("lightX", "lightY", "ambient")
+NUM_CONDITIONS = len(MOTION_CONDITIONS + OPENING_CONDITIONS + LIGHT_CONDITIONS) + NUM_SHAPES
 # About one standard deviation of each in training, so that the first layer sees numbers of one size.
-_SCALES = (0.3, 0.3, 0.3, 0.3, 0.15, 0.15, 0.3, 0.8, 0.6, 0.3)
+_SCALES = (0.3, 0.3, 0.3, 0.3, 0.15, 0.15, 0.3, 0.8, 0.6, 0.3, 0.5, 0.4, 0.3)
+
+GAMMA = 2.2
 
 
 class MouthDecoder(nn.Module):
-    """Conditions ``[A, C]`` to pictures ``[A, 4, P, P]``: sRGB, and what lies over the lips.
+    """Conditions ``[A, C]`` to what a mouth is made of, ``[A, 4, P, P]``, all in 0..1.
 
-    Colours are for a white light of strength one; the fourth channel is the share of the pixel that reaches
-    out of the mouth (a tongue that is put out). All in 0..1.
+    Channels: share of teeth (the rest is flesh); light that reaches and leaves the surface (to the power 1/2.2);
+    mirrored light (square root); share that reaches out over the lips (a tongue that is put out). `paint` makes
+    colours of them, so that one decoder serves teeth and skin of any colour.
     """
 
     def __init__(self, width: int = 96) -> None:
@@ -89,3 +87,16 @@ class MouthDecoder(nn.Module):
         for conv in self.grow:
             x = nn.functional.silu(conv(nn.functional.interpolate(x, scale_factor=2.0)))
         return nn.functional.pixel_shuffle(self.leave(x), 2).sigmoid()
+
+
+def static_conditions(look: MouthLook) -> list[float]:
+    """The part of the conditions that stays the same for one person: light, then shape."""
+    return [look.light_x, look.light_y, look.ambient, *look.shape]
+
+
+def paint(parts_A4PP: Tensor, teeth_3: Tensor, flesh_3: Tensor, gloss: float) -> Tensor:
+    """sRGB colours ``[A, 3, P, P]``, for a white light of strength one; not clipped."""
+    teeth, light, mirrored, _ = parts_A4PP.split(1, dim=1)
+    colour = torch.lerp(flesh_3.view(1, 3, 1, 1), teeth_3.view(1, 3, 1, 1), teeth)
+    linear = colour * light.pow(GAMMA) + gloss * mirrored.square()
+    return linear.clamp(min=1e-6).pow(1 / GAMMA)

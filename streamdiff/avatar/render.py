@@ -30,8 +30,8 @@ from torch.nn import functional
 
 from streamdiff.avatar.identity import GRID, IRISES, SIDES_DIFFER, SLITS, IdentityBundle
 from streamdiff.avatar.kinematics import KinematicSpec, arkit64
-from streamdiff.avatar.mouth import EXTENT_CM, LEFT_CM, TOP_CM, MouthDecoder
-from streamdiff.errors import ConfigError, InputError
+from streamdiff.avatar.mouth import EXTENT_CM, LEFT_CM, TOP_CM, MouthDecoder, paint, static_conditions
+from streamdiff.errors import InputError
 
 _MAX_TURN = 0.45
 """Radians; beyond, a warp of one picture tears, so that larger turns are eased towards this."""
@@ -40,13 +40,9 @@ _MAX_SHIFT = 0.4
 _EYE_RADIUS_CM = 1.2
 _TEETH_DROP_CM = 0.2
 _JAW_DROP_CM = 3.7
-_RICHNESS = 1.5
-"""Saturation of the mouth's colours over those of the training pictures: portraits are developed richer
-than a lit 3D head (chosen by eye)."""
-_CHEBYSHEV = (0.64, 1.34, 0.53, 0.92)
-"""Step lengths that solve ``flow(q) = -forward(q + flow(q))`` in four looks, for slopes of -0.3 .. 0.95
-(nodes of the Chebyshev polynomial over one plus the slope): eyelid skin stretches that much, and plain
-repetition would swing."""
+_CHEBYSHEV = (0.563, 0.282, 1.334, 0.396, 0.889, 0.315)
+"""Step lengths that solve ``flow(q) = -forward(q + flow(q))`` for slopes of -0.3 .. 2.6 (nodes of the Chebyshev
+polynomial over one plus the slope): eyelid skin stretches that much, and plain repetition would swing."""
 _CURVE_STEPS = 4
 
 
@@ -118,7 +114,9 @@ class WarpRenderer:
         self._mouth = load_mouth_decoder(self.device)
         self._face_columns = self.spec.part("face")
         self._face_names = self.spec.names[self._face_columns]
-        self._look = torch.tensor(place.look.values(), device=self.device)
+        self._look = place.look
+        self._light = torch.tensor(static_conditions(place.look), device=self.device)
+        self._teeth, self._flesh = (torch.tensor(c, device=self.device) for c in (place.look.teeth, place.look.flesh))
         self._gain = torch.tensor(place.gain, device=self.device).view(1, 3, 1, 1)
         cos, sin = math.cos(place.roll), math.sin(place.roll)
         self._level = torch.tensor([[cos, sin], [-sin, cos]], device=self.device)
@@ -144,12 +142,15 @@ class WarpRenderer:
         pivot = torch.tensor(place.pivot, device=self.device)
         self._pivot = pivot[:2].view(1, 2, 1, 1)
 
-        self._slits = [self._make_slit(upper, lower) for upper, lower in SLITS]
+        self._slits = [
+            self._make_slit(upper, lower, differ) for (upper, lower), differ in zip(SLITS, SIDES_DIFFER, strict=True)
+        ]
         self._mouth_window = self._window(SLITS[:1], reach=1.1)
         self._eyes_window = self._window(SLITS[1:], reach=0.35)
         self._jaw = [
             (1 + self._face_names.index(name)) for name in ("jawOpen", "jawForward", "jawLeft", "jawRight", "tongueOut")
         ]
+        self._close_and_jaw = [1 + self._face_names.index(name) for name in ("mouthClose", "jawOpen")]
         self._iris_2 = [self._points_J2[j] for j in IRISES]
 
     @property
@@ -157,12 +158,12 @@ class WarpRenderer:
         """Side of a frame, pixels."""
         return self._size
 
-    def _make_slit(self, upper: tuple[int, ...], lower: tuple[int, ...]) -> _Slit:
+    def _make_slit(self, upper: tuple[int, ...], lower: tuple[int, ...], differ: float) -> _Slit:
         edges = torch.tensor([upper, lower], device=self.device)
         points = (self._points_J2[edges] - self._stomion) @ self._level.T
         low, high = float(points[..., 0].min()), float(points[..., 0].max())
         margin = 0.4 * (high - low)
-        depth = float(points[..., 1].max()) + SIDES_DIFFER * (high - low)
+        depth = float(points[..., 1].max()) + differ * (high - low)
         return _Slit(edges, _smooth_curve(len(upper)).to(self.device), low - margin, high - low + 2 * margin, depth)
 
     def _window(self, slits: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], reach: float) -> tuple[slice, slice]:
@@ -196,7 +197,7 @@ class WarpRenderer:
         return frames
 
     def _draw(self, coefs_E: Tensor) -> Tensor:
-        drivers_K = torch.cat([coefs_E.new_ones(1), coefs_E[self._face_columns].clamp(0, 1)])
+        drivers_K = self._drive(coefs_E)
         turn, shift, scale = self._head(coefs_E)
         unposed = self._undo_pose(turn, shift, scale)
         sides = self._undo_expression(drivers_K)
@@ -244,6 +245,14 @@ class WarpRenderer:
         cover = sum(_coverage(s, k, eye_place)[0] for s, k in zip(slits[1:], self._slits[1:], strict=True))
         eyes.lerp_(self._sample(self._eyes_picture, gaze), cover)
         return frame[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+
+    def _drive(self, coefs_E: Tensor) -> Tensor:
+        """Drivers ``[K]``: one that is always on, then the shapes, held to 0..1."""
+        drivers_K = torch.cat([coefs_E.new_ones(1), coefs_E[self._face_columns].clamp(0, 1)])
+        # ARKit's mouthClose undoes a jaw's opening; without one it would carry the lower lip over the nose.
+        close, jaw = self._close_and_jaw
+        drivers_K[close] = torch.minimum(drivers_K[close], drivers_K[jaw])
+        return drivers_K
 
     def _sample(self, picture: Tensor, place: Tensor) -> Tensor:
         grid = (place * (2 / self._size) - 1).permute(0, 2, 3, 1)
@@ -321,13 +330,13 @@ class WarpRenderer:
                 (edges[0, -1, 0] + edges[0, 0, 0]) * (per_cm / 2),
             ]
         )
-        picture = self._mouth(torch.cat([conditions, self._look])[None])
+        parts = self._mouth(torch.cat([conditions, self._light])[None])
+        colours = paint(parts, self._teeth, self._flesh, self._look.gloss) * self._gain
+        picture = torch.cat([colours.clamp(0, 1) * 255, parts[:, 3:]], 1)
         low = torch.tensor([LEFT_CM, TOP_CM + _TEETH_DROP_CM], device=self.device).view(1, 2, 1, 1)
         grid = ((place * per_cm - low) * (2 / EXTENT_CM) - 1).permute(0, 2, 3, 1)
         inside = functional.grid_sample(picture, grid, align_corners=False, padding_mode="border")
-        colour = inside[:, :3]
-        colour = torch.lerp(colour.mean(1, keepdim=True), colour, _RICHNESS) * self._gain
-        return colour.clamp(0, 1) * 255, inside[:, 3:]
+        return inside[:, :3], inside[:, 3:]
 
     def _gaze(self, coefs_E: Tensor, place: Tensor) -> Tensor:
         """Where in the picture each pixel of the eyes' window looks for its eyeball."""
@@ -395,9 +404,3 @@ def _rotation(vector_3: Tensor) -> Tensor:
     cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3)
     eye = torch.eye(3, device=vector_3.device)
     return eye + torch.sin(angle) * cross + (1 - torch.cos(angle)) * (cross @ cross)
-
-
-def require_size(size: int) -> None:
-    """Raise `ConfigError` for a frame that a bundle cannot have."""
-    if size % 16:
-        raise ConfigError(f"a frame's side must be a multiple of 16, got {size}")

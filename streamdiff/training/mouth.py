@@ -24,13 +24,13 @@ from streamdiff.avatar import head3d
 from streamdiff.avatar.head3d import GUMS, SOCKET, TEETH, Floats, Head
 from streamdiff.avatar.mouth import (
     EXTENT_CM,
+    GAMMA,
     LEFT_CM,
     NUM_CONDITIONS,
     NUM_SHAPES,
     PATCH,
     TOP_CM,
     MouthDecoder,
-    MouthLook,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class MouthPainter:
         self.triangles = head.triangles(SOCKET, GUMS, TEETH)
         self.shapes_KV3 = _principal_shapes(head)
         self.tongue_V = _tongue_weights(head.neutral_V3)
-        self.albedo_V3 = _albedo(head.neutral_V3, self.tongue_V)
+        self.paint_V3 = _paint(head.neutral_V3, self.tongue_V)
 
     def scene(self, rng: np.random.Generator) -> Scene:
         """A random jaw, tongue, view, opening, light and head."""
@@ -90,19 +90,11 @@ class MouthPainter:
         half = max(half * float(np.exp(rng.normal(0, 0.25))), 0.03)
         half_width = float(lips[3, 0] - lips[2, 0]) / 2 * float(np.exp(rng.normal(0, 0.12)))
         x = float(rng.normal(0, 0.1))
-        look = MouthLook(
-            light_x=float(rng.uniform(-0.8, 0.8)),
-            light_y=float(rng.uniform(-1.0, 0.2)),
-            ambient=float(rng.uniform(0.2, 0.9)),
-            gloss=float(rng.uniform(0, 1)),
-            tooth=float(rng.uniform(-1, 1)),
-            yellow=float(rng.uniform(-1, 1)),
-            flesh=float(rng.uniform(-1, 1)),
-            shape=tuple(float(v) for v in np.clip(rng.normal(0, 1, NUM_SHAPES), -2.5, 2.5)),
-        )
+        light = [float(rng.uniform(-0.8, 0.8)), float(rng.uniform(-1.0, 0.2)), float(rng.uniform(0.2, 0.9))]
+        shape = [float(v) for v in np.clip(rng.normal(0, 1, NUM_SHAPES), -2.5, 2.5)]
         motion = [jaw, weights["jawForward"], side, tongue, yaw, pitch]
         opening = [middle - half, middle + half, half_width, x]
-        conditions = np.array(motion + opening + look.values(), np.float32)
+        conditions = np.array(motion + opening + light + shape, np.float32)
         jaw_only = {name: weights[name] for name in ("jawOpen", "jawForward", "jawLeft", "jawRight")}
         return Scene(conditions, jaw_only)
 
@@ -110,34 +102,29 @@ class MouthPainter:
         return (vertices_V3[_LIP_TOP] + vertices_V3[_LIP_BOTTOM]) / 2
 
     def picture(self, scene: Scene) -> NDArray[np.uint8]:
-        """The pixels ``[P, P, 4]`` of a scene: sRGB, and the share that lies over the lips."""
+        """What the decoder is to answer, ``[P, P, 4]``: see `streamdiff.avatar.mouth.MouthDecoder`."""
         c = scene.conditions_C
         tongue, yaw, pitch = (float(v) for v in c[3:6])
         top, bottom, half_width, opening_x = (float(v) for v in c[6:10])
-        light_x, light_y, ambient, gloss, tooth, yellow, flesh = (float(v) for v in c[10:17])
-        vertices = self.head.vertices(scene.weights) + np.tensordot(c[17:], self.shapes_KV3, 1)
+        light_x, light_y, ambient = (float(v) for v in c[10:13])
+        vertices = self.head.vertices(scene.weights) + np.tensordot(c[13:], self.shapes_KV3, 1)
         vertices = vertices + self.tongue_V[:, None] * _tongue_reach(vertices, tongue)
-        origin = self._stomion(self.head.neutral_V3)
-        local = vertices - origin
+        local = vertices - self._stomion(self.head.neutral_V3)
         # The view turns; the square keeps its origin on the lips.
-        turn = head3d.rotation_matrix(np.array([pitch, yaw, 0], np.float32))
-        seen = local @ turn.T
+        seen = local @ head3d.rotation_matrix(np.array([pitch, yaw, 0], np.float32)).T
         size = PATCH * _SUPERSAMPLE
         screen = np.array(seen, np.float32)
         screen[:, 0] = (seen[:, 0] - LEFT_CM) * (size / EXTENT_CM)
         screen[:, 1] = (seen[:, 1] - TOP_CM) * (size / EXTENT_CM)
         fragments = head3d.rasterize(screen, self.triangles, size, size)
         normals = head3d.vertex_normals(seen, self.triangles)
-        albedo = self.albedo_V3.copy()
-        albedo[TEETH] *= (1 + 0.18 * tooth) * np.array([1 + 0.03 * yellow, 1, 1 - 0.14 * yellow])
-        albedo[GUMS] *= 1 + 0.35 * flesh
-        albedo[SOCKET] *= 1 + 0.35 * flesh
-        shine = np.zeros((len(vertices), 1), np.float32)
-        shine[TEETH], shine[GUMS] = 0.35, 0.16
-        over = self.tongue_V[:, None] * np.clip((-local[:, 2:] - 0.1 - _lip_depth(local[:, :1])) / 0.25, 0, 1)
-        values = np.concatenate([albedo, normals, seen, shine, over], 1).astype(np.float32)
+        # Lips are thick: what lies this far before the line where they meet has left the mouth.
+        depth = local[:, 2:] + _lip_depth(local[:, :1])
+        over = np.clip(self.tongue_V[:, None] * 4, 0, 1) * np.clip(-depth / 0.25, 0, 1)
+        values = np.concatenate([self.paint_V3, normals, seen, over], 1).astype(np.float32)
         pixels = head3d.interpolate(fragments, self.triangles, values)
-        colour, normal, place = pixels[..., 0:3], pixels[..., 3:6], pixels[..., 6:9]
+        teeth, tone, shine = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+        normal, place, over = pixels[..., 3:6], pixels[..., 6:9], pixels[..., 9]
         normal = normal / np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
         light = np.array([light_x, light_y, -1.0])
         light /= np.linalg.norm(light)
@@ -146,13 +133,11 @@ class MouthPainter:
         sky, sun = _through_opening(place, light, top=top, bottom=bottom, half_width=half_width, x=opening_x)
         facing = np.clip(normal @ light, 0, 1)
         lit = ambient * sky * (0.65 + 0.35 * np.clip(-normal[..., 2], 0, 1)) + (1 - ambient) * sun * facing
-        out = colour * (lit + 0.012)[..., None]
-        glint = np.clip(normal @ half_way, 0, 1) ** 36 * pixels[..., 9] * gloss * sun
-        out = out + glint[..., None]
-        srgb = np.clip(out, 0, 1) ** (1 / 2.2)
-        rgba = np.concatenate([srgb, pixels[..., 10:11]], -1)
-        rgba = rgba.reshape(PATCH, _SUPERSAMPLE, PATCH, _SUPERSAMPLE, 4).mean((1, 3))
-        return np.round(rgba * 255).astype(np.uint8)
+        light_out = np.clip(tone * (lit + 0.012), 0, 1) ** (1 / GAMMA)
+        mirrored = np.sqrt(np.clip(normal @ half_way, 0, 1) ** 36 * shine * sun)
+        parts = np.stack([teeth, light_out, mirrored, over], -1)
+        parts = parts.reshape(PATCH, _SUPERSAMPLE, PATCH, _SUPERSAMPLE, 4).mean((1, 3))
+        return np.round(np.clip(parts, 0, 1) * 255).astype(np.uint8)
 
     def weights(self, scene: Scene) -> Floats:
         """How much each pixel ``[P, P]`` matters: what the opening may show, and a little of the rest."""
@@ -220,24 +205,23 @@ def _tongue_reach(vertices_V3: Floats, tongue: float) -> Floats:
     reach = np.zeros_like(vertices_V3)
     reach[:, 0] = -0.15 * tongue * vertices_V3[:, 0]  # the tip narrows
     reach[:, 1] = -0.85 * min(tongue / 0.4, 1.0) + 0.4 * max(tongue - 0.4, 0.0)
-    reach[:, 2] = -2.6 * tongue
+    reach[:, 2] = -3.6 * tongue
     return reach
 
 
-def _albedo(neutral_V3: Floats, tongue_V: Floats) -> Floats:
-    albedo = np.zeros_like(neutral_V3)
+def _paint(neutral_V3: Floats, tongue_V: Floats) -> Floats:
+    """Per vertex: whether it is a tooth, how bright it is beside others of its kind, how it shines."""
     x, y, _ = neutral_V3.T
-    albedo[SOCKET] = (0.32, 0.085, 0.075)
-    albedo[GUMS] = (0.52, 0.17, 0.16)
-    albedo[TEETH] = (0.80, 0.755, 0.66)
-    # Teeth darken and yellow towards the gum; tongues are furrowed and paler than gums.
-    root = np.clip(np.abs(y - 3.45) / 1.0 - 0.3, 0, 1)[TEETH, None]
-    albedo[TEETH] *= 1 - root * np.array([0.22, 0.30, 0.42])
-    furrow = 1 - 0.28 * np.exp(-((x / 0.16) ** 2))
-    tongue = np.array([0.56, 0.235, 0.22]) * furrow[:, None]
-    blend = np.clip(tongue_V * 4, 0, 1)[:, None]
-    albedo[GUMS] = (albedo * (1 - blend) + tongue * blend)[GUMS]
-    return albedo.astype(np.float32)
+    teeth, tone, shine = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    teeth[TEETH] = 1
+    # Teeth darken towards the gum; the walls are darker than gums; tongues are paler and furrowed.
+    tone[TEETH] = 1 - 0.25 * np.clip(np.abs(y - 3.45) / 1.0 - 0.3, 0, 1)[TEETH]
+    tone[SOCKET] = 0.6
+    tongue = 1.1 - 0.3 * np.exp(-((x / 0.16) ** 2))
+    blend = np.clip(tongue_V * 4, 0, 1)
+    tone[GUMS] = (1 - blend + tongue * blend)[GUMS]
+    shine[TEETH], shine[GUMS] = 0.35, 0.16
+    return np.stack([teeth, tone, shine], 1).astype(np.float32)
 
 
 def draw(head: Head, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -259,7 +243,10 @@ def draw(head: Head, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def loss(drawn: torch.Tensor, target: torch.Tensor, weights_NPP: torch.Tensor) -> torch.Tensor:
-    """Weighted L1 of pixels and of their differences to the right and below: edges stay edges."""
+    """Weighted L1 of channels and of their differences to the right and below: edges stay edges.
+
+    Squares are added for the last channel: rarely anything but zero, under L1 alone it would stay there.
+    """
     weights = weights_NPP[:, None]
     error = drawn - target
     across, down = error.diff(dim=3), error.diff(dim=2)
@@ -267,6 +254,7 @@ def loss(drawn: torch.Tensor, target: torch.Tensor, weights_NPP: torch.Tensor) -
         (error.abs() * weights).mean()
         + (across.abs() * weights[..., 1:]).mean()
         + (down.abs() * weights[..., 1:, :]).mean()
+        + 4 * error[:, 3].square().mean()
     )
 
 
