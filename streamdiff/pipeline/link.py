@@ -258,8 +258,8 @@ def local_links(
     num_ranks: int,
     *,
     last_dit_rank: int,
-    source: Iterator[Packet],
-    deliver: Callable[[Packet], None],
+    source: Iterator[Packet] | None,
+    deliver: Callable[[Packet], None] | None,
     check: Check,
     queue_depth: int,
 ) -> list[LineLink]:

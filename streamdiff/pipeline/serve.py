@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,7 +14,9 @@ from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.link import Doing, LineLink, Link, Mailbox, local_links
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, render_around
-from streamdiff.pipeline.stage import Stage
+
+if TYPE_CHECKING:  # the real stages live beside the protocol, and a rank that only sleeps needs no models
+    from streamdiff.pipeline.stage import Stage
 
 STOP_S = 10.0
 """How long the end of a stream waits for threads to finish the step they are in."""

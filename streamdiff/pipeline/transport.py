@@ -68,8 +68,7 @@ class World:
 
 
 class Group:
-    """All ranks of one stream, seen from one of them. A context manager: everything is opened, watched and
-    ended here.
+    """All ranks of one stream, seen from one of them: opened, watched and ended here. A context manager.
 
     An exception that leaves the ``with`` block ends every other rank with RankFailed naming this one.
     SystemExit and its like (not KeyboardInterrupt) are taken for a launcher that stops all ranks because one
@@ -115,11 +114,10 @@ class Group:
         world = self._world
         if world.size == 1:
             return self
+        hosts = world.rank == 0 and not world.agent_store
         # Two clients: a call on one waits for the call before it, and heartbeats must not wait.
-        beats, self._store = (
-            _patiently(lambda host=hosts: _open_store(world, self._limits.startup_s, host=host), self._left_s())
-            for hosts in (world.rank == 0 and not world.agent_store, False)
-        )
+        beats = _patiently(lambda: _open_store(world, self._left_s(), host=hosts), self._left_s())
+        self._store = _patiently(lambda: _open_store(world, self._left_s(), host=False), self._left_s())
         self._hosting = beats  # the server lives as long as this object
         self._watch = Watch(
             world.rank,
@@ -150,8 +148,6 @@ class Group:
         source = source if rank == 0 else None
         deliver = deliver if rank == schedule.num_ranks - 1 else None
         if self._watch is None:
-            assert source is not None
-            assert deliver is not None
             self._link = local_links(
                 1,
                 last_dit_rank=0,
@@ -163,7 +159,7 @@ class Group:
             return self._link
         watch = self._watch
         self._meet(watch)
-        ends = _patiently(self._open_edges, self._left_s(), watch.check)
+        ends = _patiently(lambda: self._open_edges(watch), self._left_s(), watch.check)
         inlet = outlet = give_back = returned = None
         for edge, end in ends:
             if edge.is_feedback and edge.dst == rank:
@@ -258,11 +254,11 @@ class Group:
         watch.activity = lambda: ready
         if not watch.wait_until(_all_ready, self._left_s()):
             absent = {
-                rank: "never joined" if report.beat is None else "is still loading"
-                for rank, report in watch.reports().items()
+                other: "never joined" if report.beat is None else "is still loading"
+                for other, report in watch.reports().items()
                 if not _is_ready(report)
             }
-            words = ", ".join(f"rank {rank} {what}" for rank, what in absent.items())
+            words = ", ".join(f"rank {other} {what}" for other, what in absent.items())
             watch.propose(
                 Failure(
                     min(absent, default=None),
@@ -279,22 +275,31 @@ class Group:
                     f"rank {other} follows '{theirs}', rank {rank} '{plan}'; give every rank the same arguments"
                 )
 
-    def _open_edges(self) -> list[tuple[Edge, _End]]:
+    def _open_edges(self, watch: Watch) -> list[tuple[Edge, _End]]:
         """Connect and warm this rank's edges, in the one order that all ranks share."""
+        rank = self._world.rank
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread
         ends: list[tuple[Edge, _End]] = []
         for edge in self._schedule.edges:
-            if self._world.rank in (edge.src, edge.dst):
-                name = f"streamdiff/{self._world.attempt}/{'feedback' if edge.is_feedback else 'edge'}/{edge}"
+            if rank not in (edge.src, edge.dst):
+                continue
+            name = f"streamdiff/{self._world.attempt}/{'feedback' if edge.is_feedback else 'edge'}/{edge}"
+            try:
                 end = _End(
                     PrefixStore(name, self._store),
-                    is_sender=edge.src == self._world.rank,
+                    is_sender=edge.src == rank,
                     device=self._device,
                     payload=self._payload,
                     limits=self._limits,
                     check=self._glance,
                 )
                 end.greet()
-                ends.append((edge, end))
+            except (_Broken, RuntimeError) as error:
+                watch.suspect(edge.dst if edge.src == rank else edge.src, _reason(error))
+                watch.wait_for_verdict(self._limits.deadline_s)
+                raise
+            ends.append((edge, end))
         return ends
 
     def _spawn(self, box: _Inbox | _Outbox, peer: int) -> None:
@@ -309,14 +314,18 @@ class Group:
             except RankFailed as error:
                 if watch.failure is None:
                     watch.propose(Failure(peer, -1, f"sent what cannot be read: {error}"))
-            except RuntimeError as error:
-                watch.suspect(peer, _reason(error))
+            except _Broken as error:
+                watch.suspect(peer, str(error))
             except BaseException as error:  # noqa: BLE001  becomes this rank's verdict on itself
                 chunk = watch.activity().chunk
                 what = f"failed: {type(error).__name__}: {first_line(error)}"
                 watch.propose(Failure(self._world.rank, chunk, what))
 
         threading.Thread(target=run, name=f"{type(box).__name__}-{peer}", daemon=True).start()
+
+
+class _Broken(Exception):  # noqa: N818  names a state, not an error of ours
+    """The connection to the other end is gone."""
 
 
 class _End:
@@ -348,15 +357,14 @@ class _End:
 
     def greet(self) -> None:
         """Open the connections by using them once: NCCL connects on first use, which takes up to a second."""
-        buffer_S = torch.zeros(1, dtype=torch.uint8, device=self._device)
         if self._is_sender:
             self._send_frame(wire.Header(wire.Kind.HELLO, self._seq), b"")
-            if self._nccl is not None:
-                self._finish(self._nccl.send([buffer_S], self._peer, 0))
         else:
             self._receive_frame()
-            if self._nccl is not None:
-                self._finish(self._nccl.recv([buffer_S], self._peer, 0))
+        if self._nccl is not None:
+            buffer_S = torch.zeros(1, dtype=torch.uint8, device=self._device)
+            call = self._nccl.send if self._is_sender else self._nccl.recv
+            self._finish(call([buffer_S], self._peer, 0))
         self._seq += 1
 
     def send(self, packet: Packet | None, ready: torch.cuda.Event | None) -> None:
@@ -380,7 +388,7 @@ class _End:
         )
         self._send_frame(header, message.manifest)
         if cpu_bytes:
-            self._gloo.send([cpu_S], self._peer, 0).wait()
+            self._put(cpu_S)
         if cuda_S is not None:
             self._send_cuda(cuda_S)
         self._seq += 1
@@ -394,7 +402,7 @@ class _End:
         if header.cpu_bytes:
             # A new buffer each time: the packet's tensors are views of it, and a stage may keep them.
             payloads["cpu"] = torch.empty(header.cpu_bytes, dtype=torch.uint8)
-            self._gloo.recv([payloads["cpu"]], self._peer, 0).wait()
+            self._get(payloads["cpu"])
         if header.cuda_bytes:
             payloads["cuda"] = self._receive_cuda(header.cuda_bytes)
         packet = wire.put_together(manifest, payloads)
@@ -406,14 +414,14 @@ class _End:
     def _send_frame(self, header: wire.Header, manifest: bytes) -> None:
         frame = bytearray(header.pack() + manifest)
         head = frame[:_FRAME_BYTES].ljust(_FRAME_BYTES, b"\0")
-        self._gloo.send([torch.frombuffer(head, dtype=torch.uint8)], self._peer, 0).wait()
+        self._put(torch.frombuffer(head, dtype=torch.uint8))
         if len(frame) > _FRAME_BYTES:
             rest = frame[_FRAME_BYTES:]
-            self._gloo.send([torch.frombuffer(rest, dtype=torch.uint8)], self._peer, 0).wait()
+            self._put(torch.frombuffer(rest, dtype=torch.uint8))
 
     def _receive_frame(self) -> tuple[wire.Header, bytes]:
         frame = bytearray(_FRAME_BYTES)
-        self._gloo.recv([torch.frombuffer(frame, dtype=torch.uint8)], self._peer, 0).wait()
+        self._get(torch.frombuffer(frame, dtype=torch.uint8))
         size = wire.HEADER.size
         header = wire.Header.unpack(bytes(frame[:size]))
         if header.seq != self._seq:
@@ -421,9 +429,22 @@ class _End:
         left = size + header.manifest_bytes - _FRAME_BYTES
         if left > 0:
             rest = bytearray(left)
-            self._gloo.recv([torch.frombuffer(rest, dtype=torch.uint8)], self._peer, 0).wait()
+            self._get(torch.frombuffer(rest, dtype=torch.uint8))
             frame += rest
         return header, bytes(frame[size : size + header.manifest_bytes])
+
+    def _put(self, buffer_S: Tensor) -> None:
+        """Returns when the receiver has asked for it and it is on its way."""
+        try:
+            self._gloo.send([buffer_S], self._peer, 0).wait()
+        except RuntimeError as error:
+            raise _Broken(_reason(error)) from error
+
+    def _get(self, buffer_S: Tensor) -> None:
+        try:
+            self._gloo.recv([buffer_S], self._peer, 0).wait()
+        except RuntimeError as error:
+            raise _Broken(_reason(error)) from error
 
     def _gather(self, message: wire.Message, ready: torch.cuda.Event | None) -> Tensor:
         """GPU tensors in one buffer, in the memory that the payload leaves from."""
@@ -442,7 +463,7 @@ class _End:
 
     def _send_cuda(self, buffer_S: Tensor) -> None:
         if self._nccl is None:
-            self._gloo.send([buffer_S], self._peer, 0).wait()
+            self._put(buffer_S)
             return
         with torch.cuda.stream(self._stream):
             work = self._nccl.send([buffer_S], self._peer, 0)
@@ -454,7 +475,7 @@ class _End:
         with torch.cuda.stream(self._stream):
             if self._nccl is None:
                 host_S = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-                self._gloo.recv([host_S], self._peer, 0).wait()
+                self._get(host_S)
                 buffer_S = host_S.to(self._device, non_blocking=True)
                 done: Any = self._stream.record_event()
             else:
@@ -465,10 +486,14 @@ class _End:
 
     def _finish(self, work: Any) -> None:
         """Wait on the host, in naps: packets are handed over whole, and no kernel waits for a dead peer."""
-        is_done = work.query if isinstance(work, torch.cuda.Event) else work.is_completed
-        while not is_done():
+        is_event = isinstance(work, torch.cuda.Event)
+        while not (work.query() if is_event else work.is_completed()):
             self._check()
             time.sleep(2e-4)
+        # A transfer that failed also counts as completed. The library warns once that this call may go; there
+        # is no other that tells the two apart.
+        if not is_event and not work.is_success():
+            raise _Broken("the transfer between GPUs failed")
 
 
 class _Outbox:
@@ -559,7 +584,7 @@ def _take(box: queue.SimpleQueue[T], check: Check) -> T:
             continue
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What the library says without saying where in its source, and without its advice."""
     return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*", "", first_line(error)).split(". ")[0]
 

@@ -39,7 +39,7 @@ _STARTING_SILENCE_S = 10.0
 _SETTLE_S = 0.3
 """A lost connection may be the echo of an older failure, whose verdict is on its way."""
 _LINGER_S = 2.0
-"""How long the host of the store stays after the end, so that all can read the verdict."""
+"""How long the host of the store stays after the end for a rank that has not read the verdict."""
 _CLEANUP_S = 20.0
 """How long a rank that knows of the failure may take to close its files."""
 
@@ -197,7 +197,7 @@ class Watch:
         self._proposed: Failure | None = None
         self._suspects: dict[int, tuple[float, str]] = {}
         self._silence_s = limits.silence_s
-        self._reports: dict[int, Report] = {}
+        self._reports = {other: Report(None, 0.0) for other in range(size)}
         self._stop = threading.Event()
         self._hurry = threading.Event()
         self._round = threading.Condition()
@@ -260,7 +260,7 @@ class Watch:
         while True:
             self.check()
             with self._round:
-                if len(self._reports) == self._size and holds(self._reports):
+                if self._num_rounds > 0 and holds(self._reports):
                     return True
                 self._round.wait(POLL_S)
             if time.monotonic() > end_s:
@@ -275,23 +275,26 @@ class Watch:
         self._noticed = True
         blamed = None if self._failure is None else self._failure.rank
 
-        def all_gone(reports: Mapping[int, Report]) -> bool:
-            return all(
-                rank in (self._rank, blamed)
-                or report.beat is None
-                or report.beat.gone
-                or report.age_s > 10 * self._limits.poll_s
-                for rank, report in reports.items()
+        start_s = time.monotonic()
+
+        def may_come() -> bool:
+            """Whether a rank may still ask the store: one that has not joined yet gets more time than the others."""
+            waited_s = time.monotonic() - start_s
+            return any(
+                waited_s < (_STARTING_SILENCE_S if report.beat is None else _LINGER_S)
+                and not (report.beat is not None and report.beat.gone)
+                and report.age_s < 10 * self._limits.poll_s
+                for rank, report in self._reports.items()
+                if rank not in (self._rank, blamed)
             )
 
-        end_s = time.monotonic() + _LINGER_S
         if self._host == self._rank:
             with self._round:
-                while time.monotonic() < end_s and not all_gone(self._reports):
+                while may_come():
                     self._round.wait(POLL_S)
         self._stop.set()
         self._hurry.set()
-        self._threads[0].join(max(0.0, end_s - time.monotonic()))
+        self._threads[0].join(_LINGER_S)
 
     def _pulse(self) -> None:
         keys = [_FAILURE, *(f"beat/{rank}" for rank in range(self._size))]

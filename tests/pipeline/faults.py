@@ -103,6 +103,8 @@ def stream_with_trouble(
 def load_with_trouble(world: World, culprit: int, kind: str, startup_s: float) -> None:
     if kind == "absent" and world.rank == culprit:
         time.sleep(1000)
+    if kind == "raises" and world.rank == 2:
+        time.sleep(1.5)  # joins when the verdict has long been reached
     limits = Limits(deadline_s=4, startup_s=startup_s)
     schedule = layout(world.size)
     if kind == "other schedule" and world.rank == culprit:

