@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from stream_case import NUM_ENTRIES, REWIND_TO, eventful_packets, same, small_config
+from stream_ranks import make_stream
 
 from streamdiff.engine import Engine
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SwitchPrompt
@@ -77,3 +80,29 @@ def test_the_stream_really_is_eventful() -> None:
     assert [p.epoch for p in packets] == [0] * (NUM_ENTRIES - 3) + [1] * 3
     first = {p.chunk: p for p in packets if p.epoch == 0}
     assert not torch.equal(first[REWIND_TO].latent_BCTHW, packets[-3].latent_BCTHW)  # other sound, made anew
+
+
+@pytest.mark.parametrize(
+    ("partition", "alone"),
+    [
+        ((1,), True),
+        ((1, 1), False),
+        ((2, 1, 1), True),
+        pytest.param((1, 1), True, marks=pytest.mark.slow),
+        pytest.param((3,), True, marks=pytest.mark.slow),
+        pytest.param((1, 1, 1), True, marks=pytest.mark.slow),
+        pytest.param((1, 1, 1, 1), False, marks=pytest.mark.slow),
+        pytest.param((1, 1, 1, 1), True, marks=pytest.mark.slow),
+        pytest.param((1, 3), False, marks=pytest.mark.slow),
+    ],
+)
+def test_in_processes_over_gloo(partition: tuple[int, ...], alone: bool) -> None:
+    outcomes = run_ranks(make_stream, len(partition) + alone, partition, alone, timeout_s=200)
+    assert [outcome.error for outcome in outcomes] == [""] * len(outcomes)
+    expected = serial(sum(partition))
+    made = outcomes[-1].value
+    assert [(chunk, epoch) for chunk, epoch, _, _ in made] == [(p.chunk, p.epoch) for p in expected]
+    for (_, _, latent, frames), packet in zip(made, expected, strict=True):
+        assert np.array_equal(latent, packet.latent_BCTHW.numpy())
+        assert packet.frames_THWC is not None
+        assert np.array_equal(frames, packet.frames_THWC.numpy())
