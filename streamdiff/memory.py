@@ -20,6 +20,8 @@ Axes: Z layers, B streams, S sink tokens, M tokens remembered, L tokens of a chu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -261,10 +263,33 @@ class StepMemory:
             spill, rows = slot.evicted % self.ring.slack, self._rows(slot.index)
             self._spilled_keys[spill].copy_(self.keys_ZBMNK[:, :, rows])
             self._spilled_values[spill].copy_(self.values_ZBMNK[:, :, rows])
-        self.length_on_host = self.sink_tokens + slot.filled * self.chunk_tokens
-        self.slot_index.fill_(slot.index)
-        self.length.fill_(self.length_on_host)
+        self._point(slot.index, slot.filled)
         return slot
+
+    def _point(self, index: int, filled: int) -> None:
+        self.length_on_host = self.sink_tokens + filled * self.chunk_tokens
+        self.slot_index.fill_(index)
+        self.length.fill_(self.length_on_host)
+
+    @contextlib.contextmanager
+    def rehearsal(self, filled: int) -> Generator[None]:
+        """Stand as if ``filled`` slots held chunks, for a step to be compiled and captured before the first chunk.
+
+        What the step writes meanwhile goes to slot 0 and is wiped afterwards. Raises MemoryOrderError when the memory
+        holds a chunk.
+        """
+        if self.ring.latest >= 0:
+            raise MemoryOrderError(
+                f"a step cannot be warmed in the middle of a stream: this memory holds up to chunk {self.ring.latest}; "
+                "warm it before the first chunk, or clear the memory"
+            )
+        self._point(0, filled)
+        try:
+            yield
+        finally:
+            for buffer in (self.keys_ZBMNK, self.values_ZBMNK):
+                buffer[:, :, self._rows(0)].zero_()
+            self._point(0, 0)
 
     def views(self, slot: Slot) -> list[LayerMemory]:
         """The chunk's place in every layer, for a model in plain torch."""

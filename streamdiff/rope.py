@@ -70,6 +70,31 @@ def grid_rotation(
     )
 
 
+class FrameRotations:
+    """Rotations of whole latent frames of one picture size, made where they are used: nothing waits for a copy.
+
+    Equal to `grid_rotation`, but for the rounding of another device's cosine; rows and columns are computed once.
+    """
+
+    def __init__(self, rows: int, columns: int, pairs: tuple[int, int, int], *, device: torch.device | str) -> None:
+        self._still = grid_rotation([0], range(rows), range(columns), (0, *pairs[1:]), device=device)
+        self._rate_F = (THETA ** -(torch.arange(pairs[0], dtype=torch.float64) / max(pairs[0], 1))).to(device)
+
+    def at(self, first: int, num_frames: int = 1) -> Rotation:
+        """Rotation of the frames at temporal positions ``first .. first + num_frames - 1``."""
+        times_T = torch.arange(first, first + num_frames, dtype=torch.float64, device=self._rate_F.device)
+        angles_TF = torch.outer(times_T, self._rate_F)
+        return Rotation(
+            self._spread(angles_TF.cos(), self._still.cos_LF), self._spread(angles_TF.sin(), self._still.sin_LF)
+        )
+
+    @staticmethod
+    def _spread(moving_TF: Tensor, still_LF: Tensor) -> Tensor:
+        T, L = moving_TF.shape[0], still_LF.shape[0]
+        parts = (moving_TF.to(torch.float32)[:, None].expand(T, L, -1), still_LF.expand(T, L, -1))
+        return torch.cat(parts, dim=-1).flatten(0, 1)
+
+
 def spread(size: int, extent: int) -> list[int]:
     """``size`` positions spread over ``0 .. extent - 1``, rounded down, as the published model samples a coarser grid.
 

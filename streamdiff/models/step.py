@@ -9,30 +9,35 @@ weights, for inference only:
 - attention reads the ring where it lies: nothing is concatenated, masked or rotated again;
 - on CUDA, inputs are copied into buffers of fixed address and the step is replayed as one graph. The slot and, where
   the attention backend can read it there, the fill level stay on the device; other backends get one graph per level.
+  `ServedStep.warm` captures them all before the first chunk. Nothing here waits for the device.
 
 Linear layers may run in eight bits (e4m3, one scale per token and per output), their inputs quantised in the pass that
-makes them; the first and last linear of the model, modulation, norms and attention stay as they are.
+makes them. Layers at both ends of the model, patch embedding, head, modulation, norms and attention stay as they are,
+and a weight that was quantised is not kept a second time.
 
-Axes: B streams, T latent frames, L tokens of this chunk, M tokens remembered, D model width, N heads, K head width,
-F hidden width, Z layers.
+Axes: B streams, T latent frames, C channels, H height, W width, L tokens of this chunk, M tokens remembered, D model
+width, N heads, K head width, F hidden width, P prompt tokens, A audio tokens, E audio or output width, Z layers.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
-from streamdiff.errors import BackendError
+from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import StepMemory
 from streamdiff.models.dit import Attention, AudioCondition, Block, CausalDiT, Modulation, TextCondition
 from streamdiff.rope import Rotation
-from streamdiff_kernels import Impl
+from streamdiff_kernels import Impl, reference
 
 _AUDIO_NORM_EPS = 1e-5
 
@@ -54,10 +59,17 @@ class StepOptions:
     attention: str = "sdpa"
     """A backend of `streamdiff_kernels`, or ``auto`` to measure once and take the fastest (then ranks may differ)."""
     precision: Precision = Precision.WEIGHTS
+    kept_layers: int = 1
+    """With fp8: how many layers at each end of the model keep the precision of their weights."""
     graph: bool = True
-    """Replay a CUDA graph; no effect on a CPU."""
+    """Replay CUDA graphs; no effect on a CPU."""
     compile: bool = False
-    """Compile the block with ``torch.compile`` instead of capturing the step; one compilation for all layers."""
+    """Let ``torch.compile`` fuse the block instead of our kernels: one compilation for all layers, steps and chunks, or
+    two where attention wants the fill level as an integer. May be combined with ``graph``."""
+
+    def __post_init__(self) -> None:
+        if self.kept_layers < 0:
+            raise ConfigError(f"kept_layers counts layers at each end, got {self.kept_layers}; use 0 for none")
 
     def resolved(self, device: torch.device) -> Impl:
         if self.impl is not None:
@@ -65,12 +77,33 @@ class StepOptions:
         return Impl.TRITON if device.type == "cuda" else Impl.TORCH
 
 
-Activation = Tensor | tuple[Tensor, Tensor]
-"""What goes into a linear layer: as it is, or in eight bits with one scale per token."""
+# ----------------------------------------------------------------------------------------------------- linear layers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bytes:
+    """Activations in eight bits, one scale per token."""
+
+    x8_BLD: Tensor
+    scale_BL: Tensor
+
+    def frames(self, num_frames: int) -> _Bytes:
+        """Latent frames moved into the batch axis."""
+        return _Bytes(_frames(self.x8_BLD, num_frames), _frames(self.scale_BL, num_frames))
+
+
+Activation = Tensor | _Bytes
+"""What goes into a linear layer: as it is, or in eight bits."""
+
+
+def _frames(x_BL: Tensor, num_frames: int) -> Tensor:
+    return x_BL.unflatten(1, (num_frames, -1)).flatten(0, 1)
 
 
 class _Dense:
     """A linear layer in the precision of its weights."""
+
+    eight_bits = False
 
     def __init__(self, weight_ED: Tensor, bias_E: Tensor) -> None:
         self.weight_ED, self.bias_E = weight_ED, bias_E
@@ -81,21 +114,213 @@ class _Dense:
 
 
 class _Dense8:
-    """A linear layer in eight bits; the weight is quantised once."""
+    """A linear layer in eight bits."""
 
-    def __init__(self, weight_ED: Tensor, bias_E: Tensor, impl: Impl) -> None:
-        self._weight8_ED, self._scale_E = kernels.quantise_rows(weight_ED, impl=impl)
-        self._bias_E = bias_E
-        self._dtype = weight_ED.dtype
+    eight_bits = True
+
+    def __init__(self, weight8_ED: Tensor, scale_E: Tensor, bias_E: Tensor) -> None:
+        self.weight8_ED, self.scale_E, self.bias_E = weight8_ED, scale_E, bias_E
 
     def __call__(self, x: Activation) -> Tensor:
-        x8, scale = x
+        assert isinstance(x, _Bytes)
         return kernels.linear_fp8(
-            x8, scale, self._weight8_ED, self._scale_E, self._bias_E, out_dtype=self._dtype, impl=Impl.TORCH
+            x.x8_BLD,
+            x.scale_BL,
+            self.weight8_ED,
+            self.scale_E,
+            self.bias_E,
+            out_dtype=self.bias_E.dtype,
+            impl=Impl.TORCH,
         )
 
 
-_Linear = Callable[[Activation], Tensor]
+_Linear = _Dense | _Dense8
+
+
+class _Rested(nn.Linear):
+    """A linear layer of the DiT whose weight now lies in eight bits, widened anew at every call.
+
+    The sink is prefilled through it, once per reference; a chunk never is.
+    """
+
+    def __init__(self, weight8_ED: Tensor, scale_E: Tensor, bias_E: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight8_ED.shape
+        self.weight8_ED = nn.Buffer(weight8_ED)
+        self.scale_E = nn.Buffer(scale_E)
+        self.bias = nn.Parameter(bias_E, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight_ED = (self.weight8_ED.float() * self.scale_E[:, None]).to(input.dtype)
+        return F.linear(input, weight_ED, self.bias)
+
+
+def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:
+    """Stack linear layers into one matrix and make each of them a view of it; one alone stays where it is."""
+    if len(linears) == 1:
+        return linears[0].weight.data, linears[0].bias.data
+    weight_ED = torch.cat([linear.weight.data for linear in linears])
+    bias_E = torch.cat([linear.bias.data for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    for linear, rows, shift in zip(linears, weight_ED.split(sizes), bias_E.split(sizes), strict=True):
+        linear.weight.data, linear.bias.data = rows, shift
+    return weight_ED, bias_E
+
+
+# ----------------------------------------------------------------------------------------- what stands between them
+
+
+class _Between(Protocol):
+    """All that a step does between its linear layers and its attention."""
+
+    def open(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
+        """Norm and modulation."""
+        ...
+
+    def add_(self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None) -> None:
+        """``x += gate * y``."""
+        ...
+
+    def close_(
+        self,
+        x_BLD: Tensor,
+        y_BLD: Tensor,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        *,
+        eight_bits: bool,
+    ) -> Activation:
+        """`add_`, then `open`."""
+        ...
+
+    def place_(
+        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
+    ) -> Tensor:
+        """Norm and rotate q and k, write k and v into their slot; returns ``q_BLNK``."""
+        ...
+
+    def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
+
+    def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
+        """An activation that no other pass prepared."""
+        ...
+
+    def activate(self, x_BLF: Tensor, *, eight_bits: bool) -> Activation: ...
+
+
+class _Fused:
+    """Our kernels: one pass over memory each."""
+
+    def __init__(self, impl: Impl) -> None:
+        self._impl = impl
+
+    def open(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
+        if eight_bits:
+            return _Bytes(*kernels.norm_modulate_fp8(x_BLD, scale, shift, eps=eps, impl=self._impl))
+        return kernels.norm_modulate(x_BLD, scale, shift, eps=eps, impl=self._impl)
+
+    def add_(self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None) -> None:
+        kernels.gate_residual_(x_BLD, y_BLD, gate, impl=self._impl)
+
+    def close_(
+        self,
+        x_BLD: Tensor,
+        y_BLD: Tensor,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        *,
+        eight_bits: bool,
+    ) -> Activation:
+        arguments = (x_BLD, y_BLD, gate, scale, shift)
+        if eight_bits:
+            return _Bytes(*kernels.gate_residual_norm_modulate_fp8_(*arguments, eps=eps, impl=self._impl))
+        return kernels.gate_residual_norm_modulate_(*arguments, eps=eps, impl=self._impl)
+
+    def place_(
+        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
+    ) -> Tensor:
+        q_BLNK, _ = kernels.qk_norm_rope_write(
+            q_BLD,
+            k_BLD,
+            v_BLD,
+            q_weight_D=layer.norm_q_D,
+            k_weight_D=layer.norm_k_D,
+            cos_LR=rotation.cos_LF,
+            sin_LR=rotation.sin_LF,
+            keys_BMNK=ring.keys_BMNK,
+            values_BMNK=ring.values_BMNK,
+            slot=ring.slot,
+            ring_start=ring.sink_tokens,
+            eps=eps,
+            impl=self._impl,
+        )
+        return q_BLNK
+
+    def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return kernels.rms_norm(x_BLD, weight_D, eps=eps, impl=self._impl)
+
+    def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
+        return _Bytes(*kernels.quantise_rows(x_BLD, impl=self._impl)) if eight_bits else x_BLD
+
+    def activate(self, x_BLF: Tensor, *, eight_bits: bool) -> Activation:
+        if eight_bits:
+            return _Bytes(*kernels.gelu_fp8(x_BLF, impl=self._impl))
+        return F.gelu(x_BLF, approximate="tanh")
+
+
+class _Traced:
+    """The same in torch that a compiler can see through, so that it does the fusing."""
+
+    def open(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
+        if eight_bits:
+            return _Bytes(*reference.quantise_rows(reference.norm_modulate(x_BLD.float(), scale, shift, eps)))
+        return reference.norm_modulate(x_BLD, scale, shift, eps)
+
+    def add_(self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None) -> None:
+        x_BLD.copy_(reference.gate_residual(x_BLD, y_BLD, gate))
+
+    def close_(
+        self,
+        x_BLD: Tensor,
+        y_BLD: Tensor,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        *,
+        eight_bits: bool,
+    ) -> Activation:
+        self.add_(x_BLD, y_BLD, gate)
+        return self.open(x_BLD, scale, shift, eps, eight_bits=eight_bits)
+
+    def place_(
+        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
+    ) -> Tensor:
+        weights = (layer.norm_q_D, layer.norm_k_D)
+        q_BLNK, k_BLNK = reference.qk_norm_rope(q_BLD, k_BLD, *weights, rotation.cos_LF, rotation.sin_LF, eps)
+        L = q_BLD.shape[1]
+        rows_L = ring.sink_tokens + ring.slot * L + torch.arange(L, device=q_BLD.device)
+        ring.keys_BMNK.index_copy_(1, rows_L, k_BLNK.to(ring.keys_BMNK.dtype))
+        ring.values_BMNK.index_copy_(1, rows_L, v_BLD.unflatten(-1, k_BLNK.shape[-2:]))
+        return q_BLNK.to(q_BLD.dtype)
+
+    def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return reference.rms_norm(x_BLD, weight_D, eps)
+
+    def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
+        return _Bytes(*reference.quantise_rows(x_BLD)) if eight_bits else x_BLD
+
+    def activate(self, x_BLF: Tensor, *, eight_bits: bool) -> Activation:
+        if eight_bits:
+            return _Bytes(*reference.quantise_rows(reference.gelu_tanh(x_BLF.float())))
+        return F.gelu(x_BLF, approximate="tanh")
+
+
+# ------------------------------------------------------------------------------------------------------- one layer
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +330,12 @@ class _Query:
     q: _Linear
     norm_D: Tensor
     o: _Linear
+    backend: str
+
+    def __call__(self, between: _Between, h: Activation, k_BPNK: Tensor, v_BPNK: Tensor, eps: float) -> Tensor:
+        q_BLNK = between.norm(self.q(h), self.norm_D, eps).unflatten(-1, k_BPNK.shape[-2:])
+        y_BLNK = kernels.attend(q_BLNK, k_BPNK, v_BPNK, k_BPNK.shape[1], backend=self.backend)
+        return self.o(between.enter(y_BLNK.flatten(2), eight_bits=self.o.eight_bits))
 
 
 @dataclass(slots=True, eq=False)
@@ -135,69 +366,271 @@ class _Constants:
     gate2: Tensor
 
 
-class ServedWeights:
-    """A DiT's weights laid out for serving; shared by all steps of a rank.
+@dataclass(slots=True, eq=False)
+class _Ring:
+    """One layer's history, and where in it this chunk goes and how far it sees."""
 
-    The projections to q, k and v become views of one matrix, so the DiT keeps working and nothing is held twice.
+    keys_BMNK: Tensor
+    values_BMNK: Tensor
+    slot: Tensor
+    sink_tokens: int
+    length: Tensor | int
+    backend: str
+
+
+def _block(
+    between: _Between,
+    eps: float,
+    x_BLD: Tensor,
+    h: Activation,
+    layer: _Layer,
+    constants: _Constants,
+    rotation: Rotation,
+    text_k_BPNK: Tensor,
+    text_v_BPNK: Tensor,
+    ring: _Ring,
+) -> Tensor:
+    """Self-attention and attention to the prompt, added to ``x`` in place; returns the feed-forward's branch.
+
+    ``h`` is ``x``, normed and modulated for this layer.
+    """
+    q_BLD, k_BLD, v_BLD = layer.qkv(h).chunk(3, dim=-1)
+    q_BLNK = between.place_(q_BLD, k_BLD, v_BLD, layer, rotation, ring, eps)
+    y_BLNK = kernels.attend(q_BLNK, ring.keys_BMNK, ring.values_BMNK, ring.length, backend=ring.backend)
+    y_BLD = layer.o(between.enter(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
+    scale, shift = layer.norm3_scale_1D, layer.norm3_shift_1D
+    h = between.close_(x_BLD, y_BLD, constants.gate1, scale, shift, eps, eight_bits=layer.text.q.eight_bits)
+    y_BLD = layer.text(between, h, text_k_BPNK, text_v_BPNK, eps)
+    scale, shift = constants.scale2, constants.shift2
+    h = between.close_(x_BLD, y_BLD, None, scale, shift, eps, eight_bits=layer.up.eight_bits)
+    return layer.down(between.activate(layer.up(h), eight_bits=layer.down.eight_bits))
+
+
+# --------------------------------------------------------------------------------------------------------- graphs
+
+_T = TypeVar("_T")
+_capturing = threading.Lock()
+"""A capture synchronises the device when it begins, which would break another that has begun."""
+
+
+class Graphs(Protocol):
+    """Records what a function does to tensors of fixed address, to do it again without its Python."""
+
+    def capture(self, function: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
+        """The function's result, and a call that computes it anew in place."""
+        ...
+
+
+class CudaGraphs:
+    """All graphs of one rank. They share one pool of memory, because they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, function: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
+        with _capturing:
+            # Kernels are compiled and libraries pick their algorithms outside the capture.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other ranks may be threads of this process and go on allocating meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+                result = function()
+        return result, graph.replay
+
+
+class _Inputs:
+    """What captured steps read: buffers of fixed address, shared by the steps and graphs of a rank.
+
+    What lives here already, or was loaded by the step before, is not copied again: callers hand over new objects, not
+    old ones with new contents.
+    """
+
+    def __init__(self) -> None:
+        self._latent_BCTHW: Tensor | None = None
+        self._rotation: Rotation | None = None
+        self._text: TextCondition | None = None
+        self._audio: AudioCondition | None = None
+        self._last: tuple[Rotation | None, TextCondition | None, AudioCondition | None] = (None, None, None)
+
+    def adopt_text(self, text: TextCondition) -> TextCondition:
+        """Bring a condition to its fixed address, which is its own if it is the first."""
+        if self._text is None:
+            self._text = text
+        elif text is not self._text:
+            self._text.keys_ZBPNK.copy_(text.keys_ZBPNK, non_blocking=True)
+            self._text.values_ZBPNK.copy_(text.values_ZBPNK, non_blocking=True)
+        return self._text
+
+    def adopt_audio(self, audio: AudioCondition) -> AudioCondition:
+        if self._audio is None:
+            self._audio = audio
+        elif audio is not self._audio:
+            for mine, theirs in zip(self._audio.parts, audio.parts, strict=True):
+                for buffer, value in zip(mine, theirs, strict=True):
+                    buffer.copy_(value, non_blocking=True)
+        return self._audio
+
+    def load(
+        self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
+    ) -> tuple[Tensor, Rotation, TextCondition, AudioCondition | None]:
+        if self._latent_BCTHW is None or self._rotation is None:
+            self._latent_BCTHW = torch.empty_like(latent_BCTHW)
+            self._rotation = Rotation(torch.empty_like(rotation.cos_LF), torch.empty_like(rotation.sin_LF))
+        last_rotation, last_text, last_audio = self._last
+        self._latent_BCTHW.copy_(latent_BCTHW, non_blocking=True)
+        if rotation is not last_rotation:
+            self._rotation.copy_(rotation)
+        if self._text is None:
+            self._text = TextCondition(text.keys_ZBPNK.clone(), text.values_ZBPNK.clone())
+        elif text is not last_text:
+            self.adopt_text(text)
+        if audio is not None and self._audio is None:
+            self._audio = AudioCondition(*(tuple(t.clone() for t in part) for part in audio.parts))
+        elif audio is not None and audio is not last_audio:
+            self.adopt_audio(audio)
+        self._last = (rotation, text, audio)
+        return self._latent_BCTHW, self._rotation, self._text, None if audio is None else self._audio
+
+
+# -------------------------------------------------------------------------------------------------- what is served
+
+
+class ServedWeights:
+    """A DiT's weights laid out for serving, and what the steps of a rank share.
+
+    The projections to q, k and v become views of one matrix, and what is quantised is dropped: the DiT keeps working
+    and nothing is held twice.
+
+    Raises BackendError when an implementation cannot run on the DiT's device.
     """
 
     def __init__(self, dit: CausalDiT, options: StepOptions) -> None:
         self.dit = dit
+        self.options = options
         self.impl = options.resolved(dit.device)
-        self.fp8 = options.precision is Precision.FP8
-        if self.fp8 and dit.dtype != torch.bfloat16:
+        if options.precision is Precision.FP8 and dit.dtype != torch.bfloat16:
             raise BackendError(
                 f"fp8 linears accumulate to bfloat16 but the weights are {dit.dtype}; load them as bfloat16"
             )
         kernels.require(self.impl, dit.device)
-        self.layers = [self._layer(z, block) for z, block in enumerate(dit.blocks)]
+        self.graphs: Graphs | None = CudaGraphs(dit.device) if options.graph and dit.device.type == "cuda" else None
+        self.inputs = _Inputs()
+        self._backends: dict[tuple[str, torch.Size], str] = {}
+        self._audio_graph: tuple[Tensor, AudioCondition, Callable[[], None]] | None = None
+        kept = options.kept_layers
+        whole = (*range(kept), *range(dit.config.num_layers - kept, dit.config.num_layers))
+        self.layers = [
+            self._layer(z, block, eight_bits=options.precision is Precision.FP8 and z not in whole)
+            for z, block in enumerate(dit.blocks)
+        ]
+        # A patch does not overlap its neighbours, so its embedding is a matrix product; what is added to every video
+        # token (`CausalDiT.embed_video`) is one bias.
+        bias_D = dit.patch_embedding.bias
+        assert bias_D is not None
+        bias_D = bias_D.data.float()
+        if dit.config.audio is not None:
+            assert dit.cond_encoder.bias is not None
+            bias_D = bias_D + dit.cond_encoder.bias.data.float() + dit.trainable_cond_mask.weight.data[0].float()
+        self._embed_weight_DC = dit.patch_embedding.weight.data.flatten(1)
+        self._embed_bias_D = bias_D.to(dit.dtype)
 
-    def _layer(self, index: int, block: Block) -> _Layer:
+    def text_condition(self, text_BPC: Tensor) -> TextCondition:
+        """`CausalDiT.text_condition`, computed once per prompt; with graphs, into the buffers that they read."""
+        text = self.dit.text_condition(text_BPC)
+        return text if self.graphs is None else self.inputs.adopt_text(text)
+
+    def audio_condition(self, audio_BZEA: Tensor) -> AudioCondition:
+        """`CausalDiT.audio_condition`, computed once per chunk; with graphs, a graph of its own, and the result lives
+        until the next call.
+        """
+        if self.graphs is None:
+            return self.dit.audio_condition(audio_BZEA)
+        if self._audio_graph is None:
+            heard_BZEA = torch.zeros_like(audio_BZEA, device=self.dit.device)
+            audio, replay = self.graphs.capture(lambda: self.dit.audio_condition(heard_BZEA))
+            self._audio_graph = heard_BZEA, audio, replay
+        heard_BZEA, audio, replay = self._audio_graph
+        heard_BZEA.copy_(audio_BZEA, non_blocking=True)
+        replay()
+        return self.inputs.adopt_audio(audio)
+
+    def backend(self, memory: StepMemory) -> str:
+        """The attention backend that the options name; ``auto`` is measured once for all steps of a rank."""
+        keys_BMNK, values_BMNK = memory.keys_ZBMNK[0], memory.values_ZBMNK[0]
+        key = (self.options.attention, keys_BMNK.shape)
+        if key not in self._backends:
+            q_BLNK = keys_BMNK[:, : memory.chunk_tokens]
+            self._backends[key] = kernels.resolve_backend(self.options.attention, q_BLNK, keys_BMNK, values_BMNK)
+            for layer in self.layers:
+                layer.text.backend = self._backends[key]
+        return self._backends[key]
+
+    def embed(self, latent_BCTHW: Tensor) -> Tensor:
+        """`CausalDiT.embed_video` as one matrix product."""
+        _, ph, pw = self.dit.config.patch
+        patches_BLC = rearrange(latent_BCTHW, "b c t (h p) (w q) -> b (t h w) (c p q)", p=ph, q=pw)
+        return F.linear(patches_BLC.to(self._embed_weight_DC.dtype), self._embed_weight_DC, self._embed_bias_D)
+
+    def _layer(self, index: int, block: Block, *, eight_bits: bool) -> _Layer:
         dit = self.dit
-        attention = block.self_attn
         injector = dit.injector_of.get(index)
         audio = None if injector is None else dit.audio_injector.injector.at(injector)
         return _Layer(
-            qkv=self._linear(*_joined(attention.q, attention.k, attention.v)),
-            norm_q_D=attention.norm_q.weight,
-            norm_k_D=attention.norm_k.weight,
-            o=self._linear(attention.o.weight, attention.o.bias),
-            text=self._query(block.cross_attn),
+            qkv=self._linear(block.self_attn, ("q", "k", "v"), eight_bits=eight_bits),
+            norm_q_D=block.self_attn.norm_q.weight.data,
+            norm_k_D=block.self_attn.norm_k.weight.data,
+            o=self._linear(block.self_attn, ("o",), eight_bits=eight_bits),
+            text=self._query(block.cross_attn, eight_bits=eight_bits),
             # A norm with weights is a modulation that never changes: norm * w + b = norm * (1 + (w - 1)) + b.
-            norm3_scale_1D=(block.norm3.weight.float() - 1)[None],
-            norm3_shift_1D=block.norm3.bias.float()[None],
-            up=self._linear(block.up.weight, block.up.bias),
-            down=self._linear(block.down.weight, block.down.bias),
-            audio=None if audio is None else self._query(audio),
+            norm3_scale_1D=(block.norm3.weight.data.float() - 1)[None],
+            norm3_shift_1D=block.norm3.bias.data.float()[None],
+            up=self._linear(block.ffn, ("0",), eight_bits=eight_bits),
+            down=self._linear(block.ffn, ("2",), eight_bits=eight_bits),
+            audio=None if audio is None else self._query(audio, eight_bits=eight_bits),
         )
 
-    def _query(self, attention: Attention) -> _Query:
+    def _query(self, attention: Attention, *, eight_bits: bool) -> _Query:
         return _Query(
-            q=self._linear(attention.q.weight, attention.q.bias),
-            norm_D=attention.norm_q.weight,
-            o=self._linear(attention.o.weight, attention.o.bias),
+            q=self._linear(attention, ("q",), eight_bits=eight_bits),
+            norm_D=attention.norm_q.weight.data,
+            o=self._linear(attention, ("o",), eight_bits=eight_bits),
+            backend="sdpa",
         )
 
-    def _linear(self, weight: Tensor, bias: Tensor) -> _Linear:
-        return _Dense8(weight, bias, self.impl) if self.fp8 else _Dense(weight, bias)
-
-
-def _joined(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Stack linear layers into one matrix and make each of them a view of it."""
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = torch.cat([linear.bias for linear in linears])
-    rows = linears[0].weight.shape[0]
-    for i, linear in enumerate(linears):
-        linear.weight.data = weight[i * rows : (i + 1) * rows]
-        linear.bias.data = bias[i * rows : (i + 1) * rows]
-    return weight, bias
+    def _linear(self, parent: nn.Module, names: tuple[str, ...], *, eight_bits: bool) -> _Linear:
+        """Linear layers of a module as one; in eight bits they take the place of the originals."""
+        linears: list[nn.Linear] = []
+        for name in names:
+            linear = getattr(parent, name)
+            if not isinstance(linear, nn.Linear) or isinstance(linear, _Rested):
+                raise BackendError(
+                    "these weights were quantised for serving before; share one ServedWeights between steps, "
+                    "or load the model again"
+                )
+            linears.append(linear)
+        weight_ED, bias_E = _joined(tuple(linears))
+        if not eight_bits:
+            return _Dense(weight_ED, bias_E)
+        weight8_ED, scale_E = kernels.quantise_rows(weight_ED, impl=self.impl)
+        first = 0
+        for name, linear in zip(names, linears, strict=True):
+            rows = slice(first, first + linear.out_features)
+            setattr(parent, name, _Rested(weight8_ED[rows], scale_E[rows], bias_E[rows]))
+            first += linear.out_features
+        return _Dense8(weight8_ED, scale_E, bias_E)
 
 
 class ServedStep:
     """One noise level of one stream, ready to be served.
 
     Call it with a chunk whose slot was admitted to the memory and whose sink was turned; it writes the chunk's keys and
-    values and returns the velocity, float32.
+    values and returns the velocity, float32. Steps that share weights take turns, on one stream of the device.
     """
 
     def __init__(
@@ -205,15 +638,20 @@ class ServedStep:
     ) -> None:
         self._weights = weights
         self._memory = memory
-        self._impl = weights.impl
+        self._between = _Fused(weights.impl)
+        self._within: _Between = _Traced() if options.compile else self._between
         self._eps = weights.dit.config.eps
         self._constants = [_Constants(*(row[None] for row in rows)) for rows in modulation.layers_Z6D]
         self._head_shift_1D, self._head_scale_1D = modulation.head_2D[:1], modulation.head_2D[1:]
-        self._backend = self._resolve(options.attention)
-        self._captures = options.graph and not options.compile and weights.dit.device.type == "cuda"
-        self._block = torch.compile(self._plain_block, fullgraph=True) if options.compile else self._plain_block
-        self._inputs: _Inputs | None = None
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._backend = weights.backend(memory)
+        # A function, not a method: one compilation serves all steps.
+        self._block = torch.compile(_block, fullgraph=True) if options.compile else _block
+        self._compiles = options.compile
+        self._rings = [
+            (keys_BMNK, values_BMNK)
+            for keys_BMNK, values_BMNK in zip(memory.keys_ZBMNK, memory.values_ZBMNK, strict=True)
+        ]
+        self._captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
 
     def __call__(
         self,
@@ -222,180 +660,85 @@ class ServedStep:
         text: TextCondition,
         audio: AudioCondition | None,
     ) -> Tensor:
-        if not self._captures:
+        graphs = self._weights.graphs
+        if graphs is None:
             return self._forward(latent_BCTHW, rotation, text, audio)
-        if self._inputs is None:
-            self._inputs = _Inputs(latent_BCTHW, rotation, text, audio)
-        self._inputs.load(latent_BCTHW, rotation, text, audio)
+        inputs = self._weights.inputs.load(latent_BCTHW, rotation, text, audio)
         # A backend that reads the fill level on the device needs one graph; the others one per level.
-        key = 0 if self._backend in _READS_LENGTH_ON_DEVICE else self._memory.length_on_host
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(self._inputs)
-        graph, velocity_BCTHW = self._graphs[key]
-        graph.replay()
+        key = 0 if self._follows_length else self._memory.length_on_host
+        if key not in self._captured:
+            self._captured[key] = graphs.capture(lambda: self._forward(*inputs))
+        velocity_BCTHW, replay = self._captured[key]
+        replay()
         return velocity_BCTHW.clone()
 
-    def _captured(self, inputs: _Inputs) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        arguments = (inputs.latent_BCTHW, inputs.rotation, inputs.text, inputs.audio)
-        # Kernels are compiled and libraries pick their algorithms outside the capture, on a stream of their own.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._forward(*arguments)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            velocity_BCTHW = self._forward(*arguments)
-        return graph, velocity_BCTHW
+    def warm(
+        self,
+        latent_BCTHW: Tensor,
+        rotation: Rotation,
+        text: TextCondition,
+        audio: AudioCondition | None,
+    ) -> None:
+        """Compile and capture all that a stream will need, at every fill level, before its first chunk.
 
-    def _resolve(self, name: str) -> str:
-        memory = self._memory
-        L = memory.chunk_tokens
-        return kernels.resolve_backend(name, memory.keys_ZBMNK[0][:, :L], memory.keys_ZBMNK[0], memory.values_ZBMNK[0])
+        Values do not matter, shapes do. The memory must hold no chunk (MemoryOrderError), and is left as it was.
+        """
+        if self._weights.graphs is None and not self._compiles:
+            return
+        window = self._memory.ring.window
+        for filled in (window,) if self._follows_length else range(window, 0, -1):
+            with self._memory.rehearsal(filled):
+                self(latent_BCTHW, rotation, text, audio)
+
+    @property
+    def _follows_length(self) -> bool:
+        """Whether attention reads the fill level where a graph can follow it."""
+        # The reference could read it, but would make the host wait.
+        return kernels.BACKENDS[self._backend].counts_on_device and self._backend != "reference"
 
     def _forward(
         self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
     ) -> Tensor:
-        dit, layers = self._weights.dit, self._weights.layers
+        weights, memory, between, eps = self._weights, self._memory, self._between, self._eps
+        layers = weights.layers
         _, _, T, H, W = latent_BCTHW.shape
-        x_BLD = dit.embed_video(latent_BCTHW)
-        first = self._constants[0]
-        h: Activation = self._open(x_BLD, first.scale1, first.shift1)
+        length = memory.length if self._follows_length else memory.length_on_host
+        x_BLD = weights.embed(latent_BCTHW)
+        constants = self._constants[0]
+        h: Activation = between.open(
+            x_BLD, constants.scale1, constants.shift1, eps, eight_bits=layers[0].qkv.eight_bits
+        )
         injector = 0
         y_BLD, gate = x_BLD, None
-        for z in range(len(layers)):
+        for z, layer in enumerate(layers):
             y_BLD = self._block(
+                self._within,
+                eps,
                 x_BLD,
                 h,
-                layers[z],
+                layer,
                 self._constants[z],
                 rotation,
                 text.keys_ZBPNK[z],
                 text.values_ZBPNK[z],
-                self._memory.keys_ZBMNK[z],
-                self._memory.values_ZBMNK[z],
+                _Ring(*self._rings[z], memory.slot_index, memory.sink_tokens, length, self._backend),
             )
             gate = self._constants[z].gate2
-            if layers[z].audio is not None and audio is not None:
-                kernels.gate_residual_(x_BLD, y_BLD, gate, impl=self._impl)
-                y_BLD, gate = self._hear(x_BLD, layers[z], audio, injector), None
+            if layer.audio is not None and audio is not None:
+                between.add_(x_BLD, y_BLD, gate)
+                y_BLD, gate = self._hear(x_BLD, layer.audio, audio, injector), None
                 injector += 1
             if z + 1 < len(layers):
-                following = self._constants[z + 1]
-                h = self._close(x_BLD, y_BLD, gate, following.scale1, following.shift1)
-        h_BLD = kernels.gate_residual_norm_modulate_(
-            x_BLD, y_BLD, gate, self._head_scale_1D, self._head_shift_1D, eps=self._eps, impl=self._impl
-        )
-        return dit.unpatchify(dit.head.head(h_BLD), T, H, W)
+                constants, eight_bits = self._constants[z + 1], layers[z + 1].qkv.eight_bits
+                h = between.close_(x_BLD, y_BLD, gate, constants.scale1, constants.shift1, eps, eight_bits=eight_bits)
+        h = between.close_(x_BLD, y_BLD, gate, self._head_scale_1D, self._head_shift_1D, eps, eight_bits=False)
+        assert isinstance(h, Tensor)
+        return weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
 
-    def _plain_block(
-        self,
-        x_BLD: Tensor,
-        h: Activation,
-        layer: _Layer,
-        constants: _Constants,
-        rotation: Rotation,
-        text_k_BPNK: Tensor,
-        text_v_BPNK: Tensor,
-        keys_BMNK: Tensor,
-        values_BMNK: Tensor,
-    ) -> Tensor:
-        """Self-attention and attention to the prompt, added to ``x`` in place; returns the feed-forward's branch."""
-        memory = self._memory
-        q_BLD, k_BLD, v_BLD = layer.qkv(h).chunk(3, dim=-1)
-        q_BLNK, _ = kernels.qk_norm_rope_write(
-            q_BLD,
-            k_BLD,
-            v_BLD,
-            q_weight_D=layer.norm_q_D,
-            k_weight_D=layer.norm_k_D,
-            cos_LR=rotation.cos_LF,
-            sin_LR=rotation.sin_LF,
-            keys_BMNK=keys_BMNK,
-            values_BMNK=values_BMNK,
-            slot=memory.slot_index,
-            ring_start=memory.sink_tokens,
-            eps=self._eps,
-            impl=self._impl,
-        )
-        y_BLNK = kernels.attend(q_BLNK, keys_BMNK, values_BMNK, self._length, backend=self._backend)
-        y_BLD = layer.o(self._enter(y_BLNK.flatten(2)))
-        h = self._close(x_BLD, y_BLD, constants.gate1, layer.norm3_scale_1D, layer.norm3_shift_1D)
-        y_BLD = self._ask(layer.text, h, text_k_BPNK, text_v_BPNK)
-        h = self._close(x_BLD, y_BLD, None, constants.scale2, constants.shift2)
-        return layer.down(self._activate(layer.up(h)))
-
-    def _hear(self, x_BLD: Tensor, layer: _Layer, audio: AudioCondition, injector: int) -> Tensor:
-        assert layer.audio is not None
-        scale_BT1D, shift_BT1D = audio.scales[injector], audio.shifts[injector]
-        T = scale_BT1D.shape[1]
-        h_BLD = kernels.norm_modulate(
-            x_BLD, scale_BT1D[:, :, 0], shift_BT1D[:, :, 0], eps=_AUDIO_NORM_EPS, impl=self._impl
-        )
-        frames = self._enter(h_BLD.unflatten(1, (T, -1)).flatten(0, 1))
-        y = self._ask(layer.audio, frames, audio.keys[injector], audio.values[injector])
+    def _hear(self, x_BLD: Tensor, query: _Query, audio: AudioCondition, injector: int) -> Tensor:
+        scale_BTD, shift_BTD = audio.scales[injector][:, :, 0], audio.shifts[injector][:, :, 0]
+        T = scale_BTD.shape[1]
+        h = self._between.open(x_BLD, scale_BTD, shift_BTD, _AUDIO_NORM_EPS, eight_bits=query.q.eight_bits)
+        frames = h.frames(T) if isinstance(h, _Bytes) else _frames(h, T)
+        y = query(self._between, frames, audio.keys[injector], audio.values[injector], self._eps)
         return y.view_as(x_BLD)
-
-    def _ask(self, query: _Query, h: Activation, k_BPNK: Tensor, v_BPNK: Tensor) -> Tensor:
-        """Attention to a short, fixed set of keys."""
-        q_BLD = kernels.rms_norm(query.q(h), query.norm_D, eps=self._eps, impl=self._impl)
-        q_BLNK = q_BLD.unflatten(-1, k_BPNK.shape[-2:])
-        y_BLNK = kernels.attend(q_BLNK, k_BPNK, v_BPNK, k_BPNK.shape[1], backend="sdpa")
-        return query.o(self._enter(y_BLNK.flatten(2)))
-
-    @property
-    def _length(self) -> Tensor | int:
-        memory = self._memory
-        return memory.length if self._backend in _READS_LENGTH_ON_DEVICE else memory.length_on_host
-
-    # Activations, in the precision of the linears
-
-    def _open(self, x_BLD: Tensor, scale_1D: Tensor, shift_1D: Tensor) -> Activation:
-        if self._weights.fp8:
-            return kernels.norm_modulate_fp8(x_BLD, scale_1D, shift_1D, eps=self._eps, impl=self._impl)
-        return kernels.norm_modulate(x_BLD, scale_1D, shift_1D, eps=self._eps, impl=self._impl)
-
-    def _close(
-        self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None, scale_1D: Tensor, shift_1D: Tensor
-    ) -> Activation:
-        close = kernels.gate_residual_norm_modulate_fp8_ if self._weights.fp8 else kernels.gate_residual_norm_modulate_
-        return close(x_BLD, y_BLD, gate, scale_1D, shift_1D, eps=self._eps, impl=self._impl)
-
-    def _enter(self, x_BLD: Tensor) -> Activation:
-        return kernels.quantise_rows(x_BLD, impl=self._impl) if self._weights.fp8 else x_BLD
-
-    def _activate(self, x_BLF: Tensor) -> Activation:
-        if self._weights.fp8:
-            return kernels.gelu_fp8(x_BLF, impl=self._impl)
-        return F.gelu(x_BLF, approximate="tanh")
-
-
-_READS_LENGTH_ON_DEVICE = frozenset({"triton", "fa3", "flash-attn"})
-
-
-class _Inputs:
-    """What a captured step reads: buffers of fixed address, shared by its graphs."""
-
-    def __init__(
-        self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
-    ) -> None:
-        self.latent_BCTHW = latent_BCTHW.clone()
-        self.rotation = Rotation(rotation.cos_LF.clone(), rotation.sin_LF.clone())
-        self.text = TextCondition(text.keys_ZBPNK.clone(), text.values_ZBPNK.clone())
-        self.audio = (
-            None if audio is None else AudioCondition(*(tuple(t.clone() for t in part) for part in audio.parts))
-        )
-        self._loaded = text
-
-    def load(self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None) -> None:
-        self.latent_BCTHW.copy_(latent_BCTHW, non_blocking=True)
-        self.rotation.copy_(rotation)
-        if text is not self._loaded:
-            self.text.keys_ZBPNK.copy_(text.keys_ZBPNK)
-            self.text.values_ZBPNK.copy_(text.values_ZBPNK)
-            self._loaded = text
-        if audio is not None and self.audio is not None:
-            for mine, theirs in zip(self.audio.parts, audio.parts, strict=True):
-                for buffer, value in zip(mine, theirs, strict=True):
-                    buffer.copy_(value, non_blocking=True)

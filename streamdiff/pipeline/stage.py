@@ -23,7 +23,17 @@ from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
-from streamdiff.rope import sink_position
+from streamdiff.rope import FrameRotations, Rotation, sink_position
+
+
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    """A tensor brought to a device without waiting for it: a copy from pageable memory would wait for the work before.
+
+    Pinned memory is handed out again only when the copy from it is done.
+    """
+    if x.device == device:
+        return x
+    return x.pin_memory().to(device, non_blocking=True) if x.device.type == "cpu" else x.to(device)
 
 
 class Stage(Protocol):
@@ -87,7 +97,7 @@ class DenoiseStage:
         impl = options.resolved(dit.device)
         sink_tokens = dit.sink_tokens(config.latent_hw, with_motion=config.motion_latents > 0)
         with torch.inference_mode():
-            weights = ServedWeights(dit, options)
+            self._weights = weights = ServedWeights(dit, options)
             self._clean = dit.modulation(0.0)
             self.sink = SinkMemory(
                 num_layers=config.dit.num_layers,
@@ -111,6 +121,29 @@ class DenoiseStage:
                 served = ServedStep(weights, dit.modulation(config.sigmas[i]), memory, options)
                 self._steps.append(_Step(i, config.sigmas[i], config.sigmas[i + 1], memory, served))
             self._motion_rotation = dit.motion_rotation(config.latent_hw) if config.motion_latents > 0 else None
+            rows, columns = config.latent_hw[0] // config.dit.patch[1], config.latent_hw[1] // config.dit.patch[2]
+            self._rotations = FrameRotations(rows, columns, config.dit.rotary_pairs, device=dit.device)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Compile and capture all that a stream will need, so that its first chunk is as fast as the others.
+
+        Call it before the first packet: MemoryOrderError afterwards.
+        """
+        config, device = self._config, self._dit.device
+        B = self.sink.values_ZBSNK.shape[1]
+        latent_BCTHW = torch.zeros(B, config.dit.in_dim, config.frames_per_chunk, *config.latent_hw, device=device)
+        text = self._weights.text_condition(torch.zeros(B, 1, config.dit.text_dim, device=device))
+        audio = None
+        if config.dit.audio is not None:
+            features = (config.dit.audio.num_features, config.dit.audio.feature_dim)
+            silence_BZEA = torch.zeros(B, *features, config.video_frames_per_chunk, device=device)
+            audio = self._weights.audio_condition(silence_BZEA)
+        for step in self._steps:
+            step.velocity.warm(latent_BCTHW, self._own_rotation(0), text, audio)
+
+    def _own_rotation(self, first_frame: int) -> Rotation:
+        return self._rotations.at(first_frame, self._config.frames_per_chunk)
 
     @property
     def memories(self) -> list[StepMemory]:
@@ -130,13 +163,12 @@ class DenoiseStage:
                 f"chunk {packet.chunk} came before a reference and a prompt; "
                 "the first packet of a stream carries SetReference and SwitchPrompt"
             )
-        config, dit = self._config, self._dit
+        config = self._config
         first_frame = packet.chunk * config.frames_per_chunk
-        own = dit.frame_rotation(range(first_frame, first_frame + config.frames_per_chunk), config.latent_hw)
-        position = sink_position(first_frame, lead=packet.lead, origin=config.memory.sink_position)
-        sink = dit.frame_rotation([position], config.latent_hw)
+        own = self._own_rotation(first_frame)
+        sink = self._rotations.at(sink_position(first_frame, lead=packet.lead, origin=config.memory.sink_position))
         audio = self._hear(packet)
-        x = packet.latent_BCTHW.to(device=dit.device, dtype=torch.float32)
+        x = _on(self._dit.device, packet.latent_BCTHW).to(torch.float32)
         for step in self._steps:
             with span(self._observer, "denoise", chunk=packet.chunk, epoch=packet.epoch, step=step.index):
                 step.memory.admit(packet.chunk)
@@ -151,7 +183,8 @@ class DenoiseStage:
                         stream=self._stream,
                         chunk=packet.chunk,
                         step=step.index,
-                    ).to(x.device)
+                    )
+                    noise = _on(x.device, noise)
                     x = flow.renoise_step(x, velocity, noise, sigma=step.sigma, sigma_next=step.sigma_next)
                 else:
                     x = flow.euler_step(x, velocity, sigma=step.sigma, sigma_next=step.sigma_next)
@@ -162,7 +195,7 @@ class DenoiseStage:
             return None
         if packet.audio_BZEA is None:
             raise StreamdiffError(f"chunk {packet.chunk} came without sound to a model that listens")
-        return self._dit.audio_condition(packet.audio_BZEA)
+        return self._weights.audio_condition(_on(self._dit.device, packet.audio_BZEA))
 
     def _obey(self, packet: Packet) -> None:
         stale_sink = False
@@ -174,7 +207,7 @@ class DenoiseStage:
                         step.memory.clear()
                     stale_sink = True
                 case SwitchPrompt():
-                    self._text = self._dit.text_condition(command.text_BPC)
+                    self._text = self._weights.text_condition(command.text_BPC)
                     stale_sink = True
                 case RefreshSink():
                     if command.latent_BCTHW is None or self._reference is None:
@@ -222,6 +255,7 @@ class DecodeStage:
         self._decoder = decoder
         self._slack = config.memory.slack_chunks
         self._observer = observer or Silent()
+        self._way_out: torch.cuda.Stream | None = None
         self._before: dict[int, DecoderState] = {}
         """Chunk -> what the decoder remembered before it, for the chunks that can be taken back, and for the next."""
 
@@ -244,10 +278,23 @@ class DecodeStage:
             )
         with span(self._observer, "decode", chunk=packet.chunk, epoch=packet.epoch):
             frames_BCTHW, after = self._decoder.decode(packet.latent_BCTHW, state)
-            frames_THWC = to_rgb8(frames_BCTHW)[0].cpu()
+            frames_THWC = self._leave(to_rgb8(frames_BCTHW)[0])
         self._before[packet.chunk + 1] = after
         self._before.pop(packet.chunk - self._slack - 1, None)
         return replace(packet, frames_THWC=frames_THWC)
+
+    def _leave(self, frames_THWC: Tensor) -> Tensor:
+        """Frames brought to pinned memory, on a stream of their own; waits for them, and for no work behind them."""
+        if not frames_THWC.is_cuda:
+            return frames_THWC
+        if self._way_out is None:
+            self._way_out = torch.cuda.Stream(frames_THWC.device)
+        self._way_out.wait_stream(torch.cuda.current_stream(frames_THWC.device))
+        with torch.cuda.stream(self._way_out):
+            shown_THWC = torch.empty(frames_THWC.shape, dtype=frames_THWC.dtype, pin_memory=True)
+            shown_THWC.copy_(frames_THWC, non_blocking=True)
+        self._way_out.synchronize()
+        return shown_THWC
 
     def _prime(self, reference: SetReference, chunk: int) -> None:
         latents = reference.motion_BCTHW
