@@ -158,7 +158,22 @@ def phones_of(phonemes: Sequence[Phoneme], num_frames: int) -> Floats:
 
 NUM_MEL = _MELS_PER_FRAME * NUM_MELS
 NUM_PHONE = _SLOTS * len(PHONES)
-NUM_INTENT = 3
+INTENT_NAMES = (
+    "blink",
+    "gaze_yaw",
+    "gaze_pitch",
+    "head_x",
+    "head_y",
+    "head_z",
+    "shift_x",
+    "shift_y",
+    "brow",
+    "squint",
+    "smile",
+)
+"""What an intent says of each frame: closure of the lids (0..1), where to look (radians), and, in units of its own spread,
+where the head rests and what the face is in the mood for."""
+NUM_INTENT = len(INTENT_NAMES)
 NUM_CUES = NUM_MEL + NUM_PHONE + 2 + len(State) + NUM_INTENT
 
 
@@ -234,24 +249,53 @@ _GAZE_HOME = 0.55
 _GAZE_STD = (0.09, 0.05)
 
 
-class Intent:
-    """When to blink and where to look: two renewal processes, keyed by (seed, stream), with bounded state.
+HEAD_STD = (0.042, 0.076, 0.067, 0.155, 0.100)
+"""Spread of head rotation x, y, z (radians) and shift x, y (distances between the outer eye corners): 200 s of a seated
+person in conversation (FGNET talking face), read by face landmarks and smoothed over 0.4 s."""
+HEAD_TEMPO = (2.14, 1.30, 1.36, 1.51, 1.67)
+"""Spread of the speed over spread of the place, per second, of the same channels."""
+HEAD_CORRELATION = (
+    (1.00, -0.12, 0.10, -0.02, 0.45),
+    (-0.12, 1.00, -0.53, 0.60, -0.08),
+    (0.10, -0.53, 1.00, -0.79, 0.13),
+    (-0.02, 0.60, -0.79, 1.00, -0.26),
+    (0.45, -0.08, 0.13, -0.26, 1.00),
+)
+_MOOD_TEMPO = (1.6, 1.6, 0.8)
+_KNOTS_S = (2.0, 0.45)
+"""Spacing of the knots of the slow and of the quick part of a movement."""
+_SPLINE_TEMPO = 1.18
+"""Speed over spread of a cubic B-spline through independent normal knots, times the spacing."""
+_SPLINE_STD = 0.6924
+"""Its spread: the square root of 151/315."""
 
-    Events that are sharp in time are drawn here and given to the model, which moves lids, brows and head
-    with them: a few denoising steps cannot draw a rare sharp event by themselves.
+
+class Intent:
+    """When to blink, where to look, how to hold the head: drawn by (seed, stream, time), with bounded state.
+
+    Blinks and looks are renewal processes; posture and mood are smooth Gaussian processes (splines through keyed
+    knots), stationary by construction: whatever is slow cannot drift, in any minute. The model performs all of this
+    together with the sound. ``tempo`` speeds posture up.
     """
 
-    def __init__(self, seed: int, stream: int) -> None:
+    def __init__(self, seed: int, stream: int, *, tempo: float = 1.0) -> None:
         self._key = (seed, stream)
         self._blinks: list[int] = []
         self._num_blinks = 0
         self._looks: list[tuple[int, float, float]] = [(0, 0.0, 0.0)]
         self._next_look = 0
+        self._knots: dict[tuple[int, int], Floats] = {}
+        tempos = np.array([*HEAD_TEMPO, *_MOOD_TEMPO]) * tempo
+        slow, quick = (_SPLINE_TEMPO / spacing_s for spacing_s in _KNOTS_S)
+        share = np.clip((tempos**2 - slow**2) / (quick**2 - slow**2), 0.0, 1.0)
+        self._share_L8 = np.sqrt(np.stack([1 - share, share])) / _SPLINE_STD
+        self._mix_88 = np.eye(len(tempos))
+        self._mix_88[:5, :5] = np.linalg.cholesky(np.array(HEAD_CORRELATION))
 
     def rows(self, first: int, count: int) -> Floats:
-        """``[count, 3]`` for frames from ``first`` on: lid closure 0..1, gaze yaw and pitch in radians.
+        """``[count, 11]`` (`INTENT_NAMES`) for frames from ``first`` on.
 
-        ``first`` must not fall by more than a window.
+        ``first`` must not fall by more than 4 s from one call to the next.
         """
         self._reach(first + count)
         self._blinks = [b for b in self._blinks if b > first - 4 * FPS] or self._blinks[-1:]
@@ -263,8 +307,32 @@ class Intent:
                 if first <= onset + i < first + count:
                     rows_AI[onset + i - first, 0] = closed
         for onset, yaw, pitch in self._looks:
-            rows_AI[max(0, onset - first) :, 1:] = (yaw, pitch)
+            rows_AI[max(0, onset - first) :, 1:3] = (yaw, pitch)
+        rows_AI[:, 3:] = self._held(first, count)
         return rows_AI
+
+    def _held(self, first: int, count: int) -> Floats:
+        """Posture and mood ``[count, 8]``."""
+        at_s = (np.arange(first, first + count) + 0.5) / FPS
+        total = np.zeros((count, len(self._mix_88)))
+        for layer, spacing_s in enumerate(_KNOTS_S):
+            place = at_s / spacing_s
+            left = np.floor(place).astype(np.int64)
+            lowest = int(left[0]) - 1
+            knots = np.stack([self._knot(layer, k) for k in range(lowest, int(left[-1]) + 3)])
+            u = (place - left)[:, None]
+            basis = ((1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)
+            for i, weight in enumerate(basis):
+                total += weight / 6 * knots[left - 1 + i - lowest] * self._share_L8[layer]
+            for key in [key for key in self._knots if key[0] == layer and key[1] < lowest - 4 / spacing_s]:
+                del self._knots[key]
+        return (total @ self._mix_88.T).astype(np.float32)
+
+    def _knot(self, layer: int, k: int) -> Floats:
+        if (layer, k) not in self._knots:
+            drawn = counter.normal((len(self._mix_88),), "posture", *self._key, layer, k)
+            self._knots[layer, k] = drawn.numpy()
+        return self._knots[layer, k]
 
     def _reach(self, frame: int) -> None:
         while not self._blinks or self._blinks[-1] < frame:
@@ -283,10 +351,7 @@ class Intent:
             self._next_look += 1
 
     def _draw(self, what: str, k: int) -> float:
-        uniform = (counter.seed_of("intent", what, *self._key, k) + 0.5) / 2.0**63
-        # Box-Muller with a second draw: one normal value from two hashes, without a generator object.
-        angle = counter.seed_of("intent-angle", what, *self._key, k) / 2.0**63
-        return math.sqrt(-2.0 * math.log(uniform)) * math.cos(2.0 * math.pi * angle)
+        return float(counter.normal((1,), "intent", what, *self._key, k))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -514,7 +579,7 @@ class MotionStream:
         self._sigmas = tuple(sigmas) if sigmas else model.config.sigmas
         self._device = model.mean_E.device
         self._style_1S = torch.from_numpy(style_vector(style or {}))[None].to(self._device)
-        self._intent = Intent(seed, stream)
+        self._intent = Intent(seed, stream, tempo=tempo_of(style or {}))
         self._rest_E, self._low_E, self._high_E = (
             torch.from_numpy(values_E.copy()).to(self._device)
             for values_E in (self.spec.rest_E, self.spec.low_E, self.spec.high_E)
@@ -673,6 +738,11 @@ def style_units(statistics: Mapping[str, float]) -> dict[str, float]:
         for name, (ordinary, unit) in _STYLE_ORDINARY.items()
         if name in statistics
     }
+
+
+def tempo_of(style: Mapping[str, float]) -> float:
+    """How fast posture changes, as a factor."""
+    return min(max(1.0 + 0.2 * style.get("head_tempo", 0.0), 0.5), 2.0)
 
 
 def measure_style(motion_AE: Floats, spec: KinematicSpec) -> dict[str, float]:

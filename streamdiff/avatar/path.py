@@ -317,6 +317,7 @@ class AvatarStream:
         self._renderer, self._voice, self._realtime = renderer, voice, realtime
         self._observer = observer or Silent()
         self._motion = MotionStream(motion or load_motion(), seed=seed, stream=stream, style=style)
+        self.spec = self._motion.spec
         self.metrics = Metrics()
 
         # Everything from here to the blank line is guarded by this one condition.

@@ -148,7 +148,7 @@ def test_each_cue_matters() -> None:
 def test_what_is_unknown_says_nothing() -> None:
     no = np.zeros(24, np.bool_)
     one, two = (Cues(c.mel_AF, c.phones_AP, no, no, c.state_A) for c in (noisy_cues(24, 1), noisy_cues(24, 2)))
-    intent_AI = np.zeros((24, 3), np.float32)
+    intent_AI = np.zeros((24, motion.NUM_INTENT), np.float32)
     assert np.array_equal(one.rows(intent_AI), two.rows(intent_AI))
 
 
@@ -222,6 +222,21 @@ def test_intents_do_not_depend_on_how_they_are_asked() -> None:
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
+def test_posture_has_the_spread_tempo_and_correlation_that_were_measured() -> None:
+    rows_AI = Intent(1, 0).rows(0, 60 * 60 * 25)[:, 3:8]
+    assert rows_AI.std(axis=0) == pytest.approx(1.0, abs=0.08)
+    tempo = np.diff(rows_AI, axis=0).std(axis=0) * 25
+    assert tempo == pytest.approx(motion.HEAD_TEMPO, rel=0.25)
+    assert np.corrcoef(rows_AI.T) == pytest.approx(np.array(motion.HEAD_CORRELATION), abs=0.12)
+
+
+def test_posture_does_not_drift() -> None:
+    intent = Intent(1, 0)
+    late_AI = intent.rows(10 * 3600 * 25, 5 * 60 * 25)[:, 3:]
+    assert late_AI.std(axis=0) == pytest.approx(1.0, abs=0.35)
+    assert len(intent._knots) < 1000
+
+
 def test_blinks_come_as_often_as_those_of_a_talking_person() -> None:
     minutes = 30
     closed_A = Intent(0, 0).rows(0, minutes * 60 * 25)[:, 0]
@@ -279,4 +294,5 @@ def test_a_wrong_shape_is_told_when_it_is_given() -> None:
 
 def test_states_are_told_apart() -> None:
     quiet = Cues.silence(4, State.LISTENING)
-    assert quiet.rows(np.zeros((4, 3), np.float32))[:, -6:-3].tolist() == [[0, 1, 0]] * 4
+    states = slice(-3 - motion.NUM_INTENT, -motion.NUM_INTENT)
+    assert quiet.rows(np.zeros((4, motion.NUM_INTENT), np.float32))[:, states].tolist() == [[0, 1, 0]] * 4
