@@ -27,7 +27,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,6 +37,7 @@ from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
 from streamdiff.avatar.mouth import MouthLook
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.media.picture import _open as open_picture
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
@@ -50,6 +50,7 @@ SIZES = (256, 512)
 
 _NUM_MESH = 468
 _MIN_FACE_PX = 64
+_MAX_PHOTO_PX = 2048
 _MAX_TURN = 0.6
 
 # Landmarks along the opening of each slit, from the picture's left to its right: upper side, lower side.
@@ -291,18 +292,13 @@ def load_rig() -> Rig:
 
 
 def read_photo(path: str | Path) -> tuple[NDArray[np.uint8], str]:
-    """The pixels ``[H, W, 3]`` of an image file, turned upright, and the file's hash."""
-    try:
-        data = Path(path).read_bytes()
-        with Image.open(path) as image:
-            from PIL import ImageOps
+    """The pixels ``[H, W, 3]`` of an image file and the file's hash; or `InputError`.
 
-            upright = ImageOps.exif_transpose(image)
-            return np.array(upright.convert("RGB")), hashlib.sha256(data).hexdigest()
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not a picture that can be read ({error}); use a JPEG or PNG photo") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}); give the path of a JPEG or PNG photo") from error
+    Upright, in sRGB, at most 2048 pixels wide or high.
+    """
+    image = open_picture(Path(path))
+    image.thumbnail((_MAX_PHOTO_PX, _MAX_PHOTO_PX))
+    return np.array(image.convert("RGB"), dtype=np.uint8), hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def find_face(picture_HW3: NDArray[np.uint8], landmarker: Landmarker, *, source: str = "the photo") -> Face:
