@@ -21,6 +21,8 @@ from typing import NoReturn
 
 # cuBLAS needs a workspace of its own to give the same bits twice; it reads this when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# A lost rank is reported in our words; the library's stack trace of it helps nobody.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from tqdm import tqdm
@@ -46,6 +48,7 @@ def world_from_environment() -> World | None:
         host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", "29500")),
         agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
+        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )
 
 
@@ -85,6 +88,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     layout = generate_parser.add_argument_group("layout")
     layout.add_argument("--plan", action="store_true", help="print ranks, memory and predicted speed, and stop")
     layout.add_argument("--ranks", type=int, help="with --plan: for this many ranks")
+    layout.add_argument(
+        "--assume", type=float, metavar="TFLOPS", help="with --plan: for GPUs that multiply this fast (H200: about 700)"
+    )
     layout.add_argument("--partition", metavar="N,N,...", help="denoising steps of each DiT rank, such as 2,1,1")
     layout.add_argument(
         "--decode", choices=["own", "shared"], help="decode on a rank of its own, or on the last DiT rank"
@@ -133,7 +139,7 @@ def job_from(args: argparse.Namespace, world: World | None) -> Job:
         partition=_partition(args.partition),
         decode_alone=None if args.decode is None else args.decode == "own",
         device=_device(args.device, world),
-        limits=Limits(deadline_s=args.deadline),
+        limits=Limits(deadline_s=args.deadline, outside_s=max(600.0, args.deadline)),
     )
 
 
@@ -177,7 +183,12 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.plan:
         if rank == 0:
             engine = Engine(job.config, weights=job.weights, device=job.device, plan_only=True)
-            print(describe(schedule_for(job, num_ranks), forecast(engine), engine))
+            if args.assume is not None and not args.assume > 0:
+                raise ConfigError(f"--assume takes TFLOP/s above 0, got {args.assume}; an H200 has about 700")
+            assumed = None if args.assume is None else 1e12 * args.assume
+            found = forecast(engine, assumed_flops_per_s=assumed)
+            device = job.device if assumed is None else "cuda"
+            print(describe(schedule_for(job, num_ranks), found, engine, device=device))
         return 0
     notice = None
     if job.weights.folder is None:

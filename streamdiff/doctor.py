@@ -198,7 +198,7 @@ def _encoders() -> Iterator[Finding]:
 
 
 def _demo() -> Iterator[Finding]:
-    missing = [name for name in ("matplotlib", "moonshine-cpp") if _version(name) is None]
+    missing = [name for name in ("matplotlib", "moonshine-voice") if _version(name) is None]
     yield (
         Finding(
             Verdict.NOTE,

@@ -50,15 +50,23 @@ def predicted_costs(config: EngineConfig, dense_flops_per_s: float = 700e12) -> 
     )
 
 
-def forecast(engine: Engine) -> Forecast:
-    """Costs on this machine: measured where the model is small, predicted from a matrix product where it is not."""
+def forecast(engine: Engine, *, assumed_flops_per_s: float | None = None) -> Forecast:
+    """Costs on this machine: measured where the model is small, predicted from a matrix product where it is not.
+
+    With ``assumed_flops_per_s``, costs on a device that multiplies matrices that fast.
+    """
+    shares = f"a step is taken to reach {_DENSE_SHARE:.0%} of that and the decoder {_CONV_SHARE:.0%} (not measured)"
+    if assumed_flops_per_s is not None:
+        return Forecast(
+            predicted_costs(engine.config, assumed_flops_per_s),
+            f"predicted for a device that multiplies at {assumed_flops_per_s / 1e12:g} TFLOP/s; {shares}",
+        )
     if engine.is_small:
         return Forecast(_measured(engine), f"measured here, on {engine.device}")
     rate = _matmul_rate(engine.device, engine.dtype)
     return Forecast(
         predicted_costs(engine.config, rate),
-        f"predicted: a matrix product runs at {rate / 1e12:.2f} TFLOP/s here, a step is taken to reach "
-        f"{_DENSE_SHARE:.0%} of that and the decoder {_CONV_SHARE:.0%} (not measured)",
+        f"predicted: a matrix product runs at {rate / 1e12:.2f} TFLOP/s here; {shares}",
     )
 
 
@@ -106,10 +114,15 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best_s
 
 
+def _bytes_per_value(device: str) -> int:
+    """bfloat16 on CUDA, float32 elsewhere, as `Engine` loads weights."""
+    return 2 if device.startswith("cuda") else 4
+
+
 def role_bytes(config: EngineConfig, role: Role, *, device: str, from_folder: bool) -> int:
     """Memory that a rank needs on its device, largest moment first: what it loads and what it remembers."""
     on_cuda = device.startswith("cuda")
-    bytes_per_value = 2 if on_cuda else 4
+    bytes_per_value = _bytes_per_value(device)
     total = 0
     if role.steps:
         total += cost.rank_bytes(config, num_steps=len(role.steps), bytes_per_value=bytes_per_value).total
@@ -146,13 +159,13 @@ def available_bytes(device: str) -> int | None:
     return None
 
 
-def describe(schedule: Schedule, found: Forecast, engine: Engine) -> str:
-    """The plan in words and numbers, for people."""
+def describe(schedule: Schedule, found: Forecast, engine: Engine, *, device: str) -> str:
+    """The plan in words and numbers, for people; memory is counted for ``device``."""
     config = engine.config
     rank_s = [us / 1e6 for us in rank_costs_us(schedule, found.costs)]
     period_s, first_s = max(rank_s), sum(rank_s)
     fps = config.video_frames_per_chunk / period_s
-    bytes_per_value = torch.finfo(engine.dtype).bits // 8
+    bytes_per_value = _bytes_per_value(device)
     step = cost.step_flops(config)
     audio = "with audio" if config.dit.audio else "no audio"
     lines = [
@@ -168,7 +181,7 @@ def describe(schedule: Schedule, found: Forecast, engine: Engine) -> str:
         total = role_bytes(
             config,
             role,
-            device=str(engine.device),
+            device=device,
             from_folder=engine.weights.folder is not None or not engine.is_small,
         )
         parts = cost.rank_bytes(config, num_steps=max(1, len(role.steps)), bytes_per_value=bytes_per_value)
