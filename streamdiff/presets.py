@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig, VAEConfig
@@ -58,23 +59,12 @@ def wan_t2v_14b_dit() -> DiTConfig:
 
 def live_avatar_14b() -> EngineConfig:
     """Wan2.2-S2V-14B with the Live Avatar LoRA: four steps, 704x384, chunks of 12 frames at 25 fps."""
-    trunk = wan_t2v_14b_dit()
+    audio = AudioInjectionConfig(
+        feature_dim=1024, num_features=25, num_tokens=4, inject_layers=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+    )
     return EngineConfig(
         name="live_avatar_14b",
-        dit=DiTConfig(
-            dim=trunk.dim,
-            ffn_dim=trunk.ffn_dim,
-            num_heads=trunk.num_heads,
-            num_layers=trunk.num_layers,
-            text_dim=trunk.text_dim,
-            text_len=trunk.text_len,
-            audio=AudioInjectionConfig(
-                feature_dim=1024,
-                num_features=25,
-                num_tokens=4,
-                inject_layers=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
-            ),
-        ),
+        dit=dataclasses.replace(wan_t2v_14b_dit(), audio=audio),
         vae=wan21_vae(),
         memory=MemoryConfig(),
         sigmas=(1.0, 0.857692, 0.602151, 0.0089286, 0.0),
