@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff_kernels import reference
+from streamdiff_kernels import plain, reference
 from streamdiff_kernels.errors import BackendUnavailable, KernelInputError
 
 Segments: TypeAlias = Sequence[tuple[int, int]]
@@ -64,6 +64,38 @@ def _sdpa(call: _Dense) -> _Answer:
         return _sdpa_flash(call)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=call.scale)
     return out.transpose(1, 2), lse[:, :, : q.shape[2]]
+
+
+_SCORE_BYTES = 1 << 22
+"""Scores of one block of queries, float32: with their softmax they stay in the third-level cache."""
+
+
+def _onednn(call: _Dense) -> _Answer:
+    """Head by head as two matrix products and a softmax.
+
+    torch's own kernel feeds its products to the library in slices too small to run at speed: 97 GFLOP/s on a
+    core where oneDNN reaches 228 in float32 and 450 in bfloat16. Scores are float32 whatever the type,
+    weights are rounded to the type of the values, as flash attention does.
+    """
+    B, L, N, K = call.q_BLNK.shape
+    M = call.keys_BMNK.shape[1]
+    dtype = call.q_BLNK.dtype
+    out_BLNK = torch.empty((B, L, N, K), dtype=dtype)
+    lse_BNL = torch.empty((B, N, L), dtype=torch.float32) if call.need_lse else None
+    step = max(16, _SCORE_BYTES // (4 * M))
+    for b in range(B):
+        for head in range(N):
+            keys_MK = call.keys_BMNK[b, :, head].float().contiguous()
+            values_KM = call.values_BMNK[b, :, head].contiguous().t()
+            q_LK = call.q_BLNK[b, :, head].float() * call.scale
+            for first in range(0, L, step):
+                rows = slice(first, first + step)
+                scores_LM = plain.product(q_LK[rows], keys_MK, None)
+                if lse_BNL is not None:
+                    lse_BNL[b, head, rows] = torch.logsumexp(scores_LM, dim=-1)
+                weights_LM = torch.softmax(scores_LM, dim=-1).to(dtype)
+                out_BLNK[b, rows, head] = plain.product(weights_LM, values_KM, None)
+    return out_BLNK, lse_BNL
 
 
 def _sdpa_flash(call: _Dense) -> _Answer:
@@ -140,6 +172,13 @@ def _needs_cuda_half(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return None
 
 
+def _onednn_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    del head_dim
+    if device.type != "cpu":
+        return f"it computes on CPUs, the tensors are on {device.type}"
+    return plain.onednn_missing(dtype)
+
+
 def _nothing_missing(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     del device, dtype, head_dim
     return None
@@ -204,8 +243,9 @@ _INSTALL_HINT = "or let backend='auto' choose"
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("reference", _nothing_missing, None, True, ""),
+        Backend("reference", _nothing_missing, None, False, ""),
         Backend("sdpa", _nothing_missing, _sdpa, False, ""),
+        Backend("onednn", _onednn_missing, _onednn, False, f"use 'sdpa', {_INSTALL_HINT}"),
         Backend("sdpa-flash", _needs_cuda_half, _sdpa_flash, False, f"use 'sdpa', {_INSTALL_HINT}"),
         Backend("sdpa-cudnn", _needs_cuda_half, _sdpa_cudnn, False, f"use 'sdpa', {_INSTALL_HINT}"),
         Backend("triton", _triton_missing, None, True, f"use 'sdpa', {_INSTALL_HINT}"),

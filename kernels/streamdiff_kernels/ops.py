@@ -636,6 +636,31 @@ def _(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return _fake_eight_bits(x)
 
 
+def linear(x_BLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None, *, gelu: bool = False, impl: Impl) -> Tensor:
+    """Linear layer, ``[B, L, D] -> [B, L, E]``, with GELU (tanh) on its way out if asked.
+
+    The library's product on a GPU. On a CPU oneDNN's, which is twice as fast as torch's choice for float32 on
+    AMD's processors and as exact.
+    """
+    if x_BLD.dim() != 3 or weight_ED.shape[-1] != x_BLD.shape[-1] or weight_ED.dim() != 2:
+        raise KernelInputError(f"linear wants x [B, L, D] and weight [E, D], got {_shape(x_BLD)}, {_shape(weight_ED)}")
+    if impl == Impl.TRITON and x_BLD.device.type == "cpu":
+        require(impl, x_BLD.device)
+    return _linear(x_BLD, weight_ED, bias_E, gelu, impl.value)
+
+
+@custom_op("streamdiff_kernels::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, impl: str) -> Tensor:
+    if impl == Impl.REFERENCE:
+        return reference.linear(x, weight, bias, gelu=gelu)
+    return plain.linear(x, weight, bias, gelu=gelu)
+
+
+@_shapes_of("linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, impl: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def linear_fp8(
     x8_BLD: Tensor,
     x_scale_BL: Tensor,

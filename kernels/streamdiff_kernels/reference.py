@@ -163,6 +163,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return (0.5 * wide_x * (1 + torch.tanh(inner))).to(x.dtype)
 
 
+def linear(x_BLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, gelu: bool) -> Tensor:
+    """``x @ weight.T + bias``, then GELU (tanh) if asked."""
+    y = wide(x_BLD) @ wide(weight_ED).t()
+    y = y if bias_E is None else y + wide(bias_E)
+    return (gelu_tanh(y) if gelu else y).to(x_BLD.dtype)
+
+
 def linear_fp8(
     x8_BLD: Tensor, x_scale_BL: Tensor, weight8_ED: Tensor, weight_scale_E: Tensor, bias_E: Tensor | None
 ) -> Tensor:

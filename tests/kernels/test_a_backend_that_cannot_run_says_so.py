@@ -55,13 +55,14 @@ def test_triton_kernels_on_a_cpu() -> None:
 
 def test_auto_is_one_that_was_measured_here() -> None:
     q, keys, values = ring_and_query()
-    assert sk.resolve_backend("auto", q, keys, values) == "sdpa"
-    times_ms = sk.measure_backends(q, keys, values, num_runs=3)
-    assert list(times_ms) == ["sdpa"]
-    assert 0 < times_ms["sdpa"] < 1e3
     reasons = sk.available_backends(device=q.device, dtype=q.dtype, head_dim=16)
     assert set(reasons) == set(sk.BACKENDS)
-    assert [name for name, why in reasons.items() if why is None] == ["reference", "sdpa"]
+    ready = {name for name, why in reasons.items() if why is None}
+    assert {"reference", "sdpa"} <= ready <= {"reference", "sdpa", "onednn"}
+    times_ms = sk.measure_backends(q, keys, values, num_runs=3)
+    assert set(times_ms) == ready - {"reference"}
+    assert all(0 < time_ms < 1e3 for time_ms in times_ms.values())
+    assert sk.resolve_backend("auto", q, keys, values) in times_ms
 
 
 def test_without_triton_everything_but_triton_works() -> None:

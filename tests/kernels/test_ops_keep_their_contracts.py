@@ -106,6 +106,7 @@ CASES: dict[str, Callable[[str], tuple[Any, ...]]] = {
         impl,
     ),
     "gelu_fp8": lambda impl: (draw(B, L, D), impl),
+    "linear": lambda impl: (draw(B, L, D), draw(5, D), draw(5), True, impl),
     "linear_fp8": lambda impl: (*eight(B, L, D), *eight(32, D), draw(32), torch.float32, impl),
     "attend": lambda impl: attend_args({"torch": "sdpa"}.get(impl, impl)),
 }

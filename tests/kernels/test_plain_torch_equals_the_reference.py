@@ -173,6 +173,20 @@ def test_an_eight_bit_linear_layer_is_the_product_of_its_rounded_factors() -> No
     torch.testing.assert_close(in_bf16.float(), want, rtol=2.0**-7, atol=1e-2)
 
 
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *TYPES])
+@pytest.mark.parametrize("impl", [Impl.REFERENCE, Impl.TORCH])
+def test_a_linear_layer(impl: Impl, dtype: torch.dtype, gelu: bool) -> None:
+    x = draw(2, 5, 60, dtype=dtype)[..., :37]
+    # As stored, as a slice of a joined matrix, and transposed: all strides are right, some are fast.
+    whole = draw(50, 37, dtype=dtype)
+    for weight in (whole[:19], draw(37, 19, dtype=dtype).t(), draw(19, 50, dtype=dtype)[:, 3:40]):
+        for bias in (None, draw(19, dtype=dtype)):
+            want = reference.linear(x.double(), weight.double(), None if bias is None else bias.double(), gelu=gelu)
+            got = sk.linear(x, weight, bias, gelu=gelu, impl=impl)
+            TOLERANCES["linear"].check(got, want)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("impl", [Impl.REFERENCE, Impl.TORCH])
@@ -186,9 +200,19 @@ def test_the_norm_of_the_decoder(impl: Impl, dtype: torch.dtype, layout: torch.m
         TOLERANCES["rms_norm_silu"].check(got, reference.rms_norm_silu(x.double(), weight, a_bias, 1e-12))
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+CPU_BACKENDS = ["reference", "sdpa", "onednn"]
+
+
+def ready_backends(dtype: torch.dtype) -> list[str]:
+    reasons = sk.available_backends(device=torch.device("cpu"), dtype=dtype, head_dim=K)
+    return [name for name in CPU_BACKENDS if reasons[name] is None]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, *TYPES])
 def test_attention_over_segments(backend: str, dtype: torch.dtype) -> None:
+    if backend not in ready_backends(dtype):
+        pytest.skip(f"{backend} does not compute in {dtype} here")
     M, sink = 40, 6
     q, q_sink = draw(B, L, N, K, dtype=dtype), draw(B, L, N, K, dtype=dtype, seed=1)
     keys, values = draw(B, M, N, K, dtype=dtype, seed=2), draw(B, M, N, K, dtype=dtype, seed=3)
@@ -222,6 +246,6 @@ def test_an_eight_bit_history_is_attended_as_its_numbers() -> None:
     q = draw(1, L, N, K)
     numbers = [reference.dequantise_rows(x, s).double() for x, s in ((keys8, key_scale), (values8, value_scale))]
     want, _ = reference.attend(q.double(), *numbers, [(0, 30)])
-    for backend in ("reference", "sdpa"):
+    for backend in ready_backends(torch.float32):
         got = sk.attend(q, keys8, values8, 30, backend=backend, key_scale_BMN=key_scale, value_scale_BMN=value_scale)
         TOLERANCES["attend_float32"].check(got, want)
