@@ -1,7 +1,8 @@
 """Our denoising step against the eager, published way of writing it: time and peak memory, in one run.
 
-    python perf/bench_reference.py                       width 1024, 8 layers, float32 and bfloat16
-    python perf/bench_reference.py --dim 256 --layers 2  smaller
+    python perf/bench_reference.py                              width 1024, 8 layers, float32 and bfloat16, 128x128
+    python perf/bench_reference.py --sizes 128x128 256x256      also larger; the more tokens, the smaller the gain
+    python perf/bench_reference.py --dim 256 --layers 2         smaller
 
 Both compute the same velocity from the same weights (checked before anything is timed); forwards alternate, so a busy
 machine is unfair to neither. Memory is the largest number of bytes held in tensors made during the forward, counted
@@ -52,8 +53,9 @@ class PeakBytes(TorchDispatchMode):
         return out
 
 
-def bench_config(args: argparse.Namespace) -> EngineConfig:
+def bench_config(args: argparse.Namespace, size: str) -> EngineConfig:
     tiny = presets.tiny()
+    width, height = (int(side) for side in size.split("x"))
     assert tiny.dit.audio is not None
     every = max(1, args.layers // 4)
     return dataclasses.replace(
@@ -73,8 +75,8 @@ def bench_config(args: argparse.Namespace) -> EngineConfig:
                 inject_layers=tuple(range(0, args.layers, every)),
             ),
         ),
-        height=args.height,
-        width=args.width,
+        height=height,
+        width=width,
     )
 
 
@@ -169,6 +171,7 @@ def bench(config: EngineConfig, dtype: torch.dtype, repeats: int) -> dict[str, A
     )
     return {
         "dtype": str(dtype).removeprefix("torch."),
+        "tokens": config.chunk_tokens,
         "max_rel_difference": worst,
         "ours_s": round(ours_s, 4),
         "published_s": round(published_s, 4),
@@ -184,32 +187,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--height", type=int, default=384)
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--sizes", nargs="+", default=["128x128"], metavar="WxH")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = bench_config(args)
-    rows = [bench(config, getattr(torch, name), args.repeats) for name in args.dtypes]
-    print(f"width {args.dim}, {args.layers} layers, {config.chunk_tokens} tokens a chunk, {args.threads} thread(s)")
-    print(f"{'':<10}{'published':>12}{'ours':>10}{'faster':>9}{'published':>12}{'ours':>10}{'ratio':>8}")
+    rows = [
+        {"size": size, **bench(bench_config(args, size), getattr(torch, name), args.repeats)}
+        for size in args.sizes
+        for name in args.dtypes
+    ]
+    print(f"width {args.dim}, {args.layers} layers, {args.threads} thread(s)")
+    print(f"{'':<22}{'published':>12}{'ours':>10}{'faster':>9}{'published':>12}{'ours':>10}{'ratio':>8}")
     for row in rows:
         print(
-            f"{row['dtype']:<10}{row['published_s']:>10.3f} s{row['ours_s']:>8.3f} s{row['speedup']:>8.2f}x"
+            f"{row['size']:<10}{row['tokens']:>5} x {row['dtype']:<9}"
+            f"{row['published_s']:>8.3f} s{row['ours_s']:>8.3f} s{row['speedup']:>8.2f}x"
             f"{row['published_peak_mib']:>8.0f} MiB{row['ours_peak_mib']:>6.0f} MiB{row['memory_ratio']:>7.2f}x"
         )
     print(
         json.dumps(
-            {
-                "bench": "reference",
-                "dim": args.dim,
-                "layers": args.layers,
-                "tokens": config.chunk_tokens,
-                "threads": args.threads,
-                "rows": rows,
-            }
+            {"bench": "reference", "dim": args.dim, "layers": args.layers, "threads": args.threads, "rows": rows}
         )
     )
 

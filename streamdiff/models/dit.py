@@ -261,10 +261,14 @@ class CausalAudioEncoder(nn.Module):
         self.weights = nn.Parameter(torch.full((1, config.num_features, 1, 1), 0.01))
         self.encoder = _AudioTokenizer(config, dim)
 
+    def mix(self, features_BZEA: Tensor) -> Tensor:
+        """Weighted mean of the hidden states, ``[B, A, E]``, summed in float32."""
+        weights_Z = F.silu(self.weights.float()).flatten()
+        mixed_BAE = torch.einsum("z,bzea->bae", weights_Z / weights_Z.sum(), features_BZEA.float())
+        return mixed_BAE.to(self.weights.dtype)
+
     def forward(self, features_BZEA: Tensor) -> tuple[Tensor, Tensor]:
-        weights = F.silu(self.weights.float())
-        mixed_BEA = (features_BZEA.float() * weights / weights.sum(dim=1, keepdim=True)).sum(dim=1)
-        return self.encoder(mixed_BEA.transpose(1, 2).to(self.weights.dtype))
+        return self.encoder(self.mix(features_BZEA))
 
 
 class _AdaptiveNorm(nn.Module):
@@ -383,14 +387,16 @@ class CausalDiT(nn.Module):
         """What the sound of one chunk says to every injector.
 
         The chunk's features are preceded by ``motion_frames`` copies of their first frame, so no sound reaches across
-        chunks but through the speech encoder (Live Avatar, 4.1).
+        chunks but through the speech encoder (Live Avatar, 4.1). What copies give is known after the first of them, as
+        every convolution continues its first input to the left: it is enough to keep their number modulo 4, the phase
+        of the two strides.
         """
         audio = self._require_audio()
-        first = audio_BZEA[..., :1].expand(-1, -1, -1, audio.motion_frames)
-        padded_BZEA = torch.cat([first, audio_BZEA], dim=-1).to(device=self.device)
-        global_BTD, local_BTAD = self.casual_audio_encoder(padded_BZEA)
-        skip = (audio.motion_frames + 3) // 4
-        global_BTD, tokens = global_BTD[:, skip:], local_BTAD[:, skip:].flatten(0, 1)
+        mixed_BAE = self.casual_audio_encoder.mix(audio_BZEA.to(device=self.device))
+        copies = (audio.motion_frames - 1) % 4 + 1
+        padded_BAE = torch.cat([mixed_BAE[:, :1].expand(-1, copies, -1), mixed_BAE], dim=1)
+        global_BTD, local_BTAD = self.casual_audio_encoder.encoder(padded_BAE)
+        global_BTD, tokens = global_BTD[:, 1:], local_BTAD[:, 1:].flatten(0, 1)
         moved = [norm(global_BTD) for norm in self.audio_injector.injector_adain_layers]
         injectors = self.audio_injector.injector
         return AudioCondition(
