@@ -124,16 +124,23 @@ class RankBytes:
     history: int
     """Keys and values of the window and the sink, and the spill, for every step of the rank."""
     pristine_sink: int
+    prompt: int
+    """Keys and values of the prompt, in every layer."""
     activations: int
     """Largest set of intermediate tensors alive at once; an estimate, the only one in this module."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.history + self.pristine_sink + self.activations
+        return self.weights + self.history + self.pristine_sink + self.prompt + self.activations
 
 
-def rank_bytes(config: EngineConfig, *, num_steps: int, bytes_per_value: int) -> RankBytes:
-    """Memory of a rank that owns ``num_steps`` steps; 2 bytes per value for bfloat16, 4 for float32."""
+def rank_bytes(
+    config: EngineConfig, *, num_steps: int, bytes_per_value: int, kept_layers: int | None = None
+) -> RankBytes:
+    """Memory of a rank that owns ``num_steps`` steps; 2 bytes per value for bfloat16, 4 for float32.
+
+    ``kept_layers``: the layers between so many at each end serve their linears in eight bits; None: no layer does.
+    """
     dit = config.dit
     L, S = config.chunk_tokens, sink_tokens(config)
     kv_per_token = 2 * dit.num_layers * dit.dim * bytes_per_value
@@ -141,11 +148,24 @@ def rank_bytes(config: EngineConfig, *, num_steps: int, bytes_per_value: int) ->
     # Residual, normed copy in float32 and in the model's type, q, k, v, and the hidden layer of the feed-forward.
     activations = L * (bytes_per_value * (5 * dit.dim + 2 * dit.ffn_dim) + 4 * 2 * dit.dim)
     return RankBytes(
-        weights=dit_parameters(dit) * bytes_per_value,
+        weights=dit_parameters(dit) * bytes_per_value - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
         history=num_steps * remembered * kv_per_token,
         pristine_sink=S * kv_per_token,
+        prompt=dit.text_len * kv_per_token,
         activations=activations,
     )
+
+
+def _saved_by_eight_bits(config: DiTConfig, bytes_per_value: int, kept_layers: int | None) -> int:
+    """q, k, v and o of self-attention, q and o towards prompt and sound, and the feed-forward; one scale per output."""
+    if kept_layers is None:
+        return 0
+    D, F = config.dim, config.ffn_dim
+    between = range(kept_layers, config.num_layers - kept_layers)
+    injected = 0 if config.audio is None else sum(z in between for z in config.audio.inject_layers)
+    values = len(between) * (6 * D * D + 2 * D * F) + injected * 2 * D * D
+    rows = len(between) * (7 * D + F) + injected * 2 * D
+    return values * (bytes_per_value - 1) - rows * 4
 
 
 def hop_bytes(config: EngineConfig) -> int:

@@ -21,11 +21,10 @@ width, N heads, K head width, F hidden width, P prompt tokens, A audio tokens, E
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +35,7 @@ import streamdiff_kernels as kernels
 from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import StepMemory
 from streamdiff.models.dit import Attention, AudioCondition, Block, CausalDiT, Modulation, TextCondition
+from streamdiff.models.graphs import CudaGraphs, Graphs
 from streamdiff.rope import Rotation
 from streamdiff_kernels import Impl, reference
 
@@ -163,7 +163,8 @@ def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:
     bias_E = torch.cat([linear.bias.data for linear in linears])
     sizes = [linear.out_features for linear in linears]
     for linear, rows, shift in zip(linears, weight_ED.split(sizes), bias_E.split(sizes), strict=True):
-        linear.weight.data, linear.bias.data = rows, shift
+        linear.weight = nn.Parameter(rows, requires_grad=False)
+        linear.bias = nn.Parameter(shift, requires_grad=False)
     return weight_ED, bias_E
 
 
@@ -177,11 +178,7 @@ class _Between(Protocol):
         """Norm and modulation."""
         ...
 
-    def add_(self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None) -> None:
-        """``x += gate * y``."""
-        ...
-
-    def close_(
+    def close(
         self,
         x_BLD: Tensor,
         y_BLD: Tensor,
@@ -191,11 +188,11 @@ class _Between(Protocol):
         eps: float,
         *,
         eight_bits: bool,
-    ) -> Activation:
-        """`add_`, then `open`."""
+    ) -> tuple[Tensor, Activation]:
+        """``x + gate * y``, and that opened again; may write over ``x``."""
         ...
 
-    def place_(
+    def place(
         self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
     ) -> Tensor:
         """Norm and rotate q and k, write k and v into their slot; returns ``q_BLNK``."""
@@ -221,10 +218,7 @@ class _Fused:
             return _Bytes(*kernels.norm_modulate_fp8(x_BLD, scale, shift, eps=eps, impl=self._impl))
         return kernels.norm_modulate(x_BLD, scale, shift, eps=eps, impl=self._impl)
 
-    def add_(self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None) -> None:
-        kernels.gate_residual_(x_BLD, y_BLD, gate, impl=self._impl)
-
-    def close_(
+    def close(
         self,
         x_BLD: Tensor,
         y_BLD: Tensor,
@@ -234,13 +228,13 @@ class _Fused:
         eps: float,
         *,
         eight_bits: bool,
-    ) -> Activation:
+    ) -> tuple[Tensor, Activation]:
         arguments = (x_BLD, y_BLD, gate, scale, shift)
         if eight_bits:
-            return _Bytes(*kernels.gate_residual_norm_modulate_fp8_(*arguments, eps=eps, impl=self._impl))
-        return kernels.gate_residual_norm_modulate_(*arguments, eps=eps, impl=self._impl)
+            return x_BLD, _Bytes(*kernels.gate_residual_norm_modulate_fp8_(*arguments, eps=eps, impl=self._impl))
+        return x_BLD, kernels.gate_residual_norm_modulate_(*arguments, eps=eps, impl=self._impl)
 
-    def place_(
+    def place(
         self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
     ) -> Tensor:
         q_BLNK, _ = kernels.qk_norm_rope_write(
@@ -280,10 +274,7 @@ class _Traced:
             return _Bytes(*reference.quantise_rows(reference.norm_modulate(x_BLD.float(), scale, shift, eps)))
         return reference.norm_modulate(x_BLD, scale, shift, eps)
 
-    def add_(self, x_BLD: Tensor, y_BLD: Tensor, gate: Tensor | None) -> None:
-        x_BLD.copy_(reference.gate_residual(x_BLD, y_BLD, gate))
-
-    def close_(
+    def close(
         self,
         x_BLD: Tensor,
         y_BLD: Tensor,
@@ -293,11 +284,12 @@ class _Traced:
         eps: float,
         *,
         eight_bits: bool,
-    ) -> Activation:
-        self.add_(x_BLD, y_BLD, gate)
-        return self.open(x_BLD, scale, shift, eps, eight_bits=eight_bits)
+    ) -> tuple[Tensor, Activation]:
+        # A new tensor, not the old one overwritten: torch 2.13's compiler fails on a CPU where it fuses two writes.
+        x_BLD = reference.gate_residual(x_BLD, y_BLD, gate)
+        return x_BLD, self.open(x_BLD, scale, shift, eps, eight_bits=eight_bits)
 
-    def place_(
+    def place(
         self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
     ) -> Tensor:
         weights = (layer.norm_q_D, layer.norm_k_D)
@@ -389,59 +381,24 @@ def _block(
     text_k_BPNK: Tensor,
     text_v_BPNK: Tensor,
     ring: _Ring,
-) -> Tensor:
-    """Self-attention and attention to the prompt, added to ``x`` in place; returns the feed-forward's branch.
+) -> tuple[Tensor, Tensor]:
+    """Self-attention and attention to the prompt, added to ``x``; returns that and the feed-forward's branch.
 
-    ``h`` is ``x``, normed and modulated for this layer.
+    ``h`` is ``x``, normed and modulated for this layer. ``x`` may be overwritten.
     """
     q_BLD, k_BLD, v_BLD = layer.qkv(h).chunk(3, dim=-1)
-    q_BLNK = between.place_(q_BLD, k_BLD, v_BLD, layer, rotation, ring, eps)
+    q_BLNK = between.place(q_BLD, k_BLD, v_BLD, layer, rotation, ring, eps)
     y_BLNK = kernels.attend(q_BLNK, ring.keys_BMNK, ring.values_BMNK, ring.length, backend=ring.backend)
     y_BLD = layer.o(between.enter(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
     scale, shift = layer.norm3_scale_1D, layer.norm3_shift_1D
-    h = between.close_(x_BLD, y_BLD, constants.gate1, scale, shift, eps, eight_bits=layer.text.q.eight_bits)
+    x_BLD, h = between.close(x_BLD, y_BLD, constants.gate1, scale, shift, eps, eight_bits=layer.text.q.eight_bits)
     y_BLD = layer.text(between, h, text_k_BPNK, text_v_BPNK, eps)
     scale, shift = constants.scale2, constants.shift2
-    h = between.close_(x_BLD, y_BLD, None, scale, shift, eps, eight_bits=layer.up.eight_bits)
-    return layer.down(between.activate(layer.up(h), eight_bits=layer.down.eight_bits))
+    x_BLD, h = between.close(x_BLD, y_BLD, None, scale, shift, eps, eight_bits=layer.up.eight_bits)
+    return x_BLD, layer.down(between.activate(layer.up(h), eight_bits=layer.down.eight_bits))
 
 
-# --------------------------------------------------------------------------------------------------------- graphs
-
-_T = TypeVar("_T")
-_capturing = threading.Lock()
-"""A capture synchronises the device when it begins, which would break another that has begun."""
-
-
-class Graphs(Protocol):
-    """Records what a function does to tensors of fixed address, to do it again without its Python."""
-
-    def capture(self, function: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        """The function's result, and a call that computes it anew in place."""
-        ...
-
-
-class CudaGraphs:
-    """All graphs of one rank. They share one pool of memory, because they never run at the same time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def capture(self, function: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        with _capturing:
-            # Kernels are compiled and libraries pick their algorithms outside the capture.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(2):
-                    function()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other ranks may be threads of this process and go on allocating meanwhile.
-            mode = "thread_local"
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
-                result = function()
-        return result, graph.replay
+# -------------------------------------------------------------------------------------------------- what is served
 
 
 class _Inputs:
@@ -496,9 +453,6 @@ class _Inputs:
             self.adopt_audio(audio)
         self._last = (rotation, text, audio)
         return self._latent_BCTHW, self._rotation, self._text, None if audio is None else self._audio
-
-
-# -------------------------------------------------------------------------------------------------- what is served
 
 
 class ServedWeights:
@@ -708,10 +662,10 @@ class ServedStep:
         h: Activation = between.open(
             x_BLD, constants.scale1, constants.shift1, eps, eight_bits=layers[0].qkv.eight_bits
         )
+        y_BLD, gate = x_BLD, constants.gate2
         injector = 0
-        y_BLD, gate = x_BLD, None
         for z, layer in enumerate(layers):
-            y_BLD = self._block(
+            x_BLD, y_BLD = self._block(
                 self._within,
                 eps,
                 x_BLD,
@@ -725,20 +679,28 @@ class ServedStep:
             )
             gate = self._constants[z].gate2
             if layer.audio is not None and audio is not None:
-                between.add_(x_BLD, y_BLD, gate)
-                y_BLD, gate = self._hear(x_BLD, layer.audio, audio, injector), None
+                x_BLD, y_BLD = self._hear(x_BLD, y_BLD, gate, layer.audio, audio, injector)
+                gate = None
                 injector += 1
             if z + 1 < len(layers):
                 constants, eight_bits = self._constants[z + 1], layers[z + 1].qkv.eight_bits
-                h = between.close_(x_BLD, y_BLD, gate, constants.scale1, constants.shift1, eps, eight_bits=eight_bits)
-        h = between.close_(x_BLD, y_BLD, gate, self._head_scale_1D, self._head_shift_1D, eps, eight_bits=False)
+                scale, shift = constants.scale1, constants.shift1
+                x_BLD, h = between.close(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=eight_bits)
+        scale, shift = self._head_scale_1D, self._head_shift_1D
+        _, h = between.close(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False)
         assert isinstance(h, Tensor)
         return weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
 
-    def _hear(self, x_BLD: Tensor, query: _Query, audio: AudioCondition, injector: int) -> Tensor:
+    def _hear(
+        self, x_BLD: Tensor, y_BLD: Tensor, gate_1D: Tensor, query: _Query, audio: AudioCondition, injector: int
+    ) -> tuple[Tensor, Tensor]:
+        """Add the last branch to ``x``, and open the one in which every latent frame hears its own moment."""
         scale_BTD, shift_BTD = audio.scales[injector][:, :, 0], audio.shifts[injector][:, :, 0]
         T = scale_BTD.shape[1]
-        h = self._between.open(x_BLD, scale_BTD, shift_BTD, _AUDIO_NORM_EPS, eight_bits=query.q.eight_bits)
+        gate_TD = gate_1D.expand(T, -1)
+        x_BLD, h = self._between.close(
+            x_BLD, y_BLD, gate_TD, scale_BTD, shift_BTD, _AUDIO_NORM_EPS, eight_bits=query.q.eight_bits
+        )
         frames = h.frames(T) if isinstance(h, _Bytes) else _frames(h, T)
         y = query(self._between, frames, audio.keys[injector], audio.values[injector], self._eps)
-        return y.view_as(x_BLD)
+        return x_BLD, y.view_as(x_BLD)
