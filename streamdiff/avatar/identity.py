@@ -171,7 +171,9 @@ class IdentityBundle:
     decoder: dict[str, Tensor] = field(default_factory=dict)
     """Learned weights of this person, by name; empty for a bundle made from a photo."""
     idle_AE: Tensor | None = None
-    """Motion of the person at rest, when a clip was given."""
+    """Motion of the person at rest (`arkit64`, 25 a second), when a clip was given."""
+    style: dict[str, float] = field(default_factory=dict)
+    """How the person moves (`motion.measure_style`), when a clip was given."""
 
     @property
     def size(self) -> int:
@@ -195,6 +197,7 @@ class IdentityBundle:
             "name": self.name,
             "source_sha256": self.source_sha256,
             "placement": asdict(self.placement),
+            "style": self.style,
         }
         return json.dumps(facts, sort_keys=True)
 
@@ -239,6 +242,7 @@ class IdentityBundle:
                 placement=_placement(facts["placement"]),
                 name=facts["name"],
                 source_sha256=facts["source_sha256"],
+                style=facts["style"],
                 decoder=decoder,
             )
         except TypeError as error:
@@ -261,6 +265,7 @@ class IdentityBundle:
             "pose_degrees": {k: round(math.degrees(getattr(place, k)), 1) for k in ("yaw", "pitch", "roll")},
             "light": {"x": round(place.look.light_x, 2), "y": round(place.look.light_y, 2)},
             "fitted": bool(self.decoder),
+            "style": {name: round(value, 2) for name, value in self.style.items()},
             "idle_frames": 0 if self.idle_AE is None else len(self.idle_AE),
             "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
         }
@@ -361,7 +366,7 @@ def bundle_from_landmarks(
     """The same from pixels and landmarks that are known already (`landmarks.Face.landmarks_J3`)."""
     rig = load_rig()
     crop, landmarks = _crop_to_face(picture, landmarks_J3, size)
-    turn, scale, shift = _align(rig.rest_J3, landmarks[:_NUM_MESH])
+    turn, scale, shift = similarity(rig.rest_J3, landmarks[:_NUM_MESH])
     yaw, pitch, roll = _angles(turn)
     if max(abs(yaw), abs(pitch)) > _MAX_TURN:
         raise InputError(
@@ -429,7 +434,7 @@ def _crop_to_face(picture: NDArray[np.uint8], landmarks_J3: Floats, size: int) -
     return pixels, ((landmarks_J3 - np.array([left, top, 0])) / factor).astype(np.float32)
 
 
-def _align(source_J3: Floats, target_J3: Floats) -> tuple[Floats, float, Floats]:
+def similarity(source_J3: Floats, target_J3: Floats) -> tuple[Floats, float, Floats]:
     """Rotation, scale and shift that carry one point set onto the other (Umeyama 1991)."""
     source, target = source_J3.astype(np.float64), target_J3.astype(np.float64)
     a, b = source - source.mean(0), target - target.mean(0)

@@ -54,24 +54,20 @@ _SCALES = (0.3, 0.3, 0.3, 0.3, 0.15, 0.15, 0.3, 0.8, 0.6, 0.3, 0.5, 0.4, 0.3)
 GAMMA = 2.2
 
 
-class MouthDecoder(nn.Module):
-    """Conditions ``[A, C]`` to what a mouth is made of, ``[A, 4, P, P]``, all in 0..1.
+class _PatchDecoder(nn.Module):
+    """Numbers ``[A, C]`` to four channels of a square picture ``[A, 4, P, P]`` in 0..1: a few linear layers, then
+    convolutions that double the side until it is ``size`` (a multiple of 16)."""
 
-    Channels: share of teeth (the rest is flesh); light that reaches and leaves the surface (to the power 1/2.2);
-    mirrored light (square root); share that reaches out over the lips (a tongue that is put out). `paint` makes
-    colours of them, so that one decoder serves teeth and skin of any colour.
-    """
-
-    def __init__(self, width: int = 96) -> None:
+    def __init__(self, num_conditions: int, size: int, width: int, scales: tuple[float, ...]) -> None:
         super().__init__()
-        side = PATCH // 16
+        side = size // 16
         self.side, self.width = side, width
-        scales = torch.ones(NUM_CONDITIONS)
-        scales[: len(_SCALES)] = torch.tensor(_SCALES)
         self.scales_C: Tensor
-        self.register_buffer("scales_C", scales, persistent=False)
+        scales_C = torch.ones(num_conditions)
+        scales_C[: len(scales)] = torch.tensor(scales)
+        self.register_buffer("scales_C", scales_C, persistent=False)
         self.enter = nn.Sequential(
-            nn.Linear(NUM_CONDITIONS, 192),
+            nn.Linear(num_conditions, 192),
             nn.SiLU(),
             nn.Linear(192, 192),
             nn.SiLU(),
@@ -87,6 +83,45 @@ class MouthDecoder(nn.Module):
         for conv in self.grow:
             x = nn.functional.silu(conv(nn.functional.interpolate(x, scale_factor=2.0)))
         return nn.functional.pixel_shuffle(self.leave(x), 2).sigmoid()
+
+
+class MouthDecoder(_PatchDecoder):
+    """Conditions ``[A, C]`` to what a mouth is made of, ``[A, 4, P, P]``, all in 0..1.
+
+    Channels: share of teeth (the rest is flesh); light that reaches and leaves the surface (to the power 1/2.2);
+    mirrored light (square root); share that reaches out over the lips (a tongue that is put out). `paint` makes
+    colours of them, so that one decoder serves teeth and skin of any colour.
+    """
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__(NUM_CONDITIONS, PATCH, width, _SCALES)
+
+
+FACE_PATCH = 96
+"""Pixels along a side of a person's decoded lower face."""
+FACE_LEFT_CM, FACE_TOP_CM, FACE_EXTENT_CM = -6.0, -3.6, 12.0
+"""That square in head centimetres, from the middle of the closed lip line."""
+NUM_FACE_CONDITIONS = 52 + 3
+"""ARKit's shapes, then the head's rotation vector."""
+
+
+class LowerFaceDecoder(_PatchDecoder):
+    """Shapes and rotation ``[A, 55]`` of one person to colours (sRGB) and cover ``[A, 4, P, P]`` of the lower face.
+
+    Learned from a clip (`streamdiff.training.fit`) and laid over the warped photo: the person's own teeth, folds and
+    shadows, where the warp lacks them.
+    """
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__(NUM_FACE_CONDITIONS, FACE_PATCH, width, (0.2,) * 52 + (0.1,) * 3)
+
+
+def face_window() -> Tensor:
+    """How much of each pixel ``[P, P]`` of the lower face may be covered: none at the rim, so that no seam shows."""
+    axis = (torch.arange(FACE_PATCH) + 0.5) / FACE_PATCH * 2 - 1
+    radius = (axis[:, None].abs().pow(3) + axis[None, :].abs().pow(3)).pow(1 / 3)
+    t = ((0.97 - radius) / 0.3).clamp(0, 1)
+    return t * t * (3 - 2 * t)
 
 
 def static_conditions(look: MouthLook) -> list[float]:

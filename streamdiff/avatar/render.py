@@ -30,14 +30,26 @@ from torch.nn import functional
 
 from streamdiff.avatar.identity import GRID, IRISES, SIDES_DIFFER, SLITS, IdentityBundle
 from streamdiff.avatar.kinematics import KinematicSpec, arkit64
-from streamdiff.avatar.mouth import EXTENT_CM, LEFT_CM, TOP_CM, MouthDecoder, paint, static_conditions
-from streamdiff.errors import InputError
+from streamdiff.avatar.mouth import (
+    EXTENT_CM,
+    FACE_EXTENT_CM,
+    FACE_LEFT_CM,
+    FACE_TOP_CM,
+    LEFT_CM,
+    TOP_CM,
+    LowerFaceDecoder,
+    MouthDecoder,
+    face_window,
+    paint,
+    static_conditions,
+)
+from streamdiff.errors import CheckpointError, InputError
 
-_MAX_TURN = 0.45
+MAX_TURN = 0.45
 """Radians; beyond, a warp of one picture tears, so that larger turns are eased towards this."""
-_MAX_SHIFT = 0.4
+MAX_SHIFT = 0.4
 """Distances between the outer eye corners."""
-_EYE_RADIUS_CM = 1.2
+EYE_RADIUS_CM = 1.2
 _TEETH_DROP_CM = 0.2
 _JAW_DROP_CM = 3.7
 _CHEBYSHEV = (0.563, 0.282, 1.334, 0.396, 0.889, 0.315)
@@ -73,6 +85,17 @@ def load_mouth_decoder(device: torch.device | str = "cpu") -> MouthDecoder:
     return decoder.to(device).eval().requires_grad_(False)
 
 
+def _person_decoder(bundle: IdentityBundle, device: torch.device) -> LowerFaceDecoder | None:
+    if not bundle.decoder:
+        return None
+    decoder = LowerFaceDecoder()
+    try:
+        decoder.load_state_dict({name: value.float() for name, value in bundle.decoder.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"the decoder of bundle {bundle.name!r} does not fit: {error}; fit it again") from error
+    return decoder.to(device).eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class _Slit:
     """A mouth or an eye: landmarks of its two edges, and the axes in which they are functions of x."""
@@ -82,6 +105,8 @@ class _Slit:
     """From the landmarks of an edge to a denser, smooth curve through them."""
     low: float
     span: float
+    x_64: Tensor
+    """Where along the slit heights are kept."""
     depth: float
     """How far below the edges, in levelled pixels, the two sides of the cut may differ."""
 
@@ -112,12 +137,16 @@ class WarpRenderer:
         self._motion_KJ2 = on(bundle.motion_KJ2.float())
         self._pose = on(bundle.pose_2GG.float())[None]
         self._mouth = load_mouth_decoder(self.device)
+        self._lower_face = _person_decoder(bundle, self.device)
+        self._face_cover = face_window().to(self.device)[None, None]
         self._face_columns = self.spec.part("face")
         self._face_names = self.spec.names[self._face_columns]
         self._look = place.look
         self._light = torch.tensor(static_conditions(place.look), device=self.device)
         self._teeth, self._flesh = (torch.tensor(c, device=self.device) for c in (place.look.teeth, place.look.flesh))
         self._gain = torch.tensor(place.gain, device=self.device).view(1, 3, 1, 1)
+        corners = ((LEFT_CM, TOP_CM + _TEETH_DROP_CM), (FACE_LEFT_CM, FACE_TOP_CM))
+        self._mouth_corner, self._face_corner = torch.tensor(corners, device=self.device).view(2, 1, 2, 1, 1)
         cos, sin = math.cos(place.roll), math.sin(place.roll)
         self._level = torch.tensor([[cos, sin], [-sin, cos]], device=self.device)
         """Rows: along the lips, across the lips (downwards)."""
@@ -141,11 +170,13 @@ class WarpRenderer:
         self._box_span = torch.tensor([right - left, bottom - top], device=self.device).view(1, 2, 1, 1) * cell
         pivot = torch.tensor(place.pivot, device=self.device)
         self._pivot = pivot[:2].view(1, 2, 1, 1)
+        self._eye_2 = torch.eye(2, device=self.device)
 
         self._slits = [
             self._make_slit(upper, lower, differ) for (upper, lower), differ in zip(SLITS, SIDES_DIFFER, strict=True)
         ]
         self._mouth_window = self._window(SLITS[:1], reach=1.1)
+        self._face_box = self._around(FACE_LEFT_CM, FACE_TOP_CM, FACE_EXTENT_CM)
         self._eyes_window = self._window(SLITS[1:], reach=0.35)
         self._jaw = [
             (1 + self._face_names.index(name)) for name in ("jawOpen", "jawForward", "jawLeft", "jawRight", "tongueOut")
@@ -164,7 +195,9 @@ class WarpRenderer:
         low, high = float(points[..., 0].min()), float(points[..., 0].max())
         margin = 0.4 * (high - low)
         depth = float(points[..., 1].max()) + differ * (high - low)
-        return _Slit(edges, _smooth_curve(len(upper)).to(self.device), low - margin, high - low + 2 * margin, depth)
+        curve, x = _smooth_curve(len(upper)), low - margin + torch.linspace(0, high - low + 2 * margin, 64)
+        on = functools.partial(torch.Tensor.to, device=self.device)
+        return _Slit(edges, on(curve), low - margin, high - low + 2 * margin, on(x), depth)
 
     def _window(self, slits: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...], reach: float) -> tuple[slice, slice]:
         """Rows and columns of the frame that these slits can reach, moved by expression and pose."""
@@ -177,6 +210,17 @@ class WarpRenderer:
         clip = functools.partial(min, self._size)
         return slice(max(int(y0), 0), clip(math.ceil(y1))), slice(max(int(x0), 0), clip(math.ceil(x1)))
 
+    def _around(self, left_cm: float, top_cm: float, extent_cm: float) -> tuple[slice, slice]:
+        """Rows and columns of the frame that a square of the head can reach, however the head is posed."""
+        place = self.bundle.placement
+        wander = 0.55 * place.eye_distance
+        x, y = place.stomion
+        x0, x1 = (x + v * place.pixels_per_cm for v in (left_cm, left_cm + extent_cm))
+        y0, y1 = (y + v * place.pixels_per_cm for v in (top_cm, top_cm + extent_cm))
+        clip = functools.partial(min, self._size)
+        rows = slice(max(int(y0 - wander), 0), clip(math.ceil(y1 + wander)))
+        return rows, slice(max(int(x0 - wander), 0), clip(math.ceil(x1 + wander)))
+
     @torch.inference_mode()
     def render(self, motion_AE: Tensor | NDArray[np.float32]) -> Tensor:
         """Frames ``[A, H, W, 3]``, uint8 sRGB, on the renderer's device.
@@ -186,7 +230,9 @@ class WarpRenderer:
         """
         if motion_AE.ndim != 2 or motion_AE.shape[1] != self.spec.num_coefs:
             raise InputError(f"motion of {self.spec.name!r} is [A, {self.spec.num_coefs}], got {list(motion_AE.shape)}")
-        motion = torch.as_tensor(motion_AE, dtype=torch.float32)
+        if isinstance(motion_AE, np.ndarray):
+            motion_AE = torch.from_numpy(np.array(motion_AE, np.float32))  # torch takes no read-only memory
+        motion = motion_AE.float()
         if motion.device.type == "cpu" and not bool(torch.isfinite(motion).all()):
             raise InputError("motion holds values that are not finite; find the frame with numpy.isfinite")
         motion = motion.to(self.device)
@@ -199,7 +245,7 @@ class WarpRenderer:
     def _draw(self, coefs_E: Tensor) -> Tensor:
         drivers_K = self._drive(coefs_E)
         turn, shift, scale = self._head(coefs_E)
-        unposed = self._undo_pose(turn, shift, scale)
+        unposed = self._undo_pose(_rotation(turn), shift, scale)
         sides = self._undo_expression(drivers_K)
         # Both sides of the slits, sampled where the pose puts them.
         place = (unposed - self._box_low) / self._box_span * 2 - 1
@@ -224,26 +270,27 @@ class WarpRenderer:
         eye_head = head[..., eye_rows, eye_columns]
         eye_place = self._levelled(eye_head)
         mouth_cover, mouth_below = _coverage(slits[0], self._slits[0], mouth_place)
-        for window, below in (
-            ((mouth_rows, mouth_columns), mouth_below),
-            *(
-                ((eye_rows, eye_columns), _coverage(s, k, eye_place)[1])
-                for s, k in zip(slits[1:], self._slits[1:], strict=True)
-            ),
+        eyes = [_coverage(s, k, eye_place) for s, k in zip(slits[1:], self._slits[1:], strict=True)]
+        for rows, columns, below in (
+            (mouth_rows, mouth_columns, mouth_below),
+            (eye_rows, eye_columns, eyes[0][1] | eyes[1][1]),
         ):
-            lower = (self._pixels + flow[1:2])[..., window[0], window[1]]
-            source[..., window[0], window[1]] = torch.where(below, lower, source[..., window[0], window[1]])
+            lower = (self._pixels + flow[1:2])[..., rows, columns]
+            upper = source[..., rows, columns]
+            upper.copy_(torch.where(below, lower, upper))
         frame = self._sample(self._picture, source)
 
-        mouth = frame[..., mouth_rows, mouth_columns]
         inside, over = self._inside_mouth(drivers_K, coefs_E, slits[0], mouth_place)
         mouth_cover = mouth_cover + (1 - mouth_cover) * over
-        mouth.lerp_(inside, mouth_cover)
+        frame[..., mouth_rows, mouth_columns].lerp_(inside, mouth_cover)
 
-        eyes = frame[..., eye_rows, eye_columns]
-        gaze = self._gaze(coefs_E, eye_head)
-        cover = sum(_coverage(s, k, eye_place)[0] for s, k in zip(slits[1:], self._slits[1:], strict=True))
-        eyes.lerp_(self._sample(self._eyes_picture, gaze), cover)
+        if self._lower_face is not None:
+            rows, columns = self._face_box
+            colour, cover = self._own_lower_face(self._lower_face, drivers_K, turn, head[..., rows, columns])
+            frame[..., rows, columns].lerp_(colour, cover)
+
+        gaze = self._sample(self._eyes_picture, self._gaze(coefs_E, eye_head))
+        frame[..., eye_rows, eye_columns].lerp_(gaze, eyes[0][0] + eyes[1][0])
         return frame[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
 
     def _drive(self, coefs_E: Tensor) -> Tensor:
@@ -259,27 +306,30 @@ class WarpRenderer:
         return functional.grid_sample(picture, grid, align_corners=False, padding_mode="border")
 
     def _head(self, coefs_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotation matrix, shift in pixels, scale; each eased towards what a warp can show."""
-        turn = _MAX_TURN * torch.tanh(coefs_E[self.spec.part("rotation")] / _MAX_TURN)
-        shift = _MAX_SHIFT * torch.tanh(coefs_E[self.spec.part("translation")] / _MAX_SHIFT)
+        """Rotation vector, shift in pixels, scale; each eased towards what a warp can show."""
+        turn = MAX_TURN * torch.tanh(coefs_E[self.spec.part("rotation")] / MAX_TURN)
+        shift = MAX_SHIFT * torch.tanh(coefs_E[self.spec.part("translation")] / MAX_SHIFT)
         scale = coefs_E[self.spec.part("scale")].clamp(0.8, 1.25)
-        return _rotation(turn), shift * self.bundle.placement.eye_distance, scale
+        return turn, shift * self.bundle.placement.eye_distance, scale
+
+    @torch.inference_mode()
+    def pose(self, coefs_E: Tensor, place: Tensor) -> Tensor:
+        """Where the head's pose carries places ``[1, 2, U, V]`` of the unturned picture, pixels."""
+        turn, shift, scale = self._head(coefs_E.to(self.device))
+        return place + self._displacement(_rotation(turn), shift, scale, place)
+
+    def _displacement(self, turn: Tensor, shift: Tensor, scale: Tensor, place: Tensor) -> Tensor:
+        scaled = scale * turn
+        grid = (place * (2 / self._size) - 1).permute(0, 2, 3, 1)
+        pose = functional.grid_sample(self._pose, grid, align_corners=False, padding_mode="border")
+        moved = torch.einsum("ij,bjyx->biyx", scaled[:2, :2] - self._eye_2, place - self._pivot)
+        return pose[:, :1] * (moved + shift.view(1, 2, 1, 1)) + pose[:, 1:] * scaled[:2, 2].view(1, 2, 1, 1)
 
     def _undo_pose(self, turn: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """The place ``[1, 2, G, G]`` in the unturned picture that the turned head shows in each cell."""
-        scaled = scale * turn
-        in_plane = scaled[:2, :2] - torch.eye(2, device=self.device)
-        in_depth = scaled[:2, 2].view(1, 2, 1, 1)
-        shift = shift.view(1, 2, 1, 1)
         place = self._cells
-        for step in range(4):
-            pose = self._pose
-            if step:
-                grid = (place * (2 / self._size) - 1).permute(0, 2, 3, 1)
-                pose = functional.grid_sample(pose, grid, align_corners=False, padding_mode="border")
-            out = place - self._pivot
-            moved = torch.einsum("ij,bjyx->biyx", in_plane, out) + shift
-            place = self._cells - (pose[:, :1] * moved + pose[:, 1:] * in_depth)
+        for _ in range(4):
+            place = self._cells - self._displacement(turn, shift, scale, place)
         return place
 
     def _undo_expression(self, drivers_K: Tensor) -> Tensor:
@@ -301,8 +351,7 @@ class WarpRenderer:
         """Height of both edges of a slit over its span, ``[2, 64]``, levelled; met where they would cross."""
         edges = (points_J2[slit.edges_2L] - self._stomion) @ self._level.T
         curves = torch.einsum("ml,elc->emc", slit.curve_ML, edges)
-        x = slit.low + torch.linspace(0, slit.span, 64, device=self.device)
-        upper, lower = (_heights(curve, x) for curve in curves)
+        upper, lower = (_heights(curve, slit.x_64) for curve in curves)
         middle = (upper + lower) / 2
         return torch.stack([torch.minimum(upper, middle), torch.maximum(lower, middle)])
 
@@ -333,15 +382,26 @@ class WarpRenderer:
         parts = self._mouth(torch.cat([conditions, self._light])[None])
         colours = paint(parts, self._teeth, self._flesh, self._look.gloss) * self._gain
         picture = torch.cat([colours.clamp(0, 1) * 255, parts[:, 3:]], 1)
-        low = torch.tensor([LEFT_CM, TOP_CM + _TEETH_DROP_CM], device=self.device).view(1, 2, 1, 1)
-        grid = ((place * per_cm - low) * (2 / EXTENT_CM) - 1).permute(0, 2, 3, 1)
+        grid = ((place * per_cm - self._mouth_corner) * (2 / EXTENT_CM) - 1).permute(0, 2, 3, 1)
         inside = functional.grid_sample(picture, grid, align_corners=False, padding_mode="border")
         return inside[:, :3], inside[:, 3:]
+
+    def _own_lower_face(
+        self, decoder: LowerFaceDecoder, drivers_K: Tensor, turn: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The person's own lower face over a window: colours (0..255), and how much they cover."""
+        parts = decoder(torch.cat([drivers_K[1:], turn])[None])
+        picture = torch.cat([parts[:, :3] * 255, parts[:, 3:] * self._face_cover], 1)
+        levelled = self._levelled(place) / self.bundle.placement.pixels_per_cm
+        grid = ((levelled - self._face_corner) * (2 / FACE_EXTENT_CM) - 1).permute(0, 2, 3, 1)
+        laid = functional.grid_sample(picture, grid, align_corners=False, padding_mode="zeros")
+        # Colours fade to black outside the square just as their cover does to nothing.
+        return laid[:, :3], laid[:, 3:]
 
     def _gaze(self, coefs_E: Tensor, place: Tensor) -> Tensor:
         """Where in the picture each pixel of the eyes' window looks for its eyeball."""
         gaze = torch.sin(coefs_E[self.spec.part("gaze")].clamp(-0.5, 0.5))
-        reach = _EYE_RADIUS_CM * self.bundle.placement.pixels_per_cm
+        reach = EYE_RADIUS_CM * self.bundle.placement.pixels_per_cm
         out = place
         # The spec names the left eye first; slits and irises have the right eye first.
         for eye, (yaw, pitch) in ((0, (gaze[2], gaze[3])), (1, (gaze[0], gaze[1]))):

@@ -42,7 +42,7 @@ def test_the_face_at_rest_is_the_photo(renderer: WarpRenderer) -> None:
     seams = np.zeros_like(difference, bool)
     for slit, margin in ((MOUTH, 16), (RIGHT_EYE, 3), (LEFT_EYE, 3)):
         seams[box(slit, margin)] = True
-    assert difference[~seams].max() <= 1
+    assert difference[~seams].max() <= 2
     assert difference.mean() < 0.3
 
 
