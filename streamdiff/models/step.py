@@ -56,8 +56,9 @@ class StepOptions:
 
     impl: Impl | None = None
     """None: Triton on CUDA, plain torch elsewhere."""
-    attention: str = "sdpa"
-    """A backend of `streamdiff_kernels`, or ``auto`` to measure once and take the fastest (then ranks may differ)."""
+    attention: str | None = None
+    """A backend of `streamdiff_kernels`, or ``auto`` to measure once and take the fastest (then ranks may differ).
+    None: oneDNN on a CPU that has it, cuDNN from Hopper on, what torch chooses elsewhere."""
     precision: Precision = Precision.WEIGHTS
     kept_layers: int = 1
     """With fp8: how many layers at each end of the model keep the precision of their weights."""
@@ -75,6 +76,17 @@ class StepOptions:
         if self.impl is not None:
             return self.impl
         return Impl.TRITON if device.type == "cuda" else Impl.TORCH
+
+    def resolved_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        """The backend to ask for; not yet whether it can run."""
+        if self.attention is not None:
+            return self.attention
+        ready = kernels.available_backends(device=device, dtype=dtype, head_dim=head_dim)
+        if device.type == "cpu" and ready["onednn"] is None:
+            return "onednn"
+        if device.type == "cuda" and ready["sdpa-cudnn"] is None and torch.cuda.get_device_capability(device) >= (9, 0):
+            return "sdpa-cudnn"
+        return "sdpa"
 
 
 # ----------------------------------------------------------------------------------------------------- linear layers
@@ -101,16 +113,19 @@ def _frames(x_BL: Tensor, num_frames: int) -> Tensor:
 
 
 class _Dense:
-    """A linear layer in the precision of its weights."""
+    """A linear layer in the precision of its weights; ``impl`` None: one that a compiler sees through."""
 
     eight_bits = False
 
-    def __init__(self, weight_ED: Tensor, bias_E: Tensor) -> None:
-        self.weight_ED, self.bias_E = weight_ED, bias_E
+    def __init__(self, weight_ED: Tensor, bias_E: Tensor, impl: Impl | None) -> None:
+        self.weight_ED, self.bias_E, self._impl = weight_ED, bias_E, impl
 
-    def __call__(self, x: Activation) -> Tensor:
+    def __call__(self, x: Activation, *, gelu: bool = False) -> Tensor:
         assert isinstance(x, Tensor)
-        return F.linear(x, self.weight_ED, self.bias_E)
+        if self._impl is not None:
+            return kernels.linear(x, self.weight_ED, self.bias_E, gelu=gelu, impl=self._impl)
+        y = F.linear(x, self.weight_ED, self.bias_E)
+        return F.gelu(y, approximate="tanh") if gelu else y
 
 
 class _Dense8:
@@ -121,8 +136,9 @@ class _Dense8:
     def __init__(self, weight8_ED: Tensor, scale_E: Tensor, bias_E: Tensor) -> None:
         self.weight8_ED, self.scale_E, self.bias_E = weight8_ED, scale_E, bias_E
 
-    def __call__(self, x: Activation) -> Tensor:
+    def __call__(self, x: Activation, *, gelu: bool = False) -> Tensor:
         assert isinstance(x, _Bytes)
+        assert not gelu, "in eight bits GELU belongs to the pass that quantises it"
         return kernels.linear_fp8(
             x.x8_BLD,
             x.scale_BL,
@@ -204,7 +220,9 @@ class _Between(Protocol):
         """An activation that no other pass prepared."""
         ...
 
-    def activate(self, x_BLF: Tensor, *, eight_bits: bool) -> Activation: ...
+    def gelu8(self, x_BLF: Tensor) -> Activation:
+        """GELU (tanh) of the hidden layer, in eight bits."""
+        ...
 
 
 class _Fused:
@@ -260,10 +278,8 @@ class _Fused:
     def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
         return _Bytes(*kernels.quantise_rows(x_BLD, impl=self._impl)) if eight_bits else x_BLD
 
-    def activate(self, x_BLF: Tensor, *, eight_bits: bool) -> Activation:
-        if eight_bits:
-            return _Bytes(*kernels.gelu_fp8(x_BLF, impl=self._impl))
-        return F.gelu(x_BLF, approximate="tanh")
+    def gelu8(self, x_BLF: Tensor) -> Activation:
+        return _Bytes(*kernels.gelu_fp8(x_BLF, impl=self._impl))
 
 
 class _Traced:
@@ -306,10 +322,8 @@ class _Traced:
     def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
         return _Bytes(*reference.quantise_rows(x_BLD)) if eight_bits else x_BLD
 
-    def activate(self, x_BLF: Tensor, *, eight_bits: bool) -> Activation:
-        if eight_bits:
-            return _Bytes(*reference.quantise_rows(reference.gelu_tanh(x_BLF.float())))
-        return F.gelu(x_BLF, approximate="tanh")
+    def gelu8(self, x_BLF: Tensor) -> Activation:
+        return _Bytes(*reference.quantise_rows(reference.gelu_tanh(x_BLF.float())))
 
 
 # ------------------------------------------------------------------------------------------------------- one layer
@@ -395,7 +409,8 @@ def _block(
     y_BLD = layer.text(between, h, text_k_BPNK, text_v_BPNK, eps)
     scale, shift = constants.scale2, constants.shift2
     x_BLD, h = between.close(x_BLD, y_BLD, None, scale, shift, eps, eight_bits=layer.up.eight_bits)
-    return x_BLD, layer.down(between.activate(layer.up(h), eight_bits=layer.down.eight_bits))
+    hidden = between.gelu8(layer.up(h)) if layer.down.eight_bits else layer.up(h, gelu=True)
+    return x_BLD, layer.down(hidden)
 
 
 # -------------------------------------------------------------------------------------------------- what is served
@@ -475,7 +490,7 @@ class ServedWeights:
         kernels.require(self.impl, dit.device)
         self.graphs: Graphs | None = CudaGraphs(dit.device) if options.graph and dit.device.type == "cuda" else None
         self.inputs = _Inputs()
-        self._backends: dict[tuple[str, torch.Size], str] = {}
+        self._backends: dict[torch.Size, str] = {}
         self._audio_graph: tuple[Tensor, AudioCondition, Callable[[], None]] | None = None
         kept = options.kept_layers
         whole = (*range(kept), *range(dit.config.num_layers - kept, dit.config.num_layers))
@@ -517,13 +532,14 @@ class ServedWeights:
     def backend(self, memory: StepMemory) -> str:
         """The attention backend that the options name; ``auto`` is measured once for all steps of a rank."""
         keys_BMNK, values_BMNK = memory.keys_ZBMNK[0], memory.values_ZBMNK[0]
-        key = (self.options.attention, keys_BMNK.shape)
-        if key not in self._backends:
+        shape = keys_BMNK.shape
+        if shape not in self._backends:
+            name = self.options.resolved_attention(keys_BMNK.device, keys_BMNK.dtype, shape[-1])
             q_BLNK = keys_BMNK[:, : memory.chunk_tokens]
-            self._backends[key] = kernels.resolve_backend(self.options.attention, q_BLNK, keys_BMNK, values_BMNK)
+            self._backends[shape] = kernels.resolve_backend(name, q_BLNK, keys_BMNK, values_BMNK)
             for layer in self.layers:
-                layer.text.backend = self._backends[key]
-        return self._backends[key]
+                layer.text.backend = self._backends[shape]
+        return self._backends[shape]
 
     def embed(self, latent_BCTHW: Tensor) -> Tensor:
         """`CausalDiT.embed_video` as one matrix product."""
@@ -570,7 +586,7 @@ class ServedWeights:
             linears.append(linear)
         weight_ED, bias_E = _joined(tuple(linears))
         if not eight_bits:
-            return _Dense(weight_ED, bias_E)
+            return _Dense(weight_ED, bias_E, None if self.options.compile else self.impl)
         weight8_ED, scale_E = kernels.quantise_rows(weight_ED, impl=self.impl)
         first = 0
         for name, linear in zip(names, linears, strict=True):
