@@ -22,8 +22,7 @@ from typing import NoReturn
 # cuBLAS needs a workspace of its own to give the same bits twice; it reads this when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # torch.compile keeps what it made in /tmp unless told otherwise; Triton keeps its kernels in ~/.triton by itself.
-_caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(_caches, "streamdiff", "inductor"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/streamdiff/inductor"))
 # A lost rank is reported in our words; the library's stack trace of it helps nobody.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
