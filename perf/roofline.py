@@ -1,0 +1,221 @@
+"""Ceilings first: what a denoising step cannot be faster than, op by op, on this machine or on a named one.
+
+    python perf/roofline.py                                  ceilings measured here, at the 14B model's shapes
+    python perf/roofline.py --assume h200                    ceilings of an H200 as they were measured on one
+    python perf/roofline.py --height 832 --width 480 --window 7
+
+An op moves bytes and computes; it takes at least the longer of the two at the machine's rates. Bytes are counted once
+in and once out, modulations and tables included. The sum over a step is its floor: kernels back to back, nothing else.
+Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import copy_bandwidth, machine_card, pick_device, product_rate, report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    """Sizes of one chunk in one layer; the defaults are the 14B model at 704x384."""
+
+    tokens: int = 3168
+    frames: int = 3
+    heads: int = 40
+    head_dim: int = 128
+    hidden: int = 13824
+    sink: int = 2640
+    window: int = 4
+    """Chunks attended to, the own one included."""
+    text: int = 512
+    audio: int = 5
+    """Tokens per latent frame."""
+    layers: int = 40
+    injectors: int = 12
+    item: int = 2
+    """Bytes of an activation."""
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def rows(self) -> int:
+        """Rows of the ring."""
+        return self.sink + self.window * self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One call of one op, and how many a step makes."""
+
+    name: str
+    bytes_moved: int
+    flops: int
+    calls: int
+    arithmetic: str
+    """Which product rate bounds it: 'bfloat16', 'float8_e4m3fn' or '' when it only moves data."""
+
+    def floor_ms(self, ceilings: Ceilings) -> float:
+        """The longer of moving and computing, one call."""
+        compute_s = self.flops / ceilings.product[self.arithmetic] if self.arithmetic else 0.0
+        return 1e3 * max(self.bytes_moved / ceilings.copy, compute_s)
+
+    def bound(self, ceilings: Ceilings) -> str:
+        compute_s = self.flops / ceilings.product[self.arithmetic] if self.arithmetic else 0.0
+        return "compute" if compute_s > self.bytes_moved / ceilings.copy else "memory"
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Rates of a machine: bytes per second copied (read and written), operations per second by type."""
+
+    copy: float
+    product: dict[str, float]
+    source: str
+
+
+ASSUMED = {
+    # Copies at 4.3 of the 4.8 TB/s of the data sheet; square products of 8192 at 769 to 798 TFLOP/s in bfloat16, and
+    # row-scaled eight-bit products at 1350 to 1520, as reported for Hopper.
+    "h200": Ceilings(4.3e12, {"bfloat16": 780e12, "float8_e4m3fn": 1400e12}, "an H200, not measured in this run"),
+}
+
+
+def element_costs(s: Shapes) -> list[Cost]:
+    """The ops between the products, once each. Modulations are float32."""
+    row, mods = s.tokens * s.width * s.item, s.frames * s.width * 4
+    table = s.tokens * (s.head_dim // 2) * 4 * 2
+    scales = s.tokens * 4
+    half = row // s.item
+    return [
+        Cost("qk_norm_rope_write", 6 * row + 2 * table, 0, s.layers, ""),
+        Cost("qk_norm_rope_write two turns", 7 * row + 3 * table, 0, 0, ""),
+        Cost("rotate_sink_", 2 * s.sink * s.width * s.item, 0, s.layers, ""),
+        Cost("rms_norm", 2 * row, 0, s.layers + s.injectors, ""),
+        Cost("norm_modulate", 2 * row + 2 * mods, 0, 1 + s.injectors, ""),
+        Cost("gate_residual_", 3 * row + mods, 0, s.injectors, ""),
+        Cost("gate_residual_norm_modulate_", 4 * row + 3 * mods, 0, 3 * s.layers, ""),
+        Cost("gelu", 2 * s.tokens * s.hidden * s.item, 0, s.layers, ""),
+        Cost("norm_modulate_fp8", row + half + scales + 2 * mods, 0, 0, ""),
+        Cost("gate_residual_norm_modulate_fp8_", 3 * row + half + scales + 3 * mods, 0, 0, ""),
+        Cost("quantise_rows", row + half + scales, 0, 0, ""),
+        Cost("gelu_fp8", s.tokens * s.hidden * (s.item + 1) + scales, 0, 0, ""),
+    ]
+
+
+def attention_cost(s: Shapes, *, name: str = "attend", rows: int | None = None, calls: int | None = None) -> Cost:
+    rows = s.rows if rows is None else rows
+    moved = (2 * s.tokens + 2 * rows) * s.width * s.item
+    calls = s.layers if calls is None else calls
+    return Cost(name, moved, 4 * s.tokens * rows * s.width, calls, "bfloat16")
+
+
+def linear_cost(s: Shapes, name: str, inputs: int, outputs: int, calls: int, *, eight_bits: bool) -> Cost:
+    item = 1 if eight_bits else s.item
+    moved = item * (s.tokens * inputs + inputs * outputs) + s.item * s.tokens * outputs
+    kind = "float8_e4m3fn" if eight_bits else "bfloat16"
+    return Cost(name, moved, 2 * s.tokens * inputs * outputs, calls, kind)
+
+
+def step_costs(s: Shapes, *, eight_bits: bool) -> list[Cost]:
+    """Every op of one step. In eight bits the fused ops write bytes and the products read them."""
+    D = s.width
+    costs = [cost for cost in element_costs(s) if cost.calls]
+    if eight_bits:
+        by_name = {cost.name: cost for cost in element_costs(s)}
+        eight = {
+            "norm_modulate": "norm_modulate_fp8",
+            "gate_residual_norm_modulate_": "gate_residual_norm_modulate_fp8_",
+            "gelu": "gelu_fp8",
+        }
+        costs = [replace(by_name[eight.get(c.name, c.name)], calls=c.calls) for c in costs]
+        # Attention's output enters its projection through a pass of its own.
+        costs.append(replace(by_name["quantise_rows"], calls=2 * s.layers + s.injectors))
+    frames = replace(s, tokens=s.tokens // s.frames)
+    return [
+        *costs,
+        attention_cost(s),
+        attention_cost(s, name="attend to the prompt", rows=s.text),
+        attention_cost(frames, name="attend to the sound", rows=s.audio, calls=s.injectors * s.frames),
+        linear_cost(s, "linear q, k, v", D, 3 * D, s.layers, eight_bits=eight_bits),
+        linear_cost(s, "linear D to D", D, D, 3 * s.layers + 2 * s.injectors, eight_bits=eight_bits),
+        linear_cost(s, "linear up", D, s.hidden, s.layers, eight_bits=eight_bits),
+        linear_cost(s, "linear down", s.hidden, D, s.layers, eight_bits=eight_bits),
+    ]
+
+
+def measured_ceilings(device: torch.device) -> Ceilings:
+    product = {"bfloat16": product_rate(device, torch.bfloat16)}
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+        product["float8_e4m3fn"] = product_rate(device, torch.float8_e4m3fn)
+    return Ceilings(copy_bandwidth(device), product, "measured in this run")
+
+
+def shapes_of(height: int, width: int, window: int) -> Shapes:
+    """The 14B model on a picture of this size: three latent frames a chunk, sink of reference and packed motion."""
+    rows, columns = height // 16, width // 16
+    frame = rows * columns
+    # The packer keeps one latent frame whole, two at half the sides and four times four at a quarter of them.
+    packed = frame + (rows // 2) * (columns // 2) + 4 * (rows // 4) * (columns // 4)
+    return Shapes(tokens=3 * frame, sink=frame + packed, window=window)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--assume", choices=sorted(ASSUMED), help="use known ceilings instead of measuring")
+    parser.add_argument("--height", type=int, default=704)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--window", type=int, default=4, help="chunks attended to, the own one included")
+    parser.add_argument("--save", type=Path, help="write the JSON object here too")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    ceilings = ASSUMED[args.assume] if args.assume else measured_ceilings(device)
+    shapes = shapes_of(args.height, args.width, args.window)
+    rows: list[dict[str, Any]] = []
+    totals: dict[str, float] = {}
+    for precision, eight_bits in (("bf16", False), ("fp8", True)):
+        if eight_bits and "float8_e4m3fn" not in ceilings.product:
+            continue
+        costs = step_costs(shapes, eight_bits=eight_bits)
+        total_ms = sum(cost.calls * cost.floor_ms(ceilings) for cost in costs)
+        totals[precision] = total_ms
+        for cost in sorted(costs, key=lambda cost: -cost.calls * cost.floor_ms(ceilings)):
+            step_ms = cost.calls * cost.floor_ms(ceilings)
+            rows.append(
+                {
+                    "op": cost.name,
+                    "step": precision,
+                    "calls": cost.calls,
+                    "MB": cost.bytes_moved / 1e6,
+                    "GFLOP": cost.flops / 1e9,
+                    "bound": cost.bound(ceilings),
+                    "floor_us": 1e3 * cost.floor_ms(ceilings),
+                    "step_ms": step_ms,
+                    "share_%": 100 * step_ms / total_ms,
+                }
+            )
+        flops = sum(cost.calls * cost.flops for cost in costs)
+        rows.append({"op": f"one step, {precision}", "GFLOP": flops / 1e9, "step_ms": total_ms})
+    print(f"copy {ceilings.copy / 1e9:,.0f} GB/s, ", end="")
+    print(", ".join(f"{name} {rate / 1e12:,.3g} TFLOP/s" for name, rate in ceilings.product.items()), end="")
+    print(f": {ceilings.source}")
+    report(
+        "roofline",
+        f"Floor of one step, 14B at {args.height}x{args.width}: {shapes.tokens} tokens over {shapes.rows}",
+        rows,
+        machine_card(device),
+        save=args.save,
+        ceilings={"copy": ceilings.copy, **ceilings.product, "source": ceilings.source},
+        floor_ms=totals,
+    )
+
+
+if __name__ == "__main__":
+    main()
