@@ -42,11 +42,19 @@ def test_velocity_equals_diffusers(
     heads: int, width: int, layers: int, size: tuple[int, int, int], seed: int
 ) -> None:
     config = DiTConfig(
-        dim=heads * width, ffn_dim=96, num_heads=heads, num_layers=layers, text_dim=24, text_len=9, freq_dim=32
+        dim=heads * width,
+        ffn_dim=96,
+        num_heads=heads,
+        num_layers=layers,
+        text_dim=24,
+        text_len=9,
+        freq_dim=32,
     )
     theirs = published(config, seed)
     ours = CausalDiT(config)
-    load_strict(ours, {official_dit_name(k): v for k, v in theirs.state_dict().items()}, what="diffusers model")
+    load_strict(
+        ours, {official_dit_name(k): v for k, v in theirs.state_dict().items()}, what="diffusers model"
+    )
     latent = torch.randn(2, 16, *size)
     prompt = torch.randn(2, 5, 24)
     sigma = 0.6
