@@ -23,7 +23,6 @@ from typing import Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from streamdiff import counter
@@ -246,8 +245,8 @@ class _AudioTokenizer(nn.Module):
     def forward(self, x_BAE: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[B, A, E]`` to one global vector ``[B, T, D]`` and local tokens ``[B, T, num_tokens + 1, D]``."""
         B = x_BAE.shape[0]
-        local = rearrange(self.conv1_local(x_BAE), "b a (n d) -> (b n) a d", n=self.num_tokens)
-        local_BTAD = rearrange(self._stack(local), "(b n) t d -> b t n d", b=B)
+        local = self.conv1_local(x_BAE).unflatten(-1, (self.num_tokens, -1)).transpose(1, 2).flatten(0, 1)
+        local_BTAD = self._stack(local).unflatten(0, (B, -1)).transpose(1, 2)
         padding_BTAD = self.padding_tokens.expand(B, local_BTAD.shape[1], -1, -1)
         global_BTD = self.final_linear(self._stack(self.conv1_global(x_BAE)))
         return global_BTD, torch.cat([local_BTAD, padding_BTAD], dim=2)
@@ -512,16 +511,8 @@ class CausalDiT(nn.Module):
     def unpatchify(self, patches_BLD: Tensor, T: int, H: int, W: int) -> Tensor:
         """Patches ``[B, L, C * patch]`` back to a latent ``[B, C, T, H, W]``, float32."""
         pt, ph, pw = self.config.patch
-        return rearrange(
-            patches_BLD.float(),
-            "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-            t=T // pt,
-            h=H // ph,
-            w=W // pw,
-            pt=pt,
-            ph=ph,
-            pw=pw,
-        )
+        grid = patches_BLD.float().unflatten(1, (T // pt, H // ph, W // pw)).unflatten(-1, (pt, ph, pw, -1))
+        return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(grid.shape[0], -1, T, H, W)
 
     def _inject(self, x_BLD: Tensor, audio: AudioCondition, injector: int) -> Tensor:
         """Add what each latent frame hears, in its own moment, to its tokens."""

@@ -28,7 +28,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
@@ -544,7 +543,8 @@ class ServedWeights:
     def embed(self, latent_BCTHW: Tensor) -> Tensor:
         """`CausalDiT.embed_video` as one matrix product."""
         _, ph, pw = self.dit.config.patch
-        patches_BLC = rearrange(latent_BCTHW, "b c t (h p) (w q) -> b (t h w) (c p q)", p=ph, q=pw)
+        cells = latent_BCTHW.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
+        patches_BLC = cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(1, 3).flatten(2)
         return F.linear(patches_BLC.to(self._embed_weight_DC.dtype), self._embed_weight_DC, self._embed_bias_D)
 
     def _layer(self, index: int, block: Block, *, eight_bits: bool) -> _Layer:
