@@ -225,7 +225,11 @@ def row_of(case: Case, ceilings: Ceilings, device: torch.device, budget_s: float
     try:
         timing = time_call(case.call, device, budget_s=budget_s)
     except Exception as error:  # noqa: BLE001 - one kernel that a machine refuses must not hide the others
-        return {"op": case.cost.name, "by": case.by, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {
+            "op": case.cost.name,
+            "by": case.by,
+            "error": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+        }
     seconds = timing.p50 / 1e3
     row: dict[str, Any] = {
         "op": case.cost.name,

@@ -254,6 +254,43 @@ CALLS: dict[str, Callable[[], object]] = {
 }
 """One call per kernel and specialisation that the 14B model uses, at 704 x 384."""
 
+
+def _odd_rows() -> None:
+    x = _meta(2, 6, 24)
+    one = _f32(1, 1, 24)
+    fast.gate_residual_norm_modulate_(x, x, one, one, one, 1e-6)
+
+
+def _odd_write() -> None:
+    x, table, ring = _meta(1, 1, 10), _f32(1, 5), _meta(1, 2, 1, 10)
+    slot = _meta(1, dtype=torch.int32)
+    fast.qk_norm_rope_write(
+        x, x, x, _meta(10), _meta(10), table, table, None, None, ring, ring, None, None, slot, 1, 1e-6
+    )
+
+
+def _odd_attend() -> None:
+    q, ring = _meta(1, 1, 1, 24), _meta(1, 3, 1, 24)
+    fast.attend(q, q, ring, ring, None, None, None, _meta(1, 2, dtype=torch.int32), None, 1, 0.2, True)
+
+
+def _norm_of_one_frame() -> None:
+    one = _f32(1, 1, D)
+    fast.gate_residual_norm_modulate_(_stream(), _stream(), None, one, one, 1e-6)
+
+
+ODD_CALLS: dict[str, Callable[[], object]] = {
+    "norm of one frame": _norm_of_one_frame,
+    "rows of 24": _odd_rows,
+    "a chunk of one token": _odd_write,
+    "one query": _odd_attend,
+    "float32 rows": lambda: fast.norm_modulate(_f32(1, 3, 1536), _f32(1, 3, 1536), _f32(1, 3, 1536), 1e-6),
+    "twelve heads": lambda: fast.rotate_sink_(
+        _meta(1, 5, 12, K), _f32(5, K // 2), _f32(5, K // 2), _meta(1, 9, 12, K), None, 2
+    ),
+}
+"""Shapes where an integer is 1, which Triton turns into a constant, or is a multiple of nothing."""
+
 ATTENTION = [name for name in CALLS if name.startswith("attend")]
 
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 import triton
-from paper_gpu import ATTENTION, CALLS, GOLDEN, SHARED_LIMIT, Compiled, compile_call
+from paper_gpu import ATTENTION, CALLS, GOLDEN, ODD_CALLS, SHARED_LIMIT, Compiled, compile_call
 
 pytestmark = pytest.mark.skipif(
     not hasattr(triton, "compile") or getattr(triton.knobs.runtime, "interpret", False),
@@ -34,6 +34,11 @@ def test_it_fits_and_spills_nothing(name: str, capability: int, compiled: dict[t
     assert kernel.spilled_bytes == 0
     assert kernel.shared_bytes <= SHARED_LIMIT
     assert kernel.registers * kernel.num_warps * 32 <= 65_536
+
+
+@pytest.mark.parametrize("name", ODD_CALLS)
+def test_odd_shapes_compile_and_spill_nothing(name: str) -> None:
+    assert compile_call(ODD_CALLS[name], 90).spilled_bytes == 0
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ATTENTION])

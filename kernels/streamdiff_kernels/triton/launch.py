@@ -64,13 +64,13 @@ def _gpu(device: int) -> Gpu:
     return Gpu(driver.active.get_current_target().arch, properties["multiprocessor_count"])
 
 
-def register_limit() -> int | None:
+def register_limit(x: Tensor) -> int | None:
     """Registers per thread to hold the row kernels to, or None to leave it to the assembler.
 
     With 64, four programs of eight warps share a processor of Hopper and one's loads hide behind another's
-    sums. The same limit spills on Blackwell.
+    sums. The same limit spills on Blackwell, and with rows of four bytes.
     """
-    return 64 if not INTERPRETED and current_gpu().capability == 90 else None
+    return 64 if x.dtype.itemsize == 2 and not INTERPRETED and current_gpu().capability == 90 else None
 
 
 def next_power_of_2(n: int) -> int:

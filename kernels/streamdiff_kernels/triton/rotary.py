@@ -245,7 +245,7 @@ def qk_norm_rope_write(
             TWO_TURNS=q_sink is not None,
             EIGHT_BITS=key_scale_BMN is not None,
             num_warps=row_warps(heads * width),
-            maxnreg=None if key_scale_BMN is not None else register_limit(),
+            maxnreg=None if key_scale_BMN is not None else register_limit(q_BLD),
         )
     return q_out, q_sink
 

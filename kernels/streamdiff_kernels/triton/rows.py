@@ -203,7 +203,7 @@ def _launch_residual_norm(
             NORM=scale_BTD is not None,
             EIGHT_BITS=row_scale_BL is not None,
             num_warps=row_warps(block),
-            maxnreg=None if y_BLD is not None else register_limit(),
+            maxnreg=None if y_BLD is not None else register_limit(x_BLD),
         )
 
 

@@ -45,6 +45,22 @@ def test_norms_gates_and_modulations(B: int, L: int, T: int, D: int, dtype: torc
             TOLERANCES["gate_residual_norm_modulate_"].check(out, want)
 
 
+def test_a_program_may_serve_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from streamdiff_kernels.triton import rows
+
+    x, y = draw(2, 6, 20), draw(2, 6, 20, seed=9)  # three tokens a frame: the last program of each is not full
+    shift, scale, gate = draw(2, 6, 20, seed=7).unbind(1)[:3]
+    results = []
+    for count in (1, 2, 4):
+        monkeypatch.setattr(rows, "ROWS_PER_PROGRAM", count)
+        stream = x.clone()
+        out = sk.gate_residual_norm_modulate_(stream, y, gate, scale, shift, impl=TRITON)
+        x8, row_scale = sk.norm_modulate_fp8(x, scale, shift, impl=TRITON)
+        results.append((stream, out, x8.float(), row_scale))
+    for several in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], several, strict=True))
+
+
 def test_an_affine_norm_is_a_modulation_of_one_frame() -> None:
     x, weight, bias = draw(1, 5, 24), draw(24, seed=1), draw(24, seed=2)
     got = sk.norm_modulate(x, (weight - 1)[None], bias[None], impl=TRITON)
