@@ -26,6 +26,7 @@ from streamdiff.models import cost, vae
 from streamdiff.models.audio import AudioEncoder, LogMelFeatures, Wav2Vec2Features
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.served_decoder import ServedDecoder
+from streamdiff.models.step import StepOptions
 from streamdiff.models.tae import TAEConfig, TAEDecoder
 from streamdiff.models.text import HashedText, TextEncoder, UMT5Text
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb8
@@ -60,7 +61,8 @@ class Weights:
 class Engine:
     """Makes the parts of a stream for one machine.
 
-    ``device`` is where this process computes; ``dtype`` defaults to bfloat16 on CUDA and float32 elsewhere.
+    ``device`` is where this process computes; ``dtype`` defaults to bfloat16 on CUDA and float32 elsewhere; ``options``
+    say how steps are computed.
     ``plan_only`` accepts a preset whose weights are not there, for counting and forecasting.
     """
 
@@ -71,9 +73,11 @@ class Engine:
         weights: Weights | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        options: StepOptions | None = None,
         plan_only: bool = False,
     ) -> None:
         self.config = config
+        self.options = options or StepOptions()
         self.weights = weights or Weights()
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
@@ -94,9 +98,17 @@ class Engine:
         """What one rank does to a packet: its denoising steps, the decoding, or both in this order."""
         stages: list[Stage] = []
         if role.steps:
-            stages.append(
-                DenoiseStage(self.dit(), self.config, role.steps, seed=seed, stream=stream, observer=observer)
+            denoise = DenoiseStage(
+                self.dit(),
+                self.config,
+                role.steps,
+                seed=seed,
+                stream=stream,
+                options=self.options,
+                observer=observer,
             )
+            denoise.warm()
+            stages.append(denoise)
         if role.decodes:
             stages.append(DecodeStage(self.decoder(), self.config, observer=observer))
         return stages[0] if len(stages) == 1 else Chain(stages)

@@ -508,6 +508,11 @@ class ServedWeights:
         self._embed_weight_DC = dit.patch_embedding.weight.data.flatten(1)
         self._embed_bias_D = bias_D.to(dit.dtype)
 
+    @property
+    def needs_warming(self) -> bool:
+        """Whether anything is compiled or captured."""
+        return self.graphs is not None or self.options.compile
+
     def text_condition(self, text_BPC: Tensor) -> TextCondition:
         """`CausalDiT.text_condition`, computed once per prompt; with graphs, into the buffers that they read."""
         text = self.dit.text_condition(text_BPC)
@@ -616,7 +621,6 @@ class ServedStep:
         self._backend = weights.backend(memory)
         # A function, not a method: one compilation serves all steps.
         self._block = torch.compile(_block, fullgraph=True) if options.compile else _block
-        self._compiles = options.compile
         self._rings = [
             (keys_BMNK, values_BMNK)
             for keys_BMNK, values_BMNK in zip(memory.keys_ZBMNK, memory.values_ZBMNK, strict=True)
@@ -653,7 +657,7 @@ class ServedStep:
 
         Values do not matter, shapes do. The memory must hold no chunk (MemoryOrderError), and is left as it was.
         """
-        if self._weights.graphs is None and not self._compiles:
+        if not self._weights.needs_warming:
             return
         window = self._memory.ring.window
         for filled in (window,) if self._follows_length else range(window, 0, -1):

@@ -130,6 +130,8 @@ class DenoiseStage:
 
         Call it before the first packet: MemoryOrderError afterwards.
         """
+        if not self._weights.needs_warming:
+            return
         config, device = self._config, self._dit.device
         B = self.sink.values_ZBSNK.shape[1]
         latent_BCTHW = torch.zeros(B, config.dit.in_dim, config.frames_per_chunk, *config.latent_hw, device=device)
