@@ -110,7 +110,9 @@ class Engine:
             denoise.warm()
             stages.append(denoise)
         if role.decodes:
-            stages.append(DecodeStage(self.decoder(), self.config, observer=observer))
+            decode = DecodeStage(self.decoder(), self.config, observer=observer)
+            decode.warm()
+            stages.append(decode)
         return stages[0] if len(stages) == 1 else Chain(stages)
 
     def head(self, image_HWC: Tensor, prompt: str, *, seed: int = 0, stream: int = 0) -> Head:

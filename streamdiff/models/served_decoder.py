@@ -7,11 +7,13 @@ per chunk: 5.1 GB for the Wan VAE at 704x384 in bfloat16, or 1.2 ms at 4.3 TB/s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from streamdiff.models.graphs import CudaGraphs, Graphs
 from streamdiff.models.vae import DecoderState, VideoDecoder
 
 
@@ -19,7 +21,7 @@ from streamdiff.models.vae import DecoderState, VideoDecoder
 class _Captured:
     """One graph and the tensors it reads and writes, at fixed addresses."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     latents: Tensor
     pasts: tuple[Tensor, ...]
     frames: Tensor
@@ -39,6 +41,7 @@ class ServedDecoder(VideoDecoder):
         self.decoder = decoder
         pack_weights(decoder)
         self._graph = graph
+        self._graphs: Graphs | None = None
         self._one = torch.compile(decoder.decode_one, fullgraph=True) if compile else decoder.decode_one
         self._captured: dict[tuple[torch.Size, torch.dtype], _Captured] = {}
 
@@ -61,24 +64,17 @@ class ServedDecoder(VideoDecoder):
         captured.latents.copy_(latents_BCTHW, non_blocking=True)
         for buffer, past in zip(captured.pasts, state.pasts, strict=True):
             buffer.copy_(past, non_blocking=True)
-        captured.graph.replay()
+        captured.replay()
         pasts = tuple(past.clone() for past in captured.next_pasts)
         return captured.frames.clone(), DecoderState(state.num_latents + latents_BCTHW.shape[2], pasts)
 
     def _capture(self, latents_BCTHW: Tensor, state: DecoderState) -> _Captured:
         latents_BCTHW = latents_BCTHW.to(state.pasts[0].device, copy=True)
         static = DecoderState(state.num_latents, tuple(past.clone() for past in state.pasts))
-        # Libraries pick their algorithms and compilers compile outside the capture, on a stream of their own.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                super().decode_checked(latents_BCTHW, static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            frames, after = super().decode_checked(latents_BCTHW, static)
-        return _Captured(graph, latents_BCTHW, static.pasts, frames, after.pasts)
+        if self._graphs is None:
+            self._graphs = CudaGraphs(latents_BCTHW.device)
+        (frames, after), replay = self._graphs.capture(lambda: VideoDecoder.decode_checked(self, latents_BCTHW, static))
+        return _Captured(replay, latents_BCTHW, static.pasts, frames, after.pasts)
 
 
 def pack_weights(module: nn.Module) -> None:

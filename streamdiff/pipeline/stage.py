@@ -19,6 +19,7 @@ from streamdiff.config import EngineConfig
 from streamdiff.errors import MemoryOrderError, StreamdiffError
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
+from streamdiff.models.served_decoder import ServedDecoder
 from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.observe import Observer, Silent, span
@@ -255,6 +256,7 @@ class DecodeStage:
 
     def __init__(self, decoder: VideoDecoder, config: EngineConfig, *, observer: Observer | None = None) -> None:
         self._decoder = decoder
+        self._config = config
         self._slack = config.memory.slack_chunks
         self._observer = observer or Silent()
         self._way_out: torch.cuda.Stream | None = None
@@ -284,6 +286,18 @@ class DecodeStage:
         self._before[packet.chunk + 1] = after
         self._before.pop(packet.chunk - self._slack - 1, None)
         return replace(packet, frames_THWC=frames_THWC)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Capture the decoding of a chunk before the first one comes; what captures nothing is left alone."""
+        if not isinstance(self._decoder, ServedDecoder):
+            return
+        config = self._config
+        device = next(self._decoder.parameters()).device
+        latents_BCTHW = torch.zeros(1, config.vae.z_dim, config.frames_per_chunk, *config.latent_hw, device=device)
+        _, state = self._decoder.decode(latents_BCTHW[:, :, :1])
+        frames_BCTHW, _ = self._decoder.decode(latents_BCTHW, state)
+        self._leave(to_rgb8(frames_BCTHW)[0])
 
     def _leave(self, frames_THWC: Tensor) -> Tensor:
         """Frames brought to pinned memory, on a stream of their own; waits for them, and for no work behind them."""
