@@ -650,8 +650,8 @@ class AvatarStream:
                     if first < motion.next_frame:
                         self._begin_take(first)
                         cut_to, self._cut_to, take = first, None, self._take
-                lacks = self._lacks(score, shortest, longest) and not chunks
-                if lacks and cut_to is None and (not self._realtime or patience < _PATIENCE):
+                lacks = cut_to is None and not chunks and self._lacks(score, shortest, longest)
+                if lacks and (not self._realtime or patience < _PATIENCE):
                     patience += 1
                     self._wake.wait(_NAP_S if not self._realtime else 0.01)
                     continue
@@ -661,7 +661,7 @@ class AvatarStream:
             for chunk, segment in chunks:
                 known = len(score.frames)
                 motion.revise(score.absorb(chunk, segment), after=known)
-            if cut_to is not None and not chunks:
+            if cut_to is not None or chunks:
                 continue
             patience = 0
             if score.is_open and not score.frames:

@@ -126,7 +126,8 @@ def sentences(text: str | Iterable[str]) -> Iterator[str]:
 
 
 def _pieces(text: str | Iterable[str]) -> Iterator[str]:
-    for part in [text] if isinstance(text, str) else text:
+    # A whole text is known to be complete: the line end says that its only sentence need not be cut at a comma.
+    for part in [text + "\n"] if isinstance(text, str) else text:
         for start in range(0, len(part), _PIECE):
             yield part[start : start + _PIECE]
 

@@ -8,11 +8,14 @@ What is learned from:
   (Cohen and Massaro 1993) over viseme targets, opened by loudness;
 * with ``--data``: 656 s of real speech with the face that spoke it (FACEGOOD-Audio2Face, MIT), mapped to ARKit names;
 * head, brows, lids and eyes as random processes with the spreads, speeds, correlations and intervals that were
-  measured on 200 s of a person in conversation (`HEAD_STD` and below), tied to stress, state and gaze.
+  measured on 200 s of a person in conversation (`streamdiff.avatar.motion.HEAD_STD`), tied to stress, state and gaze.
 
-One thread; a checkpoint every two minutes; started again with the same ``--out`` it goes on.
+One thread; a checkpoint every two minutes; started again with the same ``--out`` it goes on. The clips are kept beside it.
 Axes as in `streamdiff.avatar.motion`; T visits of the clock of 100 Hz.
 """
+
+# The phonetic alphabet is meant, and lists of sentences read best as text.
+# ruff: noqa: RUF001, SIM905
 
 from __future__ import annotations
 
@@ -25,21 +28,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamdiff import counter
 from streamdiff.avatar.kinematics import FPS, Floats, KinematicSpec, arkit64, gaze_to_looks
 from streamdiff.avatar.motion import (
-    BLINK_SHAPE,
     FRAME_SAMPLES,
-    NUM_INTENT,
+    HEAD_STD,
     NUM_MEL,
-    SILENT_MEL,
     STYLE_NAMES,
     Cues,
     Intent,
@@ -51,25 +54,13 @@ from streamdiff.avatar.motion import (
     save_motion,
     style_vector,
 )
-from streamdiff.avatar.speech import RATE_HZ, HibariVoice, Phoneme, Resampler
+from streamdiff.avatar.speech import PAUSES, RATE_HZ, HibariVoice, Phoneme, Resampler
 from streamdiff.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
 
 _CLOCK_HZ = 100
 
-HEAD_STD = (0.042, 0.076, 0.067, 0.155, 0.100)
-"""Spread of head rotation x, y, z (radians) and shift x, y (distances between the outer eye corners): 200 s of a
-seated person in conversation (FGNET talking face), read by face landmarks and smoothed over 0.4 s."""
-HEAD_TEMPO = (2.14, 1.30, 1.36, 1.51, 1.67)
-"""Spread of the speed over spread of the place, per second, of the same channels."""
-HEAD_CORRELATION = (
-    (1.00, -0.12, 0.10, -0.02, 0.45),
-    (-0.12, 1.00, -0.53, 0.60, -0.08),
-    (0.10, -0.53, 1.00, -0.79, 0.13),
-    (-0.02, 0.60, -0.79, 1.00, -0.26),
-    (0.45, -0.08, 0.13, -0.26, 1.00),
-)
 _CALM = 0.5
 """A portrait moves less than a person in a chair: the ordinary style halves the measured spread."""
 
@@ -139,7 +130,6 @@ _BACK = {"jaw": 0.5, "round": 0.08, "spread": 0.1, "seal": 0.7, "lift": 0.25, "t
 _GLIDE = {"jaw": 1.0, "round": 2.2, "spread": 0.6, "seal": 1.0, "lift": 0.8, "tongue": 0.6}
 _WEAK = {"jaw": 0.1, "round": 0.04, "spread": 0.04, "seal": 0.3, "lift": 0.08, "tongue": 0.3}
 _REST = {"jaw": 0.7, "round": 0.5, "spread": 0.5, "seal": 0.5, "lift": 0.6, "tongue": 0.6}
-_NOTHING = {group: 0.01 for group in _GROUPS}
 
 _VISEMES: Mapping[str, Viseme] = {
     "ɑ": _v(_VOWEL, jaw=0.64, lower=0.30, upper=0.08),
@@ -155,9 +145,7 @@ _VISEMES: Mapping[str, Viseme] = {
     "i": _v(_VOWEL, jaw=0.17, lower=0.24, upper=0.12, stretch=0.30, smile=0.28, dimple=0.10),
     "ʊ": _v(_ROUND, jaw=0.22, lower=0.10, funnel=0.34, pucker=0.42),
     "u": _v(_ROUND, jaw=0.14, lower=0.06, funnel=0.30, pucker=0.72),
-    "ə": _v(
-        {**_VOWEL, "jaw": 0.6, "lift": 0.5, "round": 0.3, "spread": 0.3}, jaw=0.24, lower=0.16, upper=0.04
-    ),
+    "ə": _v({**_VOWEL, "jaw": 0.6, "lift": 0.5, "round": 0.3, "spread": 0.3}, jaw=0.24, lower=0.16, upper=0.04),
     "ɜ": _v(_ROUND, jaw=0.26, lower=0.16, funnel=0.32, pucker=0.20),
     "p": _v(_SEAL, jaw=0.05, close=0.05, press=0.42, roll_lower=0.28, roll_upper=0.18),
     "m": _v(_SEAL, jaw=0.06, close=0.06, press=0.34, roll_lower=0.22, roll_upper=0.14),
@@ -172,8 +160,7 @@ _VISEMES: Mapping[str, Viseme] = {
     "k": _v(_BACK, jaw=0.22, lower=0.16),
     "h": _v(_WEAK, jaw=0.25, lower=0.14),
     "pause": _v(_REST, jaw=0.01, press=0.03),
-    "": _v({group: 1.0 for group in _GROUPS}, jaw=0.0),
-    " ": _v(_NOTHING),
+    "": _v(dict.fromkeys(_GROUPS, 1.0), jaw=0.0),
 }
 _LIKE = {
     "ɐ": "ʌ", "ᵊ": "ə", "ᵻ": "ɪ", "ɚ": "ɜ", "b": "p", "v": "f", "ʒ": "ʃ", "ʧ": "ʃ", "ʤ": "ʃ", "z": "s", "ʦ": "s",
@@ -187,7 +174,6 @@ _GLIDES = {
     "W": ("a", "ʊ"),
     "Y": ("ɔ", "ɪ"),
 }
-_PAUSES = frozenset(';:,.!?—…"()“”')
 
 
 def _elementary(phonemes: Sequence[Phoneme]) -> Iterator[tuple[Viseme, float, float]]:
@@ -197,7 +183,7 @@ def _elementary(phonemes: Sequence[Phoneme]) -> Iterator[tuple[Viseme, float, fl
             first, second = _GLIDES[symbol]
             yield _VISEMES[first], start_s, middle_s
             yield _VISEMES[second], middle_s, end_s
-        elif symbol and symbol in _PAUSES:
+        elif symbol and symbol in PAUSES:
             yield _VISEMES["pause"], start_s, end_s
         else:
             symbol = _LIKE.get(symbol, symbol)
@@ -244,9 +230,7 @@ def loudness(samples_S: Floats) -> Floats:
     power = (samples_S[: len(samples_S) // hop * hop].reshape(-1, hop) ** 2).mean(axis=1)
     kernel = np.hanning(15)
     power = np.convolve(power, kernel / kernel.sum(), mode="same")
-    usual = (
-        np.percentile(power[power > power.max(initial=0.0) * 1e-3], 75) if power.max(initial=0.0) > 0 else 1.0
-    )
+    usual = np.percentile(power[power > power.max(initial=0.0) * 1e-3], 75) if power.max(initial=0.0) > 0 else 1.0
     decibel = 10 * np.log10(power / usual + 1e-6)
     return np.clip(1.0 + decibel / 25.0, 0.0, 1.5).astype(np.float32)
 
@@ -285,9 +269,7 @@ def rig_to_arkit(weights_AR: Floats, rig_names: Sequence[str], spec: KinematicSp
         for side, ending in (("Left", "l"), ("Right", "r"), ("", "")):
             name = shape + side
             if spec.has(name):
-                total = sum(
-                    (gain * value(stem, ending) for stem, gain in parts.items()), np.zeros(len(weights_AR))
-                )
+                total = sum((gain * value(stem, ending) for stem, gain in parts.items()), np.zeros(len(weights_AR)))
                 out_AE[:, spec.index(name)] = np.clip(total, 0.0, 1.0)
     return out_AE
 
@@ -305,16 +287,6 @@ def _process(generator: np.random.Generator, num_frames: int, corner_hz: float) 
     # The spread of the process, not of this piece of it: a quiet minute may be quiet.
     scale = math.sqrt(float(2 * (gain**2).sum()) / length)
     return (np.fft.irfft(noise * gain, length)[:num_frames] / scale).astype(np.float32)
-
-
-def _mixed(generator: np.random.Generator, num_frames: int, tempo: float) -> Floats:
-    """Slow and quick processes mixed so that the speed's spread is ``tempo`` per second."""
-    slow_hz, quick_hz = 0.10, 0.55
-    slow, quick = 2 * math.pi * slow_hz, 2 * math.pi * quick_hz
-    share = float(np.clip((tempo**2 - slow**2) / (quick**2 - slow**2), 0.02, 0.9))
-    return math.sqrt(1 - share) * _process(generator, num_frames, slow_hz) + math.sqrt(share) * _process(
-        generator, num_frames, quick_hz
-    )
 
 
 def _pulse(length: int) -> Floats:
@@ -359,7 +331,7 @@ class _Manner:
             smile=float(abs(generator.normal(0.03, 0.09))),
             head=(_CALM * around(0.35) * np.exp(0.2 * generator.standard_normal(3))).astype(np.float32),
             shift=_CALM * around(0.4),
-            tempo=around(0.25),
+            tempo=float(np.clip(around(0.25), 0.5, 1.6)),
             brow=around(0.4),
             brow_raise=float(abs(generator.normal(0.02, 0.06))),
             blink=float(np.clip(generator.normal(0.93, 0.08), 0.6, 1.0)),
@@ -403,10 +375,10 @@ def _perform(
     kernel = _pulse(17)
     active_A = np.convolve(np.pad(wanted, 8, mode="edge"), kernel / kernel.sum(), mode="valid")
 
-    # Head: five correlated channels, quicker while speaking.
-    factor = np.linalg.cholesky(np.array(HEAD_CORRELATION))
-    white = np.stack([_mixed(generator, num_frames, tempo * manner.tempo) for tempo in HEAD_TEMPO])
-    head_5A = (factor @ white) * np.array(HEAD_STD)[:, None]
+    # Head: held as intended, livelier while speaking, and never quite still.
+    posture_8A = intent_AI[:, 3:].T
+    restless = np.stack([_process(generator, num_frames, 0.8) for _ in HEAD_STD])
+    head_5A = (posture_8A[:5] + 0.12 * restless) * np.array(HEAD_STD)[:, None]
     head_5A = head_5A * (0.55 + 0.45 * active_A)
     rotation_A3 = (head_5A[:3] * manner.head[:, None]).T.astype(np.float32)
     shift_A2 = (head_5A[3:] * manner.shift).T.astype(np.float32)
@@ -420,9 +392,7 @@ def _perform(
         if chance[0] < 0.35:
             _add(nods_A, max(0, at - 2), _pulse(9), size * manner.nod * float(generator.uniform(0.5, 1.8)))
         if chance[1] < 0.16:
-            _add(
-                raise_A, max(0, at - 3), _pulse(14), size * float(generator.uniform(0.12, 0.34)) * manner.brow
-            )
+            _add(raise_A, max(0, at - 3), _pulse(14), size * float(generator.uniform(0.12, 0.34)) * manner.brow)
     at = 0
     while at < num_frames:
         at += int(generator.uniform(2.5, 8.0) * FPS)
@@ -434,18 +404,18 @@ def _perform(
     rotation_A3[:, 0] += nods_A
     motion_AE[:, spec.part("rotation")] = rotation_A3
     motion_AE[:, spec.part("translation")] = shift_A2
-    put("headScale", 0.012 * manner.shift * _process(generator, num_frames, 0.15))
+    put("headScale", 0.012 * manner.shift * -posture_8A[4])
 
     # Brows.
-    drift_A = 0.05 * manner.brow * _process(generator, num_frames, 0.4) * (0.5 + 0.5 * active_A)
+    drift_A = 0.05 * manner.brow * posture_8A[5] * (0.5 + 0.5 * active_A)
     brow_A = np.maximum(0.0, manner.brow_raise + drift_A) + raise_A
     put("browInnerUp", 0.8 * brow_A)
     put_both("browOuterUp", brow_A, 0.5 * manner.asymmetry)
-    frown_A = np.maximum(0.0, 0.05 * manner.brow * (_process(generator, num_frames, 0.3) - 0.3))
+    frown_A = np.maximum(0.0, 0.05 * manner.brow * (-posture_8A[5] - 0.3))
     put_both("browDown", frown_A)
 
     # Eyes: fixed on the camera or on what the intent looks at, whatever the head does.
-    gaze_A2 = intent_AI[:, 1:].copy()
+    gaze_A2 = intent_AI[:, 1:3].copy()
     gaze_A2[:, 0] += 0.9 * rotation_A3[:, 1]
     gaze_A2[:, 1] -= 0.9 * rotation_A3[:, 0]
     # A saccade lasts about one frame.
@@ -457,8 +427,8 @@ def _perform(
     closed_A = intent_AI[:, 0] * manner.blink
     lower_lid_A = 0.35 * np.clip(gaze_A2[:, 1] / 0.35, 0, 1)
     put_both("eyeBlink", np.maximum(closed_A, lower_lid_A))
-    squint_A = np.maximum(0.0, manner.squint + 0.03 * _process(generator, num_frames, 0.3)) + 0.12 * closed_A
-    smile_A = np.maximum(0.0, manner.smile + 0.03 * _process(generator, num_frames, 0.12))
+    squint_A = np.maximum(0.0, manner.squint + 0.03 * posture_8A[6]) + 0.12 * closed_A
+    smile_A = np.maximum(0.0, manner.smile + 0.03 * posture_8A[7])
     put_both("eyeSquint", squint_A + 0.25 * smile_A)
     put_both("cheekSquint", 0.5 * smile_A)
     put_both("mouthSmile", smile_A, manner.asymmetry)
@@ -479,8 +449,8 @@ class Clip:
     """A minute of one person: everything the model reads, and the face it should show."""
 
     cues: Cues
-    intent_AI: Floats  # noqa: N815
-    motion_AE: Floats  # noqa: N815
+    intent_AI: Floats
+    motion_AE: Floats
     style: Floats
     source: str
 
@@ -554,9 +524,7 @@ def _stress(phonemes: Sequence[Phoneme], num_frames: int, loud_T: Floats) -> Flo
     return stress_A
 
 
-def spoken_clip(
-    voice: HibariVoice, number: int, *, seed: int, words: Sequence[str], seconds: float = 50.0
-) -> Clip:
+def spoken_clip(voice: HibariVoice, number: int, *, seed: int, words: Sequence[str], seconds: float = 50.0) -> Clip:
     """A conversation of which we hear one side: idle, speaking and listening by turns."""
     spec = arkit64()
     generator = np.random.default_rng(counter.seed_of("clip", seed, number))
@@ -603,7 +571,7 @@ def spoken_clip(
     # Silence between the turns pulls the mouth shut, as a pause does.
     gaps = [Phoneme("", a, b) for a, b in _between(phonemes, frames / FPS)]
     mouth = articulate(sorted([*phonemes, *gaps], key=lambda p: p.start_s), frames, loud_T)
-    intent_AI = Intent(counter.seed_of("clip-intent", seed), number).rows(0, frames)
+    intent_AI = Intent(counter.seed_of("clip-intent", seed), number, tempo=manner.tempo).rows(0, frames)
     motion_AE = _perform(mouth, state_A, stress_A, intent_AI, manner, generator, spec)
     heard = Cues.sound(samples_S, phonemes, before_S=np.zeros(FRAME_SAMPLES, np.float32))
     cues = Cues(heard.mel_AF, heard.phones_AP, heard.heard_A, heard.said_A, state_A)
@@ -620,7 +588,8 @@ def _between(phonemes: Sequence[Phoneme], end_s: float) -> list[tuple[float, flo
 
 
 def _style(motion_AE: Floats, manner: _Manner, spec: KinematicSpec) -> Floats:
-    return style_vector({**measure_style(motion_AE, spec), "nod": (manner.nod - 0.02) / 0.02})
+    measured = measure_style(motion_AE, spec)
+    return style_vector({**measured, "nod": (manner.nod - 0.02) / 0.02, "head_tempo": (manner.tempo - 1.0) / 0.2})
 
 
 def real_clips(path: str | Path, *, seed: int, num_manners: int = 4) -> list[Clip]:
@@ -649,9 +618,7 @@ def real_clips(path: str | Path, *, seed: int, num_manners: int = 4) -> list[Cli
         # The rig's frame k stands for the middle of its own thirtieth of a second.
         source_s = (np.arange(len(rig_AE)) + 0.5) / 30
         at_s = (np.arange(frames) + 0.5) / FPS
-        mouth_AE = np.stack([np.interp(at_s, source_s, column) for column in rig_AE.T], axis=1).astype(
-            np.float32
-        )
+        mouth_AE = np.stack([np.interp(at_s, source_s, column) for column in rig_AE.T], axis=1).astype(np.float32)
         heard = Cues.sound(samples_S, None, before_S=np.zeros(FRAME_SAMPLES, np.float32))
         loud_A = loudness(samples_S).reshape(frames, -1).mean(axis=1)
         rising_A = (loud_A[1:-1] > 1.0) & (loud_A[1:-1] >= loud_A[:-2]) & (loud_A[1:-1] > loud_A[2:])
@@ -663,7 +630,7 @@ def real_clips(path: str | Path, *, seed: int, num_manners: int = 4) -> list[Cli
             silent = {shape: np.zeros(frames, np.float32) for shape in _SHAPES}
             silent["upper"] = mouth_AE[:, spec.index("mouthUpperUpLeft")]
             stream = 10_000 + number * num_manners + variant
-            intent_AI = Intent(counter.seed_of("take-intent", seed), stream).rows(0, frames)
+            intent_AI = Intent(counter.seed_of("take-intent", seed), stream, tempo=manner.tempo).rows(0, frames)
             state_A = heard.state_A
             motion_AE = _perform({**silent}, state_A, stress_A, intent_AI, manner, generator, spec)
             for name in (*_SINGLE.values(), *(v + s for v in _PAIRED.values() for s in ("Left", "Right"))):
@@ -679,32 +646,41 @@ def real_clips(path: str | Path, *, seed: int, num_manners: int = 4) -> list[Cli
 class Dataset:
     """Clips laid end to end, and windows drawn from them."""
 
-    def __init__(self, clips: Sequence[Clip], config: MotionConfig, *, real_share: float = 0.25) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], config: MotionConfig, *, real_share: float = 0.25) -> None:
         self.config = config
-        self.mel = torch.from_numpy(np.concatenate([c.cues.mel_AF for c in clips]).astype(np.float16))
-        phones = np.concatenate([np.rint(c.cues.phones_AP * 255).astype(np.uint8) for c in clips])
-        self.phones = torch.from_numpy(phones)
-        self.said = torch.from_numpy(np.concatenate([c.cues.said_A for c in clips]))
-        self.state = torch.from_numpy(np.concatenate([c.cues.state_A for c in clips]).astype(np.int64))
-        self.intent = torch.from_numpy(np.concatenate([c.intent_AI for c in clips]))
-        self.motion = torch.from_numpy(np.concatenate([c.motion_AE for c in clips]))
-        self.style = torch.from_numpy(np.stack([c.style for c in clips]))
-        lengths = np.array([len(c.motion_AE) for c in clips])
+        self.tensors = dict(tensors)
+        self.motion = tensors["motion"]
+        lengths = tensors["lengths"].tolist()
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        window = config.window
-        usable = [np.arange(s, s + n - window) for s, n in zip(starts, lengths, strict=True)]
-        self._clip_of = torch.from_numpy(np.repeat(np.arange(len(clips)), lengths))
-        real = np.array([c.source != "spoken" for c in clips])
+        usable = [np.arange(s, s + n - config.window) for s, n in zip(starts, lengths, strict=True)]
+        self._clip_of = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+        real = tensors["real"].tolist()
         pools = [[u for u, r in zip(usable, real, strict=True) if r == kind] for kind in (False, True)]
         self._pools = [torch.from_numpy(np.concatenate(p)) for p in pools if p]
         self._real_share = real_share if len(self._pools) == 2 else 0.0
 
+    @staticmethod
+    def pack(clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """Clips as the tensors that a dataset, and its file, is made of."""
+        columns = {
+            "mel": np.concatenate([c.cues.mel_AF for c in clips]).astype(np.float16),
+            "phones": np.concatenate([np.rint(c.cues.phones_AP * 255).astype(np.uint8) for c in clips]),
+            "said": np.concatenate([c.cues.said_A for c in clips]),
+            "state": np.concatenate([c.cues.state_A for c in clips]),
+            "intent": np.concatenate([c.intent_AI for c in clips]),
+            "motion": np.concatenate([c.motion_AE for c in clips]),
+            "style": np.stack([c.style for c in clips]),
+            "lengths": np.array([len(c.motion_AE) for c in clips]),
+            "real": np.array([c.source != "spoken" for c in clips]),
+        }
+        return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}
+
     def draw(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of windows of one length: cues ``[B, A, C]``, motion ``[B, A, E]``, style ``[B, S]``."""
         config = self.config
-        shares = torch.tensor([0.3, 0.15, 0.55][-len(config.lengths) :])
+        shares = torch.tensor([0.35, 0.15, 0.5][-len(config.lengths) :])
         length = config.lengths[int(torch.multinomial(shares, 1, generator=generator))]
-        num_real = int(round(size * self._real_share))
+        num_real = round(size * self._real_share)
         counts = [size - num_real, num_real]
         starts = torch.cat(
             [
@@ -714,8 +690,9 @@ class Dataset:
             ]
         )
         at = starts[:, None] + torch.arange(config.history + length)
-        mel = self.mel[at].float()
-        said = self.said[at]
+        tensors = self.tensors
+        mel = tensors["mel"][at].float()
+        said = tensors["said"][at]
         heard = torch.ones_like(said)
         # Either voice alone must do: a text that has not been heard, a microphone that nobody transcribes.
         fate = torch.rand(size, generator=generator)
@@ -723,16 +700,16 @@ class Dataset:
         said = said & ((fate < 0.55) | ~has_phones)[:, None]
         heard = heard & ((fate < 0.45) | (fate > 0.55) | ~has_phones)[:, None]
         mel = _disturbed(mel, generator)
-        state = F.one_hot(self.state[at], len(State)).float()
+        state = F.one_hot(tensors["state"][at].long(), len(State)).float()
         cues = [
             mel * heard[..., None],
-            self.phones[at].float() / 255 * said[..., None],
+            tensors["phones"][at].float() / 255 * said[..., None],
             heard[..., None].float(),
             said[..., None].float(),
             state,
-            self.intent[at],
+            tensors["intent"][at],
         ]
-        style = self.style[self._clip_of[starts]]
+        style = tensors["style"][self._clip_of[starts]]
         style = style + 0.1 * torch.randn(style.shape, generator=generator)
         style = style * (torch.rand(size, 1, generator=generator) > 0.1)
         return {"cues": torch.cat(cues, -1), "motion": self.motion[at], "style": style}
@@ -747,9 +724,7 @@ def _disturbed(mel_BAF: Tensor, generator: torch.Generator) -> Tensor:
     bands = torch.linspace(-1.0, 1.0, num_bands)
     colour = torch.randn(B, 3, generator=generator) * torch.tensor([3.0, 2.0, 1.5])
     shape_db = (
-        colour[:, :1] * bands
-        + colour[:, 1:2] * torch.cos(math.pi * bands)
-        + colour[:, 2:] * torch.sin(math.pi * bands)
+        colour[:, :1] * bands + colour[:, 1:2] * torch.cos(math.pi * bands) + colour[:, 2:] * torch.sin(math.pi * bands)
     )
     power = power * 10 ** ((gain_db + shape_db[:, None, None]) / 10)
     level_db = torch.empty(B, 1, 1, 1).uniform_(-75.0, -32.0, generator=generator)
@@ -769,11 +744,20 @@ def _weights(spec: KinematicSpec) -> Tensor:
     for name in spec.names:
         if name.startswith(("mouth", "jaw")):
             weight_E[spec.index(name)] = 1.5
-    weight_E[spec.indices(["jawOpen", "mouthPucker", "mouthFunnel", "mouthPressLeft", "mouthPressRight"])] = (
-        3.0
-    )
+    weight_E[spec.indices(["jawOpen", "mouthPucker", "mouthFunnel", "mouthPressLeft", "mouthPressRight"])] = 3.0
     weight_E[spec.part("reserved")] = 0.0
     return weight_E / weight_E.mean()
+
+
+def _steadiness(spec: KinematicSpec) -> Tensor:
+    """Weight of errors in the change from frame to frame: what moves slowly must not tremble."""
+    steady_E = torch.full((spec.num_coefs,), 2.0)
+    for part in ("rotation", "translation", "scale"):
+        steady_E[spec.part(part)] = 12.0
+    for name in spec.names:
+        if name.startswith(("brow", "cheek", "eyeSquint", "eyeWide")):
+            steady_E[spec.index(name)] = 4.0
+    return steady_E
 
 
 def fit_scale(model: MotionModel, motion_AE: Tensor) -> None:
@@ -796,9 +780,7 @@ def _history(model: MotionModel, motion_BAE: Tensor, generator: torch.Generator)
     return torch.where(at_rest, rest_E.expand_as(history_BAE), history_BAE)
 
 
-def flow_loss(
-    model: MotionModel, batch: Mapping[str, Tensor], weight_E: Tensor, generator: torch.Generator
-) -> Tensor:
+def flow_loss(model: MotionModel, batch: Mapping[str, Tensor], weight_E: Tensor, generator: torch.Generator) -> Tensor:
     """Velocity matching, written as a weighted error of the data, and the error of its change from frame to frame."""
     config = model.config
     history_BAE = _history(model, batch["motion"], generator)
@@ -814,8 +796,9 @@ def flow_loss(
     guess_BAE = model(torch.cat([history_BAE, noisy_BAE], 1), sigma_B, tokens)[:, config.history :].float()
     error_BAE = guess_BAE - data_BAE
     share = 1.0 / sigma.clamp_min(0.25) ** 2
-    change_BAE = error_BAE.diff(dim=1)
-    return (weight_E * share * (error_BAE**2)).mean() + 2.0 * (weight_E * share * change_BAE**2).mean()
+    change_BAE = F.pad(error_BAE, (0, 0, 1, 0)).diff(dim=1)
+    steady_E = _steadiness(model.spec)
+    return (weight_E * share * (error_BAE**2)).mean() + (steady_E * weight_E * share * change_BAE**2).mean()
 
 
 def flow_shift(uniform: Tensor, shift: float = 2.0) -> Tensor:
@@ -858,9 +841,9 @@ def consistency_loss(
     guess = student(torch.cat([history_BAE, noisy_BAE], 1), sigma_B, student.cue_tokens(cues, style))
     error_BAE = guess[:, config.history :].float() - target_BAE
     share = 1.0 / sigma.clamp_min(0.25)
-    return (weight_E * share * (error_BAE**2)).mean() + 2.0 * (
-        weight_E * share * error_BAE.diff(dim=1) ** 2
-    ).mean()
+    steady_E = _steadiness(student.spec)
+    change = (steady_E * weight_E * share * F.pad(error_BAE, (0, 0, 1, 0)).diff(dim=1) ** 2).mean()
+    return (weight_E * share * error_BAE**2).mean() + change
 
 
 @dataclass
@@ -883,7 +866,7 @@ def train(
     rate: float = 1.2e-3,
     seed: int = 0,
 ) -> MotionModel:
-    """Run both phases for the given minutes of work, going on from the checkpoint beside ``out`` if there is one."""
+    """Run both phases for the given minutes of CPU time, going on from the checkpoint beside ``out``."""
     torch.manual_seed(seed)
     model = MotionModel(config)
     fit_scale(model, dataset.motion)
@@ -899,9 +882,7 @@ def train(
             model.load_state_dict(saved["model"])
             average.load_state_dict(saved["average"])
         except RuntimeError as error:
-            raise CheckpointError(
-                f"{checkpoint} is of another model: {error}; remove it to begin anew"
-            ) from error
+            raise CheckpointError(f"{checkpoint} is of another model: {error}; remove it to begin anew") from error
         generator.set_state(saved["generator"])
         logger.info("going on from %s, step %d, %.0f s", progress.phase, progress.step, progress.spent_s)
     budgets_s = {"flow": minutes * 60.0, "consistency": distil_minutes * 60.0}
@@ -924,7 +905,7 @@ def train(
         if saved is not None:
             optimiser.load_state_dict(saved["optimiser"])
         decay = 0.999 if phase == "flow" else 0.995
-        clock, last_saved, mean_loss = time.monotonic(), time.monotonic(), 0.0
+        clock, last_saved, mean_loss = time.process_time(), time.monotonic(), 0.0
         budget_s = budgets_s[phase]
         while progress.spent_s < budget_s:
             done = progress.spent_s / budget_s
@@ -947,8 +928,9 @@ def train(
                     slow.lerp_(fast, 1 - keep)
             progress.step += 1
             now = time.monotonic()
-            progress.spent_s += now - clock
-            clock = now
+            spent = time.process_time()
+            progress.spent_s += spent - clock
+            clock = spent
             mean_loss = loss.item() if mean_loss == 0.0 else 0.98 * mean_loss + 0.02 * loss.item()
             if progress.step % 100 == 0:
                 logger.info(
@@ -998,7 +980,7 @@ def _moved(model: MotionModel, clip: Clip, *, hop: int, ahead: int | None, seed:
     return torch.stack(shown).numpy()
 
 
-def aperture(motion_AE: Floats, spec: KinematicSpec) -> Floats:
+def aperture(motion_AE: Floats, spec: KinematicSpec) -> NDArray[np.floating[Any]]:
     """How far the lips are apart, in shapes: jaw and lips, less what closes them."""
 
     def column(name: str) -> Floats:
@@ -1008,14 +990,14 @@ def aperture(motion_AE: Floats, spec: KinematicSpec) -> Floats:
     return column("jawOpen") + 0.5 * lips - column("mouthClose") - 0.3 * column("mouthPressLeft")
 
 
-def _lag(a: Floats, b: Floats, reach: int = 6) -> tuple[float, int]:
+def _lag(a: NDArray[Any], b: NDArray[Any], reach: int = 6) -> tuple[float, int]:
     """Correlation at lag 0 and the lag in frames at which it peaks; positive: ``a`` comes later."""
-    scores = {}
+    scores: dict[int, float] = {}
     for lag in range(-reach, reach + 1):
         x = a[max(0, lag) : len(a) + min(0, lag)]
         y = b[max(0, -lag) : len(b) + min(0, -lag)]
         scores[lag] = float(np.corrcoef(x, y)[0, 1])
-    return scores[0], max(scores, key=lambda k: scores[k])
+    return scores[0], max(scores, key=scores.__getitem__)
 
 
 def seam_ratio(motion_AE: Floats, borders: Sequence[int], spec: KinematicSpec) -> float:
@@ -1030,9 +1012,7 @@ def seam_ratio(motion_AE: Floats, borders: Sequence[int], spec: KinematicSpec) -
     return float(np.median(jerk_A[near]) / np.median(jerk_A[~near]))
 
 
-def evaluate(
-    model: MotionModel, clips: Sequence[Clip], *, sigmas: Sequence[float] | None = None
-) -> dict[str, float]:
+def evaluate(model: MotionModel, clips: Sequence[Clip], *, sigmas: Sequence[float] | None = None) -> dict[str, float]:
     """Quality on clips that were not trained on, moved as streams: text ahead of time, and live sound."""
     spec = model.spec
     facts: dict[str, list[float]] = {}
@@ -1046,9 +1026,7 @@ def evaluate(
         runs += [("live" if spoken else "real live", 1, 2, True, False)]
         target = aperture(clip.motion_AE, spec)
         for name, hop, ahead, heard, said in runs:
-            moved_AE = _moved(
-                model, clip, hop=hop, ahead=ahead, seed=number, sigmas=sigmas, heard=heard, said=said
-            )
+            moved_AE = _moved(model, clip, hop=hop, ahead=ahead, seed=number, sigmas=sigmas, heard=heard, said=said)
             lips = aperture(moved_AE, spec)
             r, lag = _lag(lips, target[: len(lips)])
             note(f"{name} lips r", r)
@@ -1094,19 +1072,11 @@ def make_clips(minutes: float, *, seed: int, first: int = 0) -> list[Clip]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, judge, write weights and say how good they are."""
-    parser = argparse.ArgumentParser(
-        prog="streamdiff.training.motion", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="where the weights go; checkpoints lie beside them"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="facegood_audio2rig.npz; without it, synthesised speech only"
-    )
-    parser.add_argument("--minutes", type=float, default=45.0, help="minutes of flow matching")
-    parser.add_argument(
-        "--distil-minutes", type=float, default=15.0, help="minutes of consistency distillation"
-    )
+    parser = argparse.ArgumentParser(prog="streamdiff.training.motion", description="Train the motion model.")
+    parser.add_argument("--out", type=Path, required=True, help="where the weights go; checkpoints lie beside them")
+    parser.add_argument("--data", type=Path, help="facegood_audio2rig.npz; without it, synthesised speech only")
+    parser.add_argument("--minutes", type=float, default=45.0, help="CPU minutes of flow matching")
+    parser.add_argument("--distil-minutes", type=float, default=15.0, help="CPU minutes of consistency distillation")
     parser.add_argument("--speech-minutes", type=float, default=180.0, help="minutes of speech to synthesise")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -1116,17 +1086,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_flush_denormal(True)
 
     started = time.monotonic()
-    clips = make_clips(args.speech_minutes, seed=args.seed)
-    held_out = make_clips(4.0, seed=args.seed + 1, first=1_000_000)
-    if args.data is not None:
-        real = real_clips(args.data, seed=args.seed)
+    kept = args.out.with_suffix(".clips.safetensors")
+    held_out = make_clips(3.0, seed=args.seed + 1, first=1_000_000)
+    real = real_clips(args.data, seed=args.seed) if args.data is not None else []
+    if real:
         # The last take is never trained on.
-        last = real[-1].source
-        clips += [clip for clip in real if clip.source != last]
-        held_out.append(next(clip for clip in real if clip.source == last))
-    logger.info("%d clips in %.0f s", len(clips), time.monotonic() - started)
+        held_out.append(next(clip for clip in real if clip.source == real[-1].source))
+    if kept.is_file():
+        packed = load_file(kept)
+    else:
+        clips = make_clips(args.speech_minutes, seed=args.seed)
+        packed = Dataset.pack([*clips, *(clip for clip in real if clip.source != real[-1].source)])
+        save_file(packed, kept)
+    logger.info("%d clips after %.0f s", len(packed["lengths"]), time.monotonic() - started)
     config = MotionConfig()
-    dataset = Dataset(clips, config)
+    dataset = Dataset(packed, config)
     model = train(
         dataset,
         args.out,

@@ -66,7 +66,14 @@ def plain() -> list[AVFrame]:
 
 
 @pytest.mark.parametrize(
-    "slow", [{}, {"voice_s": 0.03}, {"render_s": 0.004}, {"pause_s": 0.08}, {"voice_s": 0.02, "pause_s": 0.05}]
+    "slow",
+    [
+        {},
+        {"voice_s": 0.03},
+        {"render_s": 0.004},
+        {"pause_s": 0.08},
+        *[{"voice_s": 0.005, "render_s": 0.001, "pause_s": 0.01}] * 4,
+    ],
 )
 def test_slow_stages_change_nothing(plain: list[AVFrame], slow: dict[str, float]) -> None:
     assert same(scene(**slow), plain)

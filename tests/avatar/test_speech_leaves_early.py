@@ -83,6 +83,12 @@ def test_ten_hours_of_text_are_read_as_they_come() -> None:
     assert taken <= 52
 
 
+def test_a_short_text_that_is_known_whole_is_one_piece() -> None:
+    text = "Hello there, my friend."
+    assert list(sentences(text)) == [text]
+    assert next(sentences(["Hello there, my "])) == "Hello there,"
+
+
 def test_a_word_without_end_is_cut() -> None:
     pieces = list(sentences("a" * 100_000))
     assert all(len(piece) <= 240 for piece in pieces)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Iterator
 
@@ -25,7 +26,7 @@ def tiny_motion(seed: int = 0) -> MotionModel:
 
 
 class Tones:
-    """Says every letter as 60 ms of a tone of its own. ``delay_s`` makes it slow."""
+    """Says every letter as 60 ms of a tone of its own. ``delay_s`` makes it slow, about so much and never the same."""
 
     rate_hz = RATE_HZ
 
@@ -35,7 +36,7 @@ class Tones:
 
     def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[AudioChunk]:
         for sentence in sentences(text):
-            time.sleep(self.delay_s)
+            time.sleep(random.uniform(0, 2 * self.delay_s))
             self.num_spoken += 1
             yield self.chunk(sentence, segment)
         yield AudioChunk(np.zeros(0, np.float32), RATE_HZ, (), segment, last=True)
@@ -61,7 +62,7 @@ class Bars:
         self.num_drawn = 0
 
     def render(self, motion_AE: Tensor | np.ndarray) -> Tensor:
-        time.sleep(self.delay_s)
+        time.sleep(random.uniform(0, 2 * self.delay_s))
         self.num_drawn += 1
         grey = (torch.as_tensor(motion_AE)[:, :48].clamp(0, 1) * 255).to(torch.uint8)
         return grey.reshape(-1, 1, 16, 3).expand(-1, 16, 16, 3).contiguous()

@@ -1,0 +1,568 @@
+"""How fast, how steady and how true a talking face is: every promise of the coefficient path, measured in one run.
+
+    python perf/bench_avatar.py                       # a few minutes
+    python perf/bench_avatar.py --minutes 10 --hours 0.5
+    python perf/bench_avatar.py --only voice,live
+
+One thread per stage (``torch.set_num_threads(1)``). Wall-clock rows suffer from whatever else the machine does, so CPU
+time per frame stands beside frames per second. Optional rows need packages and say so: identity (``dlib-bin``), word
+error rate (``faster-whisper`` and ``--whisper DIR``). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamdiff import demo
+from streamdiff.avatar.identity import create_bundle
+from streamdiff.avatar.kinematics import FPS, arkit64
+from streamdiff.avatar.landmarks import Landmarker, fetch_task
+from streamdiff.avatar.motion import FRAME_SAMPLES, Cues, MotionStream, load_motion
+from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame
+from streamdiff.avatar.render import WarpRenderer
+from streamdiff.avatar.speech import RATE_HZ, HibariVoice, Resampler
+from streamdiff.errors import BackendError, InputError, StreamdiffError
+
+SENTENCES = tuple(
+    line.strip()
+    for line in """
+    The birch canoe slid down the river.
+    Please bring the paper before lunch.
+    She closed the window because of the rain.
+    My brother works in a small bakery.
+    Seven people waited for the last bus.
+    The doctor asked a very simple question.
+    We walked home along the quiet street.
+    Can you tell me where the station is?
+    He painted the kitchen wall yellow.
+    The children played behind the old church.
+    A cold wind blew across the harbour.
+    They sold their house in the spring.
+    The soup was too hot to eat.
+    I forgot my umbrella at the office.
+    The teacher wrote three words on the board.
+    Our neighbours keep bees in their garden.
+    The train leaves at half past nine.
+    Nobody knew the answer to the riddle.
+    The baby slept through the whole storm.
+    Put the books back on the shelf.
+    The farmer sold apples at the market.
+    It takes an hour to reach the village.
+    The captain studied the map with care.
+    You should drink a glass of water.
+    The music stopped in the middle of the song.
+    Her uncle built this table by hand.
+    The lake was frozen until the end of March.
+    A good story needs a surprising ending.
+    The shop opens early on Saturday morning.
+    He found an old coin under the floor.
+    The judge listened to both sides.
+    We planted tomatoes and beans this year.
+    The bridge was closed for repairs.
+    I would like a cup of strong coffee.
+    The dog chased the ball into the bushes.
+    They danced until the sun came up.
+    The letter arrived two weeks too late.
+    Turn left after the second traffic light.
+    The museum is free on the first Sunday.
+    She learned to swim when she was five.
+    The roof of the barn needs new paint.
+    He answered the phone with a sleepy voice.
+    The recipe calls for butter and flour.
+    Bright stars filled the evening sky.
+    My grandmother tells the best jokes.
+    The engine made a strange noise.
+    We had to wait for a long time.
+    The cat jumped over the garden fence.
+    Please speak a little more slowly.
+    Thank you for your help and your patience.
+    """.strip().splitlines()
+)
+TEXTS = (
+    "Hello there!",
+    "How are you today?",
+    "I am not so sure about that.",
+    "The weather is nice, don't you think so?",
+    "Thank you very much for calling; how can I help?",
+    "We will meet at the station at seven, or a little later.",
+    "Please call Stella and ask her to bring these things from the store.",
+    "The quick brown fox jumps over the lazy dog, and then it runs away home.",
+    "If you want to know what happened yesterday, you will have to ask him yourself.",
+    "There are many things in this old house that nobody has looked at for thirty years, I think.",
+)
+
+
+def spread(values_ms: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and largest."""
+    ordered = np.array(values_ms, np.float64)
+    return {
+        "median": round(float(np.median(ordered)), 1),
+        "p95": round(float(np.percentile(ordered, 95)), 1),
+        "max": round(float(ordered.max()), 1),
+        "count": len(ordered),
+    }
+
+
+def resident_mib() -> float:
+    """Resident memory of this process now; its peak where /proc is not."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@dataclass
+class Bench:
+    """What the measurements share."""
+
+    args: argparse.Namespace
+    voice: HibariVoice = field(init=False)
+    landmarker: Landmarker = field(init=False)
+    engine: AvatarEngine = field(init=False)
+    renderer: WarpRenderer = field(init=False)
+
+    def __post_init__(self) -> None:
+        photo = self.args.photo or demo.demo_image()
+        self.landmarker = Landmarker(fetch_task())
+        self.renderer = WarpRenderer(create_bundle(photo, self.args.size, landmarker=self.landmarker))
+        self.voice = HibariVoice()
+        self.model = load_motion(self.args.motion)
+        self.engine = AvatarEngine(self.renderer, voice=self.voice, motion=self.model)
+
+    def stream(self, **settings: Any) -> AvatarStream:
+        return self.engine.stream(**settings)
+
+
+def bench_voice(bench: Bench) -> dict[str, Any]:
+    """Text to first voice, warm: from the call to the first chunk of sound."""
+    times_ms, ratios = [], []
+    for _ in range(bench.args.repeats):
+        for text in TEXTS:
+            began = time.perf_counter()
+            chunk = next(iter(bench.voice.speak(text)))
+            took = time.perf_counter() - began
+            times_ms.append(took * 1e3)
+            ratios.append(took / chunk.duration_s)
+    return {
+        "characters": [len(TEXTS[0]), len(TEXTS[-1])],
+        "ms": spread(times_ms),
+        "rtf": round(float(np.mean(ratios)), 4),
+    }
+
+
+def bench_first_frame(bench: Bench) -> dict[str, Any]:
+    """Text to first speaking frame in the caller's hand: at once, and through a stream that idles in real time."""
+    rng = np.random.default_rng(0)
+    results: dict[str, Any] = {}
+    for name, realtime in (("compute_ms", False), ("realtime_ms", True)):
+        times_ms = []
+        with bench.stream(realtime=realtime) as stream:
+            for _ in range(8):
+                stream.next_frame()
+            for number in range(bench.args.repeats * 3):
+                # Somewhere between two frames, as people do.
+                time.sleep(float(rng.uniform(0, 0.04)) if realtime else 0.0)
+                segment = stream.say(TEXTS[number % len(TEXTS)])
+                while segment.video_ms is None:
+                    stream.next_frame()
+                times_ms.append(segment.video_ms)
+                stream.interrupt()
+                for _ in range(6):
+                    stream.next_frame()
+        results[name] = spread(times_ms)
+    return results
+
+
+def bench_live(bench: Bench) -> dict[str, Any]:
+    """Live sound to picture: from the arrival of a frame's last sample to the frame in the caller's hand.
+
+    The sound comes in blocks of 20 ms in real time; the look-ahead of 80 ms is part of the result.
+    """
+    sound_S = np.concatenate([c.samples_S for text in TEXTS[4:8] for c in bench.voice.speak(text)])
+    block = RATE_HZ // 50
+    arrived_s: list[float] = []
+    with bench.stream(realtime=True) as stream:
+        for _ in range(10):
+            stream.next_frame()
+
+        def speak() -> None:
+            began = time.monotonic()
+            for number, at in enumerate(range(0, len(sound_S), block)):
+                wait_s = began + (number + 1) / 50 - time.monotonic()
+                if wait_s > 0:
+                    time.sleep(wait_s)
+                stream.push_audio(sound_S[at : at + block], RATE_HZ, last=at + block >= len(sound_S))
+                arrived_s.append(time.monotonic())
+
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        latencies_ms: list[float] = []
+        shown = 0
+        while True:
+            frame = stream.next_frame()
+            if frame.segment_id:
+                last_block = min(((shown + 1) * FRAME_SAMPLES - 1) // block, len(arrived_s) - 1)
+                latencies_ms.append((time.monotonic() - arrived_s[last_block]) * 1e3)
+                shown += 1
+            if frame.end_of_segment:
+                break
+        speaker.join(timeout=10)
+        late = stream.metrics.late_frames
+    # The first frame also shows how long it takes to begin.
+    return {"ms": spread(latencies_ms), "first_ms": round(latencies_ms[0], 1), "frames": shown, "late_frames": late}
+
+
+def talk_for(stream: AvatarStream, num_frames: int) -> Iterator[AVFrame]:
+    """Frames of an avatar that speaks, pauses and speaks again."""
+    number, segment = 0, None
+    for taken in range(num_frames):
+        if (segment is None or segment.done) and taken % 40 == 0:
+            segment = stream.say(SENTENCES[number % len(SENTENCES)])
+            number += 1
+        yield stream.next_frame()
+
+
+def bench_sustained(bench: Bench) -> dict[str, Any]:
+    """Frames per second without pacing, and the cores that 25 per second need; memory and queues on the way."""
+    num_frames = int(bench.args.minutes * 60 * FPS)
+    with bench.stream() as stream:
+        for _ in talk_for(stream, 100):
+            pass
+        gc.collect()
+        memory_mib = [resident_mib()]
+        began_s, cpu_s = time.monotonic(), time.process_time()
+        for taken, _ in enumerate(talk_for(stream, num_frames), start=1):
+            if taken % max(1, num_frames // 10) == 0:
+                memory_mib.append(resident_mib())
+        wall_s, cpu_s = time.monotonic() - began_s, time.process_time() - cpu_s
+        longest = stream.metrics.longest_queue
+    return {
+        "frames": num_frames,
+        "size": bench.renderer.size,
+        "fps": round(num_frames / wall_s, 1),
+        "cpu_ms_per_frame": round(cpu_s / num_frames * 1e3, 2),
+        "cores_at_25_fps": round(cpu_s / num_frames * FPS, 3),
+        "memory_mib": [round(m, 1) for m in memory_mib],
+        "longest_queue": longest,
+    }
+
+
+def bench_stages(bench: Bench) -> dict[str, Any]:
+    """CPU time of each stage alone, per frame."""
+    model = bench.model
+
+    def motion(hop: int, ahead: int) -> float:
+        stream = MotionStream(model, hop=hop)
+        stream.push(Cues.silence(ahead))
+        began = time.process_time()
+        for _ in range(80):
+            stream.push(Cues.silence(1))
+            stream.emit()
+        return (time.process_time() - began) / 80 * 1e3
+
+    frames_AE = torch.from_numpy(np.tile(arkit64().frame({"jawOpen": 0.3}), (40, 1)))
+    bench.renderer.render(frames_AE[:2])
+    began = time.process_time()
+    for frame_E in frames_AE:
+        bench.renderer.render(frame_E[None])
+    render_ms = (time.process_time() - began) / 40 * 1e3
+    return {
+        "motion_text_ms": round(motion(8, 24), 2),
+        "motion_live_ms": round(motion(1, 3), 2),
+        "render_ms": round(render_ms, 2),
+    }
+
+
+def bench_lips(bench: Bench) -> dict[str, Any]:
+    """Commanded lips against landmarks read from the pixels; and against the sound's loudness."""
+    from streamdiff.avatar.quality import lip_apertures, read_faces, round_trip
+    from streamdiff.training.motion import aperture, loudness
+
+    spec = arkit64()
+    with bench.stream() as stream:
+        segment = stream.say(" ".join(SENTENCES[:6]))
+        frames = []
+        while not segment.done:
+            frames.append(stream.next_frame())
+    pictures = np.stack([f.video_HW3.numpy() for f in frames])
+    commanded = aperture(np.stack([f.motion_E.numpy() for f in frames]), spec)
+    read = lip_apertures(read_faces(pictures, bench.landmarker))
+    trip = round_trip(commanded, read)
+    sound_S = np.concatenate([f.audio_S for f in frames])
+    loud_A = loudness(sound_S).reshape(len(frames), -1).mean(axis=1)
+    heard = round_trip(loud_A, read)
+    return {
+        "r": round(trip.correlation, 3),
+        "lag_frames": trip.lag,
+        "by_lag": {str(k): round(v, 3) for k, v in trip.by_lag.items()},
+        "loudness_to_lips_lag_frames": heard.lag,
+        "loudness_to_lips_r": round(heard.by_lag[heard.lag], 3),
+        "frames": len(frames),
+        "lost": int(np.isnan(read).sum()),
+    }
+
+
+def bench_identity(bench: Bench) -> dict[str, Any]:
+    """The same pixels for the same coefficients before and after; likeness to the photo at every minute."""
+    from streamdiff.avatar.quality import FaceEmbedder, read_faces
+
+    spec = arkit64()
+    probe_AE = torch.from_numpy(spec.frame({"jawOpen": 0.3, "headRotationY": 0.1, "mouthSmileLeft": 0.4}))[None]
+    before = bench.renderer.render(probe_AE).clone()
+    minutes = max(1, round(bench.args.hours * 60))
+    sample: list[list[np.ndarray]] = []
+    with bench.stream() as stream:
+        for _ in range(minutes):
+            taken = [
+                frame.video_HW3.numpy()
+                for n, frame in enumerate(talk_for(stream, 60 * FPS if minutes > 1 else 250))
+                if n % 50 == 20
+            ]
+            sample.append(taken)
+        memory = resident_mib()
+    same = bool(torch.equal(bench.renderer.render(probe_AE), before))
+    result: dict[str, Any] = {"minutes": minutes, "probe_identical": same, "memory_mib": round(memory, 1)}
+    try:
+        embedder = FaceEmbedder()
+    except (BackendError, InputError) as error:
+        return {**result, "cosine": None, "why": str(error)}
+    photo = bench.renderer.bundle.reference_3HW.permute(1, 2, 0).contiguous().numpy()
+    face = bench.landmarker.faces(photo)[0]
+    lowest = []
+    for pictures in sample:
+        stack = np.stack(pictures)
+        lowest.append(float(np.nanmean(embedder.cosines(stack, read_faces(stack, bench.landmarker), photo, face))))
+    return {**result, "cosine_min_over_minutes": round(min(lowest), 3), "cosine_first": round(lowest[0], 3)}
+
+
+def bench_seams(bench: Bench) -> dict[str, Any]:
+    """Jerk where windows meet over jerk elsewhere; and speed where idling becomes speech and ends."""
+    from streamdiff.training.motion import seam_ratio
+
+    spec = arkit64()
+    ratios = []
+    for number in range(4):
+        stream = MotionStream(bench.model, seed=number)
+        before_S = np.zeros(FRAME_SAMPLES, np.float32)
+        for text in SENTENCES[number * 6 : number * 6 + 6]:
+            for chunk in bench.voice.speak(text):
+                samples_S = np.pad(chunk.samples_S, (0, -len(chunk.samples_S) % FRAME_SAMPLES))
+                stream.push(Cues.sound(samples_S, chunk.phonemes, before_S=before_S))
+        length = stream.num_cued
+        stream.push(Cues.silence(24))
+        moved_AE = torch.stack([stream.emit() for _ in range(length)]).numpy()
+        ratios.append(seam_ratio(moved_AE, range(8, length, 8), spec))
+    speeds: dict[str, list[float]] = {"begin": [], "end": [], "elsewhere": []}
+    with bench.stream() as stream:
+        frames: list[AVFrame] = []
+        for text in TEXTS[3:9]:
+            frames += [stream.next_frame() for _ in range(25)]
+            segment = stream.say(text)
+            while not segment.done:
+                frames.append(stream.next_frame())
+        frames += [stream.next_frame() for _ in range(25)]
+    motion_AE = np.stack([f.motion_E.numpy() for f in frames])
+    scale_E = np.maximum(motion_AE.std(axis=0), 1e-3)
+    speed_A = np.abs(np.diff(motion_AE, axis=0) / scale_E).mean(axis=1)
+    speaking = [f.state == "speaking" for f in frames]
+    for i in range(len(speed_A)):
+        near = [speaking[j + 1] - speaking[j] for j in range(max(0, i - 2), min(len(speaking) - 1, i + 3))]
+        key = "begin" if 1 in near else "end" if -1 in near else "elsewhere"
+        speeds[key].append(float(speed_A[i]))
+    p95 = float(np.percentile(speeds["elsewhere"], 95))
+    return {
+        "jerk_ratio": round(float(np.mean(ratios)), 3),
+        "speed_begin_over_p95": round(float(np.mean(speeds["begin"])) / p95, 3),
+        "speed_end_over_p95": round(float(np.mean(speeds["end"])) / p95, 3),
+        "largest_step_over_p95": round(float(max(speeds["begin"] + speeds["end"])) / p95, 3),
+    }
+
+
+def bench_interruption(bench: Bench) -> dict[str, Any]:
+    """From the call to silence, and to a mouth at rest; and whether anything older came after."""
+    spec = arkit64()
+    mouth = [i for i, name in enumerate(spec.names) if name.startswith(("jaw", "mouth"))]
+    silent_after, rest_after, silence_ms, stale = [], [], [], 0
+    with bench.stream(realtime=True) as stream:
+        for number in range(10):
+            segment = stream.say(TEXTS[6 + number % 4])
+            while segment.num_shown < 8 + number:
+                stream.next_frame()
+            epoch = stream.interrupt().epoch
+            after = [stream.next_frame() for _ in range(12)]
+            silence_ms.append(stream.metrics.interrupt_to_silence_ms or 0.0)
+            stale += sum(frame.epoch != epoch or frame.segment_id != 0 for frame in after)
+            loud = [i for i, f in enumerate(after) if np.abs(f.audio_S[RATE_HZ // 100 :]).any()]
+            silent_after.append((loud[-1] + 1) * 40 if loud else 10)
+            still = [i for i, f in enumerate(after) if np.abs(f.motion_E.numpy()[mouth]).max() < 0.02]
+            rest_after.append((still[0] + 1) * 40 if still else 999)
+    return {
+        "silent_after_ms_of_sound": max(silent_after),
+        "rest_after_ms": max(rest_after),
+        "call_to_silent_frame_ms": spread(silence_ms),
+        "stale_frames": stale,
+    }
+
+
+def bench_words(bench: Bench) -> dict[str, Any]:
+    """Word error rate of the voice, by Whisper, on fifty sentences."""
+    if bench.args.whisper is None:
+        return {"wer": None, "why": "give --whisper DIR, a faster-whisper model"}
+    try:
+        from faster_whisper import WhisperModel  # type: ignore[import-not-found]
+    except ImportError:
+        return {"wer": None, "why": "pip install faster-whisper"}
+    model = WhisperModel(str(bench.args.whisper), device="cpu", compute_type="int8", cpu_threads=1)
+    errors = words = 0
+    for sentence in SENTENCES:
+        sound_S = np.concatenate([c.samples_S for c in bench.voice.speak(sentence)])
+        resampler = Resampler(RATE_HZ, 16_000)
+        heard_S = np.concatenate([resampler.push(sound_S), resampler.finish()])
+        segments, _ = model.transcribe(heard_S, language="en", beam_size=5)
+        said, heard = plain_words(sentence), plain_words(" ".join(s.text for s in segments))
+        errors += edits(said, heard)
+        words += len(said)
+    return {"wer": round(errors / words, 4), "words": words, "sentences": len(SENTENCES)}
+
+
+def plain_words(text: str) -> list[str]:
+    """Words without case and punctuation, numbers as words, British spelling kept."""
+    numbers = {"3": "three", "7": "seven", "9": "nine", "5": "five", "9:30": "half past nine", "2": "two"}
+    tokens = [numbers.get(token, token) for token in re.findall(r"[a-z0-9:']+", text.lower())]
+    return " ".join(tokens).replace("harbor", "harbour").replace("neighbors", "neighbours").split()
+
+
+def edits(said: list[str], heard: list[str]) -> int:
+    """Least number of words to change, add or leave out."""
+    row = list(range(len(heard) + 1))
+    for i, word in enumerate(said, start=1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(heard, start=1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
+    return row[-1]
+
+
+def bench_wrong_input(bench: Bench) -> dict[str, Any]:
+    """Every wrong input: a clear error or a sensible result, and how long it took."""
+    rng = np.random.default_rng(0)
+
+    def say(text: str) -> Callable[[], object]:
+        def call() -> object:
+            with bench.stream() as stream:
+                segment = stream.say(text)
+                for _ in range(30):
+                    stream.next_frame(10)
+                    if segment.done:
+                        break
+                if segment.error:
+                    raise segment.error
+                return "spoken"
+
+        return call
+
+    def push(sound: Any, rate_hz: int) -> Callable[[], object]:
+        def call() -> object:
+            with bench.stream() as stream:
+                segment = stream.push_audio(sound, rate_hz, last=True)
+                while not segment.done:
+                    stream.next_frame(10)
+                return "shown"
+
+        return call
+
+    def photo(picture: Any) -> Callable[[], object]:
+        return lambda: create_bundle(picture, 256, landmarker=bench.landmarker) and "made"
+
+    reference = bench.renderer.bundle.reference_3HW.permute(1, 2, 0).contiguous().numpy()
+    noise = rng.integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    cases: dict[str, Callable[[], object]] = {
+        "empty text": say(""),
+        "emoji": say("🎉😀"),
+        "emoji among words": say("Hi 😀 there"),
+        "ten hours of text": say("This evening is long. " * 25_000),
+        "a word of 10000 letters": say("a" * 10_000),
+        "no face": photo(noise),
+        "two faces": photo(np.concatenate([reference, reference], axis=1)),
+        "a tiny photo": photo(reference[::8, ::8].copy()),
+        "8 kHz": push(rng.uniform(-0.1, 0.1, 8_000).astype(np.float32), 8_000),
+        "192 kHz": push(rng.uniform(-0.1, 0.1, 192_000).astype(np.float32), 192_000),
+        "4 kHz": push(np.zeros(100, np.float32), 4_000),
+        "NaN": push(np.full(100, np.nan, np.float32), 16_000),
+        "empty sound": push(np.zeros(0, np.float32), 16_000),
+    }
+    results: dict[str, str] = {}
+    for name, call in cases.items():
+        began = time.monotonic()
+        try:
+            outcome = str(call())
+        except StreamdiffError as error:
+            outcome = f"{type(error).__name__}: {str(error)[:60]}"
+        results[name] = f"{outcome} ({time.monotonic() - began:.2f} s)"
+    return results
+
+
+ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "voice": bench_voice,
+    "stages": bench_stages,
+    "first_frame": bench_first_frame,
+    "live": bench_live,
+    "sustained": bench_sustained,
+    "lips": bench_lips,
+    "seams": bench_seams,
+    "interruption": bench_interruption,
+    "identity": bench_identity,
+    "words": bench_words,
+    "wrong_input": bench_wrong_input,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", help=f"rows, separated by commas: {','.join(ROWS)}")
+    parser.add_argument("--minutes", type=float, default=0.5, help="length of the sustained run, of video")
+    parser.add_argument("--hours", type=float, default=0.0, help="length of the identity run, of video")
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--size", type=int, choices=(256, 512), default=256)
+    parser.add_argument("--photo", type=Path, help="default: the photo of the demo")
+    parser.add_argument("--motion", type=Path, help="weights of the motion model")
+    parser.add_argument("--whisper", type=Path, help="folder of a faster-whisper model, for the word error rate")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    chosen = args.only.split(",") if args.only else list(ROWS)
+    unknown = sorted(set(chosen) - set(ROWS))
+    if unknown:
+        parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+    bench = Bench(args)
+    report: dict[str, Any] = {
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "size": args.size,
+    }
+    for name in chosen:
+        report[name] = ROWS[name](bench)
+        print(f"{name:>14}  {json.dumps(report[name])}", flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The motion model learns from clips, goes on where it stopped, and its data say what they should."""
+
+# The phonetic alphabet is meant.
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamdiff.avatar.kinematics import arkit64
+from streamdiff.avatar.motion import MotionConfig, State
+from streamdiff.avatar.speech import Phoneme
+from streamdiff.training import motion
+
+pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
+
+SMALL = MotionConfig(dim=32, num_layers=1, num_heads=2, hidden=64)
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[motion.Clip]:
+    return motion.make_clips(0.8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def dataset(clips: list[motion.Clip]) -> motion.Dataset:
+    return motion.Dataset(motion.Dataset.pack(clips), SMALL)
+
+
+def said(symbols: str, each_s: float = 0.12) -> list[Phoneme]:
+    return [Phoneme(s, i * each_s, (i + 1) * each_s) for i, s in enumerate(symbols)]
+
+
+def test_lips_meet_for_closures_and_part_for_vowels() -> None:
+    """A sentence of /m ɑ p ɑ b ɑ/: every vowel opens the jaw, every closure presses the lips."""
+    phonemes = said("mɑpɑbɑ")
+    mouth = motion.articulate(phonemes, 18, np.ones(72, np.float32))
+    for i, (symbol, *_) in enumerate(phonemes):
+        middle = slice(3 * i + 1, 3 * i + 2)
+        if symbol == "ɑ":
+            assert mouth["jaw"][middle].mean() > 0.35
+            assert mouth["press"][middle].mean() < 0.08
+        else:
+            assert mouth["press"][middle].mean() > 0.25
+            assert mouth["jaw"][middle].mean() < 0.25
+
+
+def test_rounding_is_prepared_earlier_than_a_closure() -> None:
+    def rise(symbols: str, shape: str) -> float:
+        curve = motion.articulate(said(symbols), 15, np.ones(60, np.float32))[shape]
+        return float(np.argmax(curve > 0.3 * curve.max()))
+
+    assert rise("ɪtku", "pucker") < rise("ɪtkp", "press")
+
+
+def test_loud_speech_opens_wider() -> None:
+    quiet, loud = (motion.articulate(said("tɑtɑ"), 12, np.full(48, x, np.float32))["jaw"].max() for x in (0.3, 1.2))
+    assert loud > 1.2 * quiet
+
+
+def test_a_clip_holds_states_sound_and_a_face_in_range(clips: list[motion.Clip]) -> None:
+    spec = arkit64()
+    clip = clips[0]
+    assert np.array_equal(spec.clamp(clip.motion_AE), clip.motion_AE)
+    assert set(clip.cues.state_A.tolist()) >= {int(State.SPEAKING)}
+    jaw_A = clip.motion_AE[:, spec.index("jawOpen")]
+    speaking = clip.cues.state_A == State.SPEAKING
+    assert jaw_A[speaking].mean() > 3 * jaw_A[~speaking].mean()
+
+
+def test_the_mouth_of_a_clip_follows_its_sound(clips: list[motion.Clip]) -> None:
+    spec = arkit64()
+    lips = np.concatenate([motion.aperture(c.motion_AE, spec) for c in clips])
+    loud = np.concatenate([c.cues.mel_AF.mean(axis=1) for c in clips])
+    correlation, lag = motion._lag(lips, loud)
+    assert correlation > 0.5
+    assert abs(lag) <= 1
+
+
+def test_clips_depend_on_their_number_alone() -> None:
+    voice = motion.HibariVoice()
+    words = motion.lexicon_words()
+    one = motion.spoken_clip(voice, 3, seed=0, words=words, seconds=4)
+    motion.spoken_clip(voice, 4, seed=0, words=words, seconds=4)
+    two = motion.spoken_clip(voice, 3, seed=0, words=words, seconds=4)
+    assert np.array_equal(one.motion_AE, two.motion_AE)
+    assert np.array_equal(one.cues.mel_AF, two.cues.mel_AF)
+
+
+def test_rig_weights_become_named_shapes() -> None:
+    spec = arkit64()
+    names = [
+        "mouth_stretch_c", "mouth_oh_c", "mouth_oo_c", "mouth_chinRaise_u",
+        *[f"mouth_funnel_{s}" for s in ("dl", "dr", "ul", "ur")],
+        *[f"mouth_{n}_{s}" for n in ("pucker", "press", "lipCornerPull", "lipStretch", "lowerLipDepress",
+                                     "upperLipRaise") for s in "lr"],
+        *[f"mouth_suck_{s}" for s in ("dl", "dr", "ul", "ur")],
+    ]  # fmt: skip
+    weights_AR = np.zeros((2, len(names)), np.float32)
+    weights_AR[1, names.index("mouth_stretch_c")] = 0.5
+    weights_AR[1, names.index("mouth_lowerLipDepress_l")] = 0.4
+    motion_AE = motion.rig_to_arkit(weights_AR, names, spec)
+    assert np.array_equal(motion_AE[0], spec.rest_E)
+    assert motion_AE[1, spec.index("jawOpen")] == pytest.approx(0.5)
+    assert motion_AE[1, spec.index("mouthLowerDownLeft")] == pytest.approx(0.44)
+    assert motion_AE[1, spec.index("mouthLowerDownRight")] == 0.0
+
+
+def test_loss_falls_and_training_goes_on_where_it_stopped(dataset: motion.Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    weight_E = motion._weights(arkit64())
+
+    def loss_of(model: motion.MotionModel) -> float:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            batch = dataset.draw(64, generator)
+            return float(motion.flow_loss(model, batch, weight_E, generator))
+
+    fresh = motion.MotionModel(SMALL)
+    motion.fit_scale(fresh, dataset.motion)
+    first = motion.train(dataset, out, config=SMALL, minutes=0.03, distil_minutes=0.0, batch=16)
+    assert loss_of(first) < 0.8 * loss_of(fresh)
+    state = torch.load(tmp_path / "m.training.pt", weights_only=True)
+    assert state["phase"] in ("flow", "consistency")
+    motion.train(dataset, out, config=SMALL, minutes=0.03, distil_minutes=0.02, batch=16)
+    again = torch.load(tmp_path / "m.training.pt", weights_only=True)
+    assert again["phase"] == "consistency"
+    assert again["step"] > 0
+
+
+def test_a_seam_ratio_sees_a_seam() -> None:
+    spec = arkit64()
+    rng = np.random.default_rng(0)
+    steps = rng.normal(0, 0.02, (400, spec.num_coefs)).cumsum(axis=0)
+    smooth_AE = np.apply_along_axis(lambda x: np.convolve(x, np.hanning(9) / 4, "same"), 0, steps).astype(np.float32)
+    borders = range(8, 400, 8)
+    assert motion.seam_ratio(smooth_AE, borders, spec) == pytest.approx(1.0, abs=0.15)
+    for border in borders:
+        smooth_AE[border:] += rng.normal(0, 0.1, spec.num_coefs).astype(np.float32)
+    assert motion.seam_ratio(smooth_AE, borders, spec) > 1.5
