@@ -27,7 +27,10 @@ def compiled() -> dict[tuple[str, int], Compiled]:
     return {}
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+CAPABILITIES = [90, pytest.param(100, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", CALLS)
 def test_it_fits_and_spills_nothing(name: str, capability: int, compiled: dict[tuple[str, int], Compiled]) -> None:
     kernel = compiled[name, capability] = compile_call(CALLS[name], capability)
@@ -65,6 +68,7 @@ def test_attention_multiplies_on_the_tensor_cores_of_hopper(
     assert kernel.count(r"UTMALDG\S*") >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
     name: str, compiled: dict[tuple[str, int], Compiled]
@@ -73,7 +77,7 @@ def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
     assert kernel.count(r"UTC\w*MMA\S*") >= 4
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_resources_are_those_of_the_golden_table(capability: int, compiled: dict[tuple[str, int], Compiled]) -> None:
     golden = json.loads(GOLDEN.read_text())
     if golden["triton"] != triton.__version__:
