@@ -40,7 +40,7 @@ class MouthLook:
     """How wet teeth and tongue look, 0..1."""
     teeth: tuple[float, float, float] = (0.80, 0.75, 0.65)
     """Share of red, green and blue light that teeth reflect (linear)."""
-    flesh: tuple[float, float, float] = (0.52, 0.15, 0.14)
+    flesh: tuple[float, float, float] = (0.62, 0.19, 0.17)
     """The same for gums and tongue."""
 
 
@@ -132,6 +132,9 @@ def static_conditions(look: MouthLook) -> list[float]:
 def paint(parts_A4PP: Tensor, teeth_3: Tensor, flesh_3: Tensor, gloss: float) -> Tensor:
     """sRGB colours ``[A, 3, P, P]``, for a white light of strength one; not clipped."""
     teeth, light, mirrored, _ = parts_A4PP.split(1, dim=1)
-    colour = torch.lerp(flesh_3.view(1, 3, 1, 1), teeth_3.view(1, 3, 1, 1), teeth)
+    flesh, ivory = flesh_3.view(1, 3, 1, 1), teeth_3.view(1, 3, 1, 1)
+    # What little light reaches the back of a mouth has bounced off its walls and is red: so are the teeth there.
+    ivory = ivory * torch.lerp(flesh / flesh.amax(), torch.ones_like(flesh), (1.3 * light).clamp(max=1))
+    colour = torch.lerp(flesh.expand_as(ivory), ivory, teeth)
     linear = colour * light.pow(GAMMA) + gloss * mirrored.square()
     return linear.clamp(min=1e-6).pow(1 / GAMMA)

@@ -159,7 +159,7 @@ def neutral_frame(clip: Clip) -> int:
     drowsy = np.clip(np.percentile(lids, 60) - lids, 0, None) / 0.03
     pulled = np.abs(wide - np.median(wide)) / 0.05
     strange = np.clip(unlike / max(float(np.median(unlike)), 1e-6) - 1, 0, None) * 3
-    return int((shut + drowsy + pulled + np.abs(turned - np.median(turned)) / 0.04 + turned / 0.1 + strange).argmin())
+    return int((shut + drowsy + pulled + np.abs(turned - np.median(turned)) / 0.04 + turned / 0.03 + strange).argmin())
 
 
 def read_motion(
