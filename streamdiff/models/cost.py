@@ -145,8 +145,8 @@ def rank_bytes(
     L, S = config.chunk_tokens, sink_tokens(config)
     kv_per_token = 2 * dit.num_layers * dit.dim * bytes_per_value
     remembered = S + (config.memory.window_chunks + config.memory.slack_chunks) * L
-    # Residual, normed copy in float32 and in the model's type, q, k, v, and the hidden layer of the feed-forward.
-    activations = L * (bytes_per_value * (5 * dit.dim + 2 * dit.ffn_dim) + 4 * 2 * dit.dim)
+    # The stream, its normed copies in this layer and the next, a branch, and the hidden layer before and after GELU.
+    activations = L * bytes_per_value * (4 * dit.dim + 2 * dit.ffn_dim)
     return RankBytes(
         weights=dit_parameters(dit) * bytes_per_value - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
         history=num_steps * remembered * kv_per_token,

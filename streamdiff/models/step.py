@@ -207,9 +207,7 @@ class _Between(Protocol):
         """``x + gate * y``, and that opened again; may write over ``x``."""
         ...
 
-    def place(
-        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
-    ) -> Tensor:
+    def place(self, qkv_BLE: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float) -> Tensor:
         """Norm and rotate q and k, write k and v into their slot; returns ``q_BLNK``."""
         ...
 
@@ -251,9 +249,8 @@ class _Fused:
             return x_BLD, _Bytes(*kernels.gate_residual_norm_modulate_fp8_(*arguments, eps=eps, impl=self._impl))
         return x_BLD, kernels.gate_residual_norm_modulate_(*arguments, eps=eps, impl=self._impl)
 
-    def place(
-        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
-    ) -> Tensor:
+    def place(self, qkv_BLE: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float) -> Tensor:
+        q_BLD, k_BLD, v_BLD = qkv_BLE.chunk(3, dim=-1)
         q_BLNK, _ = kernels.qk_norm_rope_write(
             q_BLD,
             k_BLD,
@@ -304,9 +301,8 @@ class _Traced:
         x_BLD = reference.gate_residual(x_BLD, y_BLD, gate)
         return x_BLD, self.open(x_BLD, scale, shift, eps, eight_bits=eight_bits)
 
-    def place(
-        self, q_BLD: Tensor, k_BLD: Tensor, v_BLD: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float
-    ) -> Tensor:
+    def place(self, qkv_BLE: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float) -> Tensor:
+        q_BLD, k_BLD, v_BLD = qkv_BLE.chunk(3, dim=-1)
         weights = (layer.norm_q_D, layer.norm_k_D)
         q_BLNK, k_BLNK = reference.qk_norm_rope(q_BLD, k_BLD, *weights, rotation.cos_LF, rotation.sin_LF, eps)
         L = q_BLD.shape[1]
@@ -383,6 +379,13 @@ class _Ring:
     backend: str
 
 
+def _attend(between: _Between, eps: float, h: Activation, layer: _Layer, rotation: Rotation, ring: _Ring) -> Tensor:
+    """Self-attention over the history. What is used once has no name here, so that its memory is free at once."""
+    q_BLNK = between.place(layer.qkv(h), layer, rotation, ring, eps)
+    y_BLNK = kernels.attend(q_BLNK, ring.keys_BMNK, ring.values_BMNK, ring.length, backend=ring.backend)
+    return layer.o(between.enter(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
+
+
 def _block(
     between: _Between,
     eps: float,
@@ -399,10 +402,7 @@ def _block(
 
     ``h`` is ``x``, normed and modulated for this layer. ``x`` may be overwritten.
     """
-    q_BLD, k_BLD, v_BLD = layer.qkv(h).chunk(3, dim=-1)
-    q_BLNK = between.place(q_BLD, k_BLD, v_BLD, layer, rotation, ring, eps)
-    y_BLNK = kernels.attend(q_BLNK, ring.keys_BMNK, ring.values_BMNK, ring.length, backend=ring.backend)
-    y_BLD = layer.o(between.enter(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
+    y_BLD = _attend(between, eps, h, layer, rotation, ring)
     scale, shift = layer.norm3_scale_1D, layer.norm3_shift_1D
     x_BLD, h = between.close(x_BLD, y_BLD, constants.gate1, scale, shift, eps, eight_bits=layer.text.q.eight_bits)
     y_BLD = layer.text(between, h, text_k_BPNK, text_v_BPNK, eps)
