@@ -55,10 +55,10 @@ GAMMA = 2.2
 
 
 class _PatchDecoder(nn.Module):
-    """Numbers ``[A, C]`` to four channels of a square picture ``[A, 4, P, P]`` in 0..1: a few linear layers, then
+    """Numbers ``[A, C]`` to channels of a square picture ``[A, channels, P, P]`` in 0..1: a few linear layers, then
     convolutions that double the side until it is ``size`` (a multiple of 16)."""
 
-    def __init__(self, num_conditions: int, size: int, width: int, scales: tuple[float, ...]) -> None:
+    def __init__(self, num_conditions: int, size: int, width: int, scales: tuple[float, ...], *, channels: int) -> None:
         super().__init__()
         side = size // 16
         self.side, self.width = side, width
@@ -75,7 +75,7 @@ class _PatchDecoder(nn.Module):
         )
         widths = (width, width * 2 // 3, width // 2, width // 3)
         self.grow = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
-        self.leave = nn.Conv2d(widths[-1], 16, 3, padding=1)
+        self.leave = nn.Conv2d(widths[-1], 4 * channels, 3, padding=1)
 
     def forward(self, conditions_AC: Tensor) -> Tensor:
         x = self.enter(conditions_AC / self.scales_C)
@@ -94,7 +94,7 @@ class MouthDecoder(_PatchDecoder):
     """
 
     def __init__(self, width: int = 96) -> None:
-        super().__init__(NUM_CONDITIONS, PATCH, width, _SCALES)
+        super().__init__(NUM_CONDITIONS, PATCH, width, _SCALES, channels=4)
 
 
 FACE_PATCH = 96
@@ -106,18 +106,24 @@ NUM_FACE_CONDITIONS = 52 + 3
 
 
 class LowerFaceDecoder(_PatchDecoder):
-    """Shapes and rotation ``[A, 55]`` of one person to colours (sRGB) and cover ``[A, 4, P, P]`` of the lower face.
+    """Shapes and rotation ``[A, 55]`` of one person to what the warped lower face lacks, ``[A, 3, P, P]``.
 
-    Learned from a clip (`streamdiff.training.fit`) and laid over the warped photo: the person's own teeth, folds and
-    shadows, where the warp lacks them.
+    Differences in sRGB, -1..1. Learned from a clip (`streamdiff.training.fit`) and added to the warp: the person's own
+    teeth, folds and shadows. A decoder that has learned nothing adds nothing.
     """
 
     def __init__(self, width: int = 96) -> None:
-        super().__init__(NUM_FACE_CONDITIONS, FACE_PATCH, width, (0.2,) * 52 + (0.1,) * 3)
+        super().__init__(NUM_FACE_CONDITIONS, FACE_PATCH, width, (0.2,) * 52 + (0.1,) * 3, channels=3)
+        nn.init.zeros_(self.leave.weight)
+        assert self.leave.bias is not None
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, conditions_AC: Tensor) -> Tensor:
+        return super().forward(conditions_AC) * 2 - 1
 
 
 def face_window() -> Tensor:
-    """How much of each pixel ``[P, P]`` of the lower face may be covered: none at the rim, so that no seam shows."""
+    """How much of each pixel ``[P, P]`` of the lower face may change: nothing at the rim, so that no seam shows."""
     axis = (torch.arange(FACE_PATCH) + 0.5) / FACE_PATCH * 2 - 1
     radius = (axis[:, None].abs().pow(3) + axis[None, :].abs().pow(3)).pow(1 / 3)
     t = ((0.97 - radius) / 0.3).clamp(0, 1)

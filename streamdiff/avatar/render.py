@@ -286,8 +286,9 @@ class WarpRenderer:
 
         if self._lower_face is not None:
             rows, columns = self._face_box
-            colour, cover = self._own_lower_face(self._lower_face, drivers_K, turn, head[..., rows, columns])
-            frame[..., rows, columns].lerp_(colour, cover)
+            frame[..., rows, columns] += self._own_lower_face(
+                self._lower_face, drivers_K, turn, head[..., rows, columns]
+            )
 
         gaze = self._sample(self._eyes_picture, self._gaze(coefs_E, eye_head))
         frame[..., eye_rows, eye_columns].lerp_(gaze, eyes[0][0] + eyes[1][0])
@@ -386,17 +387,12 @@ class WarpRenderer:
         inside = functional.grid_sample(picture, grid, align_corners=False, padding_mode="border")
         return inside[:, :3], inside[:, 3:]
 
-    def _own_lower_face(
-        self, decoder: LowerFaceDecoder, drivers_K: Tensor, turn: Tensor, place: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The person's own lower face over a window: colours (0..255), and how much they cover."""
-        parts = decoder(torch.cat([drivers_K[1:], turn])[None])
-        picture = torch.cat([parts[:, :3] * 255, parts[:, 3:] * self._face_cover], 1)
+    def _own_lower_face(self, decoder: LowerFaceDecoder, drivers_K: Tensor, turn: Tensor, place: Tensor) -> Tensor:
+        """What the person's own lower face adds to a window of the frame (of 255)."""
+        lacking = decoder(torch.cat([drivers_K[1:], turn])[None]) * (255 * self._face_cover)
         levelled = self._levelled(place) / self.bundle.placement.pixels_per_cm
         grid = ((levelled - self._face_corner) * (2 / FACE_EXTENT_CM) - 1).permute(0, 2, 3, 1)
-        laid = functional.grid_sample(picture, grid, align_corners=False, padding_mode="zeros")
-        # Colours fade to black outside the square just as their cover does to nothing.
-        return laid[:, :3], laid[:, 3:]
+        return functional.grid_sample(lacking, grid, align_corners=False, padding_mode="zeros")
 
     def _gaze(self, coefs_E: Tensor, place: Tensor) -> Tensor:
         """Where in the picture each pixel of the eyes' window looks for its eyeball."""

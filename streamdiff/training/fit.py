@@ -256,15 +256,31 @@ def fit_bundle(
     ``adversarial`` adds a patch discriminator and the distance of its features (sharper; by default only on a GPU).
     Raises `InputError` for a clip that cannot be used.
     """
-    torch.manual_seed(seed)
     clip = read_clip(video, landmarker or Landmarker(fetch_task()), max_frames=max_frames)
+    return fit_clip(
+        clip, size=size, minutes=minutes, device=device, adversarial=adversarial, seed=seed, name=Path(video).stem
+    )
+
+
+def fit_clip(
+    clip: Clip,
+    *,
+    size: int = 256,
+    minutes: float = 10.0,
+    device: str = "cpu",
+    adversarial: bool | None = None,
+    seed: int = 0,
+    name: str = "avatar",
+) -> tuple[IdentityBundle, FitReport]:
+    """The same for frames whose landmarks are known."""
+    torch.manual_seed(seed)
     chosen = neutral_frame(clip)
     bundle = bundle_from_landmarks(
         clip.frames_AHW3[chosen],
         clip.landmarks_AJ3[chosen],
         size,
-        name=Path(video).stem,
-        source=f"frame {chosen} of {video}",
+        name=name,
+        source=f"frame {chosen} of the clip",
         source_sha256=clip.sha256,
     )
     left_top, factor = _crop_of(bundle, clip.landmarks_AJ3[chosen])
@@ -360,9 +376,8 @@ class _Judge(nn.Module):
         return self.verdict(picture), features
 
 
-def _compose(parts: Tensor, warped: Tensor, window: Tensor) -> Tensor:
-    cover = parts[:, 3:] * window
-    return torch.lerp(warped, parts[:, :3], cover)
+def _compose(lacking: Tensor, warped: Tensor, window: Tensor) -> Tensor:
+    return warped + lacking * window
 
 
 def _train(
@@ -392,14 +407,12 @@ def _train(
         base, target = (x[chosen].to(device).float() / 255 for x in (warped, wanted))
         # Landmarks jitter; a decoder that may not lean on their last digit draws steadier frames.
         noise = torch.randn(batch, conditions.shape[1], generator=generator) * 0.01
-        parts = decoder((conditions[chosen] + noise).to(device))
-        drawn = _compose(parts, base, window)
+        drawn = _compose(decoder((conditions[chosen] + noise).to(device)), base, window)
         error = drawn - target
         value = (
             (error.abs() * emphasis).mean()
             + (error.diff(dim=3).abs() * emphasis[:, 1:]).mean()
             + (error.diff(dim=2).abs() * emphasis[1:]).mean()
-            + 0.01 * (parts[:, 3:] * window).mean()
         )
         if judge is not None and judging is not None and share > 0.2:
             real, _ = judge(target)
@@ -422,7 +435,7 @@ def _train(
             for slow, fast in zip(average.parameters(), decoder.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)
         if step % 200 == 0:
-            logger.info("step %d, %.0f%%: loss %.4f", step, 100 * share, float(value))
+            logger.info("step %d, %.0f%%: loss %.4f", step, 100 * share, float(value.detach()))
     return average.eval(), step
 
 

@@ -310,7 +310,7 @@ def train(
         decay = min(0.999, step / (step + 100))
         for name, parameter in model.state_dict().items():
             average[name].lerp_(parameter, 1 - decay)
-        total += float(value)
+        total += float(value.detach())
         if step % 250 == 0:
             logger.info("step %d, %.0f s: loss %.4f", step, spent_s, total / 250)
             total = 0.0
