@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 def keep_all(*, interpreted: bool) -> None:
     # With more than one BLAS thread the interpreter's small products take several times longer.
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    # Poisoned memory comes with deterministic algorithms, and cuBLAS wants this for them.
+    environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     environment.pop("TRITON_INTERPRET", None)
     if interpreted:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -143,3 +143,55 @@ def test_large_scores_do_not_overflow() -> None:
     want, _ = reference.attend(q.double(), keys.double(), values.double(), [(0, 6)])
     got = sk.attend(q, keys, values, 6, backend="triton")
     TOLERANCES["attend_float16"].check(got, want)
+
+
+@pytest.mark.parametrize("two_turns", [False, True])
+def test_tiles_of_full_size(two_turns: bool) -> None:
+    from streamdiff_kernels.triton import attention
+
+    L, N, K, M, sink = 150, 2, 128, 410, 140
+    q, q_sink = draw(1, L, N, K, dtype=torch.bfloat16), draw(1, L, N, K, dtype=torch.bfloat16, seed=1)
+    keys, values = draw(1, M, N, K, dtype=torch.bfloat16, seed=2), draw(1, M, N, K, dtype=torch.bfloat16, seed=3)
+    turned = q_sink if two_turns else None
+    want, want_lse = reference.attend(
+        q.double(),
+        keys.double(),
+        values.double(),
+        [(0, 395)],
+        q_sink_BLNK=None if turned is None else turned.double(),
+        sink_rows=sink,
+    )
+    rest = (None, None, on_device(395), None, None, sink, K**-0.5, True)
+    got, lse = attention.attend(q, turned, keys, values, *rest, tiles=attention.Tiles(128, 128, 8, 2))
+    assert lse is not None
+    TOLERANCES["attend_bfloat16"].check(got, want)
+    TOLERANCES["lse"].check(lse, want_lse)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no tiles of this size to choose")
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("two_turns", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_at_the_tiles_of_the_14b_model(sparse: bool, two_turns: bool, eight_bits: bool) -> None:
+    """Forty heads of 128 fill the GPU with 128 x 128 tiles; the oracle is torch in float32."""
+    L, N, K, sink = 1000, 40, 128, 300
+    M = sink + 3 * L
+    q, q_sink = draw(1, L, N, K, dtype=torch.bfloat16), draw(1, L, N, K, dtype=torch.bfloat16, seed=1)
+    keys, values = draw(1, M, N, K, dtype=torch.bfloat16, seed=2), draw(1, M, N, K, dtype=torch.bfloat16, seed=3)
+    scales: dict[str, Tensor] = {}
+    numbers = keys.float(), values.float()
+    if eight_bits:
+        keys, scales["key_scale_BMN"] = sk.quantise_rows(keys, impl=Impl.TORCH)
+        values, scales["value_scale_BMN"] = sk.quantise_rows(values, impl=Impl.TORCH)
+        numbers = tuple(reference.dequantise_rows(x, s) for x, s in zip((keys, values), scales.values(), strict=True))
+    pairs = [(0, sink), (sink, L), (sink + 2 * L, L - 7)] if sparse else [(0, M - 11)]
+    turn: dict[str, Any] = {"sink_rows": sink} if two_turns else {}
+    want, want_lse = sk.attend_with_lse(
+        q.float(), *numbers, segments=pairs, backend="sdpa", q_sink_BLNK=q_sink.float() if two_turns else None, **turn
+    )
+    where: dict[str, Any] = {"segments": on_device(pairs)} if sparse else {"length": on_device(M - 11)}
+    got, lse = sk.attend_with_lse(
+        q, keys, values, backend="triton", q_sink_BLNK=q_sink if two_turns else None, **turn, **where, **scales
+    )
+    TOLERANCES["attend_bfloat16"].check(got, want)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-4)
