@@ -12,6 +12,8 @@ have to know of each other travels in packets.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,13 +35,16 @@ from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb
 from streamdiff.observe import Observer
 from streamdiff.pipeline.head import Head
 from streamdiff.pipeline.packet import SetReference
-from streamdiff.pipeline.schedule import Role, plan
+from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
 from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import Chain, DecodeStage, DenoiseStage, Stage
 from streamdiff.session import Session
 
 _LARGEST_RANDOM = 200_000_000
 """Parameters above which random weights are surely a mistake, and an expensive one."""
+
+SPEECH_FOLDER = "wav2vec2-large-xlsr-53-english"
+"""Where a downloaded Wan2.2-S2V-14B keeps its speech encoder."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Half = TypeVar("_Half", VAEEncoder, VAEDecoder)
@@ -120,9 +125,6 @@ class Engine:
 
         ``image_HWC`` is uint8 RGB of the configured size.
         """
-        expected = (self.config.height, self.config.width, 3)
-        if tuple(image_HWC.shape) != expected:
-            raise ConfigError(f"the reference must be {list(expected)}, got {list(image_HWC.shape)}; resize it")
         return Head(
             self.config,
             self.encode_reference(image_HWC),
@@ -139,24 +141,39 @@ class Engine:
         num_ranks: int = 1,
         seed: int = 0,
         live: bool = True,
+        slack_chunks: int | None = None,
         deadline_s: float = 60.0,
     ) -> Session:
-        """A live stream in this process, its ranks as threads; see `Session`."""
-        schedule = plan(num_steps=self.config.num_steps, num_ranks=num_ranks, refresh_chunk=self.config.refresh_chunk)
-        stages = [self.stage(role, seed=seed) for role in schedule.roles]
-        head = self.head(image_HWC, prompt, seed=seed)
+        """A live stream in this process, its ranks as threads; see `Session`.
+
+        ``slack_chunks``: how many chunks an interruption can take back. None: all that can be under way, so that the
+        stream resumes right after the last chunk shown. At 14B each costs 2.4 GiB per step; give fewer there, and an
+        interruption resumes that much later. Every rank holds weights of its own.
+        """
+        config = self.config
+        if slack_chunks is None:
+            slack_chunks = max(config.memory.slack_chunks, chunks_under_way(num_ranks))
+        memory = dataclasses.replace(config.memory, slack_chunks=slack_chunks)
+        engine = copy.copy(self)
+        engine.config = config = dataclasses.replace(config, memory=memory)
+        schedule = plan(num_steps=config.num_steps, num_ranks=num_ranks, refresh_chunk=config.refresh_chunk)
+        stages = [engine.stage(role, seed=seed) for role in schedule.roles]
+        text = engine.text_encoder()
         return Session(
-            self.config,
-            head,
-            self.audio_encoder(),
+            config,
+            Head(config, engine.encode_reference(image_HWC), _encoded(text, prompt), seed=seed),
+            engine.audio_encoder(),
             lambda packets: run_local(schedule, stages, packets, deadline_s=deadline_s),
-            encode_prompt=self.encode_prompt,
+            encode_prompt=lambda prompt: _encoded(text, prompt),
             live=live,
         )
 
     @torch.inference_mode()
     def encode_reference(self, image_HWC: Tensor) -> SetReference:
         """The photograph as a latent, and as the still motion that precedes the stream."""
+        expected = (self.config.height, self.config.width, 3)
+        if tuple(image_HWC.shape) != expected:
+            raise ConfigError(f"the reference must be {list(expected)}, got {list(image_HWC.shape)}; resize it")
         encoder = self.encoder()
         photo_BCTHW = from_rgb8(image_HWC[None, None]).to(self.device, self.dtype)
         reference_BCTHW, _ = encoder.encode(photo_BCTHW)
@@ -166,10 +183,9 @@ class Engine:
             motion_BCTHW, _ = encoder.encode(photo_BCTHW.expand(-1, -1, still, -1, -1))
         return SetReference(reference_BCTHW.cpu(), None if motion_BCTHW is None else motion_BCTHW.cpu())
 
-    @torch.inference_mode()
     def encode_prompt(self, prompt: str) -> Tensor:
         """Prompt embedding ``[1, P, C]``, not padded."""
-        return self.text_encoder().encode(prompt).cpu()
+        return _encoded(self.text_encoder(), prompt)
 
     # Models
 
@@ -207,7 +223,7 @@ class Engine:
             raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
         if self.weights.folder is not None:
             return Wav2Vec2Features.load(
-                self.weights.folder / "wav2vec2-large-xlsr-53-english",
+                self.weights.folder / SPEECH_FOLDER,
                 device=self.device,
                 hop_frames=self.config.video_frames_per_chunk,
             )
@@ -228,3 +244,8 @@ class Engine:
 
     def _placed(self, module: _Module) -> _Module:
         return module.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _encoded(encoder: TextEncoder, prompt: str) -> Tensor:
+    return encoder.encode(prompt).cpu()

@@ -53,6 +53,8 @@ class Head:
         self._epoch = 0
         self._asked = False
         self._refreshed = False
+        self._oldest = 0
+        """The earliest chunk that can be made anew: what is kept depends on the furthest chunk ever made."""
         latent_h, latent_w = config.latent_hw
         self._shape = (1, config.dit.in_dim, config.frames_per_chunk, latent_h, latent_w)
 
@@ -79,11 +81,10 @@ class Head:
         """
         with self._lock:
             next_chunk = self._chunk if self._rewind is None else self._rewind
-            reach = self._config.memory.slack_chunks + 1
-            if not max(0, self._chunk - reach) <= chunk <= next_chunk:
+            if not self._oldest <= chunk <= next_chunk:
                 raise ConfigError(
-                    f"cannot rewind to chunk {chunk}: chunk {self._chunk} is next and {reach} can be taken back; "
-                    f"use memory.slack_chunks={max(self._chunk - chunk - 1, 0)} or more"
+                    f"cannot rewind to chunk {chunk}: chunk {next_chunk} is next and {self._oldest} the earliest "
+                    f"that is still kept; use a larger memory.slack_chunks ({self._config.memory.slack_chunks} now)"
                 )
             if chunk < self._chunk:
                 self._rewind = chunk
@@ -94,9 +95,8 @@ class Head:
         Unlike `rewind` it always begins a new epoch, so that everything under way becomes stale.
         """
         with self._lock:
-            reach = self._config.memory.slack_chunks + 1
             next_chunk = self._chunk if self._rewind is None else self._rewind
-            self._rewind = min(max(chunk, self._chunk - reach, 0), next_chunk)
+            self._rewind = min(max(chunk, self._oldest), next_chunk)
             return self._rewind
 
     def packets(self, heard: Iterable[AudioChunk]) -> Iterator[Packet]:
@@ -113,12 +113,15 @@ class Head:
                 self._chunk, self._rewind = self._rewind, None
                 self._epoch += 1
                 commands.append(Rewind(self._chunk))
+                if self._chunk <= SOURCE_CHUNK and not self._refreshed:
+                    self._asked = False  # the source is made anew, and must be asked for anew
             commands, self._first = [*self._first, *commands], []
             if self._prompt is not None:
                 commands.append(SwitchPrompt(self._prompt))
                 self._prompt = None
             chunk, epoch = self._chunk, self._epoch
             self._chunk += 1
+            self._oldest = max(self._oldest, self._chunk - config.memory.slack_chunks - 1)
             refresh = config.refresh_chunk
             if refresh is not None and chunk == SOURCE_CHUNK and not self._asked:
                 commands.append(ReturnLatent())

@@ -32,6 +32,15 @@ def _require(condition: bool, message: str) -> None:
         raise ScheduleError(message)
 
 
+def chunks_under_way(num_ranks: int) -> int:
+    """Chunks that may be anywhere between the head and the viewer: on a rank, in a queue, or waiting to be shown.
+
+    >>> chunks_under_way(1), chunks_under_way(5)
+    (2, 14)
+    """
+    return num_ranks + (num_ranks - 1) * QUEUE_DEPTH + 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """Seconds of work per chunk, measured or predicted."""

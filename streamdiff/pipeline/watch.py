@@ -56,7 +56,7 @@ class Limits:
     """Longest wait for the outside: the source to speak, the delivery to take."""
 
     def __post_init__(self) -> None:
-        if min(self.deadline_s, self.startup_s, self.outside_s) <= 0:
+        if not all(0 < s < float("inf") for s in (self.deadline_s, self.startup_s, self.outside_s)):
             raise ConfigError(f"limits are positive seconds, got {self}")
 
     @property
