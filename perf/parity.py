@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from streamdiff.checkpoint import load_strict
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig, VAEConfig
+from streamdiff.errors import StreamdiffError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.pipeline.packet import Command, Packet, RefreshSink, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
@@ -51,7 +51,7 @@ def engine_config(case: dict[str, Any], *, audio_features: int) -> EngineConfig:
                 feature_dim=model["audio_dim"],
                 num_features=audio_features,
                 num_tokens=model["num_audio_token"],
-                inject_layers=tuple(model["audio_inject_layers"]),
+                inject_layers=tuple(sorted(model["audio_inject_layers"])),
             ),
         ),
         vae=VAEConfig(z_dim=model["in_dim"]),
@@ -122,8 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     if not (folder / "case.json").is_file():
         print(f"error: {folder} has no case.json; give the folder of a reference case", file=sys.stderr)
         return 2
-    torch.manual_seed(0)
-    worst = compare(folder)
+    try:
+        worst = compare(folder)
+    except (StreamdiffError, OSError, KeyError, ValueError) as error:
+        print(f"error: {folder} is not a complete case ({type(error).__name__}: {error})", file=sys.stderr)
+        return 2
     print(json.dumps({"case": folder.name, "limit": LIMIT, **worst}))
     return int(any(not value <= LIMIT for value in worst.values()))
 

@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 # cuBLAS needs a workspace of its own to give the same bits twice; it reads this when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -26,6 +27,11 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/st
 # A lost rank is reported in our words; the library's stack trace of it helps nobody.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+# Until everything is imported, Ctrl-C ends the process as it would any other: there is nothing to close yet.
+_interrupt = signal.getsignal(signal.SIGINT)
+with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's business
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 from tqdm import tqdm
 
@@ -33,10 +39,14 @@ from streamdiff import __version__, demo, doctor, flow, presets
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.forecast import describe, forecast
-from streamdiff.generate import Job, Made, generate, schedule_for
+from streamdiff.generate import Job, Made, check, generate, schedule_for
 from streamdiff.observe import JsonLines, Observer, Silent
 from streamdiff.pipeline.transport import World
 from streamdiff.pipeline.watch import Limits
+
+_T = TypeVar("_T")
+with contextlib.suppress(ValueError):
+    signal.signal(signal.SIGINT, _interrupt)
 
 
 def world_from_environment() -> World | None:
@@ -113,6 +123,12 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="a rank silent for S seconds is lost (default: %(default)s)",
     )
     machine.add_argument(
+        "--startup",
+        type=float,
+        metavar="S",
+        help="wait S seconds for all ranks to load (default: 1800 with a checkpoint, else 180)",
+    )
+    machine.add_argument(
         "--trace", type=Path, metavar="DIR", help="write what each rank did when, one JSON line a span"
     )
     generate_parser.set_defaults(run=run_generate)
@@ -121,7 +137,11 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def job_from(args: argparse.Namespace, world: World | None) -> Job:
     """The job that the command line asks for."""
     config = presets.preset(args.preset)
-    if args.steps is not None:
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt is not text that UTF-8 can hold; write it anew") from None
+    if args.steps is not None and args.steps != config.num_steps:
         if not 1 <= args.steps <= 50:
             raise ConfigError(f"--steps must lie in 1..50, got {args.steps}; 4 is what the model was made for")
         config = dataclasses.replace(config, sigmas=flow.published_grid(args.steps))
@@ -141,13 +161,17 @@ def job_from(args: argparse.Namespace, world: World | None) -> Job:
         partition=_partition(args.partition),
         decode_alone=None if args.decode is None else args.decode == "own",
         device=_device(args.device, world),
-        limits=Limits(deadline_s=args.deadline, outside_s=max(600.0, args.deadline)),
+        limits=Limits(
+            deadline_s=args.deadline,
+            startup_s=args.startup if args.startup is not None else (1800.0 if args.checkpoint else 180.0),
+            outside_s=max(600.0, args.deadline),
+        ),
     )
 
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().replace("*", "x").partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise ConfigError(f"--size must look like 384x704 (width x height), got {text!r}")
     return int(width), int(height)
 
@@ -156,7 +180,7 @@ def _partition(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise ConfigError(f"--partition must look like 2,1,1, got {text!r}")
     return tuple(int(part) for part in parts)
 
@@ -164,10 +188,8 @@ def _partition(text: str | None) -> tuple[int, ...] | None:
 def _device(name: str | None, world: World | None) -> str:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, flags=re.ASCII):
+        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if name == "cuda":
         return f"cuda:{world.local_rank if world is not None else 0}"
     return name
@@ -175,9 +197,11 @@ def _device(name: str | None, world: World | None) -> str:
 
 def run_generate(args: argparse.Namespace) -> int:
     world = world_from_environment()
-    job = job_from(args, world)
-    if args.threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {args.threads}")
+    job = _alike_on_every_rank(lambda: _checked_job(args, world))
+    if not 1 <= args.threads <= 1024:
+        raise ConfigError(f"--threads must lie in 1..1024, got {args.threads}; at least 1, at most the cores you have")
+    if args.ranks is not None and (not args.plan or args.ranks < 1):
+        raise ConfigError("--ranks belongs to --plan and counts from 1; to run on more ranks, start them with torchrun")
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.deterministic = True
     rank = 0 if world is None else world.rank
@@ -185,8 +209,8 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.plan:
         if rank == 0:
             engine = Engine(job.config, weights=job.weights, device=job.device, plan_only=True)
-            if args.assume is not None and not args.assume > 0:
-                raise ConfigError(f"--assume takes TFLOP/s above 0, got {args.assume}; an H200 has about 700")
+            if args.assume is not None and not 0 < args.assume < 1e6:
+                raise ConfigError(f"--assume takes TFLOP/s above 0, got {args.assume}; try 700, as an H200")
             assumed = None if args.assume is None else 1e12 * args.assume
             found = forecast(engine, assumed_flops_per_s=assumed)
             device = job.device if assumed is None else "cuda"
@@ -200,6 +224,24 @@ def run_generate(args: argparse.Namespace) -> int:
     if made is not None:
         _report(made, job, num_ranks)
     return 0
+
+
+def _checked_job(args: argparse.Namespace, world: World | None) -> Job:
+    job = job_from(args, world)
+    if not args.plan:
+        Engine(job.config, weights=job.weights, device=job.device)
+        check(job, schedule_for(job, 1 if world is None else world.size))
+    return job
+
+
+def _alike_on_every_rank(find: Callable[[], _T]) -> _T:
+    """What every rank finds out for itself, wrong arguments above all, is said by the first of them alone."""
+    try:
+        return find()
+    except StreamdiffError as error:
+        if os.environ.get("RANK", "0") != "0":
+            _leave(error.exit_code)
+        raise
 
 
 def _report(made: Made, job: Job, num_ranks: int) -> None:
@@ -284,19 +326,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except StreamdiffError as error:
-        # What every rank finds out for itself is said once.
-        if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
-            _say(f"error: {error}")
-            for note in getattr(error, "__notes__", []):
-                _say(note)
+        _say(f"error: {error}")
+        for note in getattr(error, "__notes__", []):
+            _say(note)
         if args.verbose:
             logging.getLogger(__name__).exception("the error in full")
         return _leave(error.exit_code)
     except KeyboardInterrupt:
         _say("interrupted; what was written so far is whole")
         return _leave(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing is left to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _leave(1)
     except SystemExit as error:
-        return _leave(error.code if isinstance(error.code, int) else 1)
+        status = error.code if isinstance(error.code, int) else 1
+        if status == 128 + signal.SIGTERM:
+            _say("terminated; what was written so far is whole")
+        return _leave(status)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -71,7 +72,10 @@ def forecast(engine: Engine, *, assumed_flops_per_s: float | None = None) -> For
 
 
 def _measured(engine: Engine) -> Costs:
-    config = engine.config
+    # Nothing is returned from one step alone, so the sink stays what it is.
+    memory = dataclasses.replace(engine.config.memory, adaptive_sink=False)
+    config = dataclasses.replace(engine.config, memory=memory)
+    engine = Engine(config, weights=engine.weights, device=engine.device, dtype=engine.dtype)
     image_HWC = torch.zeros(config.height, config.width, 3, dtype=torch.uint8)
     step = engine.stage(Role(rank=0, encodes=True, steps=(0,), decodes=False))
     decode = engine.stage(Role(rank=1, encodes=False, steps=(), decodes=True))
@@ -85,11 +89,11 @@ def _measured(engine: Engine) -> Costs:
         ),
         torch.zeros(1),
     )
-    # As many chunks as fill the window, one to warm up, and three to time.
-    num_chunks = config.memory.window_chunks + 4
+    # The window fills first; three chunks after that are timed.
+    window = config.memory.window_chunks
     step_s: list[float] = []
     decode_s: list[float] = []
-    packets = engine.head(image_HWC, "").packets([heard] * min(num_chunks, config.refresh_chunk or num_chunks))
+    packets = engine.head(image_HWC, "").packets([heard] * (window + 3))
     for packet in packets:
         start_s = time.perf_counter()
         stepped = step.step(packet)
@@ -97,7 +101,7 @@ def _measured(engine: Engine) -> Costs:
         decode.step(stepped)
         step_s.append(middle_s - start_s)
         decode_s.append(time.perf_counter() - middle_s)
-    return Costs(step_s=(min(step_s[1:]),) * config.num_steps, decode_s=min(decode_s[1:]))
+    return Costs(step_s=(min(step_s[window:]),) * config.num_steps, decode_s=min(decode_s[window:]))
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from streamdiff.checkpoint import check_dit
 from streamdiff.config import EngineConfig
-from streamdiff.engine import Engine, Weights
-from streamdiff.errors import ConfigError, InputError
+from streamdiff.engine import SPEECH_FOLDER, Engine, Weights
+from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.forecast import available_bytes, predicted_costs, role_bytes
 from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_image
 from streamdiff.models.audio import AudioChunk, chunks
+from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
 from streamdiff.observe import Observer
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.schedule import Role, Schedule, plan
+from streamdiff.pipeline.schedule import Schedule, plan
 from streamdiff.pipeline.serve import run_local, serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
@@ -94,26 +95,54 @@ def schedule_for(job: Job, num_ranks: int) -> Schedule:
     )
 
 
-def check(job: Job, role: Role) -> int:
-    """Find what is wrong with the job before anything is loaded; the number of video frames it will make."""
-    if job.out.suffix.lower() != ".mp4":
-        raise InputError(f"--out must end in .mp4, got {job.out.name}; other containers are not written")
-    read_image(job.image, job.config.height, job.config.width)
+def check(job: Job, schedule: Schedule) -> int:
+    """Find what is wrong with the job before anything is loaded; the number of video frames it will make.
+
+    Looks at every rank's part, so that each rank finds the same fault and none is left waiting for another.
+    """
+    _check_files(job)
     duration_s = audio_duration_s(job.audio)
     next(read_audio(job.audio))
-    if not job.out.parent.is_dir():
-        raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
-    if job.weights.folder is not None:
-        check_dit(job.config.dit, job.weights.folder, lora=job.weights.lora)
-    need = role_bytes(job.config, role, device=job.device, from_folder=job.weights.folder is not None)
+    weights = job.weights
+    if weights.folder is not None:
+        check_dit(job.config.dit, weights.folder, lora=weights.lora)
+    for path in (*_files_of(weights.folder), *([weights.light_decoder] if weights.light_decoder else [])):
+        if not path.exists():
+            raise CheckpointError(f"there is no {path}; check the path, or download it again")
+    need = {
+        role: role_bytes(job.config, role, device=job.device, from_folder=weights.folder is not None)
+        for role in schedule.roles
+    }
     have = available_bytes(job.device)
-    if have is not None and need > have:
+    # Ranks on CPUs share the memory of their machine; each GPU has its own.
+    largest = max(need, key=lambda role: need[role])
+    together = sum(need.values()) if job.device == "cpu" else need[largest]
+    if have is not None and together > have:
+        who = "all ranks together" if job.device == "cpu" else f"rank {largest.rank} ({largest})"
         raise ConfigError(
-            f"rank {role.rank} ({role}) needs {need / 2**30:.1f} GiB but {job.device} has {have / 2**30:.1f} GiB free; "
-            "use more ranks, a smaller size, or fewer steps"
+            f"{who} need {together / 2**30:.1f} GiB but {job.device} has {have / 2**30:.1f} GiB free; "
+            "use a smaller size, fewer steps, or other ranks"
         )
     seconds = duration_s if job.seconds is None else job.seconds
     return max(1, round(seconds * job.config.fps))
+
+
+def _check_files(job: Job) -> None:
+    if job.out.suffix.lower() != ".mp4":
+        raise InputError(f"--out must end in .mp4, got {job.out.name}; other containers are not written")
+    read_image(job.image, job.config.height, job.config.width)
+    if job.out.exists() and any(path.exists() and job.out.samefile(path) for path in (job.image, job.audio)):
+        raise InputError(f"--out {job.out} is also an input and would be overwritten; choose another name")
+    if not job.out.parent.is_dir():
+        raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
+
+
+def _files_of(folder: Path | None) -> list[Path]:
+    """What a downloaded checkpoint must hold besides the DiT."""
+    if folder is None:
+        return []
+    names = ("Wan2.1_VAE.pth", UMT5_FILE, UMT5_TOKENIZER, SPEECH_FOLDER)
+    return [folder / name for name in names]
 
 
 def generate(
@@ -132,11 +161,11 @@ def generate(
     schedule = schedule_for(job, num_ranks)
     role = schedule.roles[0 if world is None else world.rank]
     engine = Engine(job.config, weights=job.weights, device=job.device)
-    num_frames = check(job, role)
+    num_frames = check(job, schedule)
     if world is None or num_ranks == 1:
         stage = engine.stage(role, seed=job.seed, observer=observer)
+        source = _source(job, engine, num_frames)
         with _Film(job, num_frames, progress) as film:
-            source = _source(job, engine, num_frames)
             for packet in run_local(schedule, [stage], source, observers=[observer] if observer else None):
                 film.show(packet)
         return film.made()

@@ -5,6 +5,7 @@ Axes: T video frames, H height, W width, C RGB, S waveform samples.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -92,7 +93,8 @@ class VideoWriter:
         try:
             self._append(self._header())
         except InputError:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses the flush as well
+                self._file.close()
             raise
 
     @property

@@ -7,9 +7,9 @@ import importlib
 import pkgutil
 
 import pytest
-import streamdiff_kernels
 
 import streamdiff
+import streamdiff_kernels
 
 
 def modules() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -23,7 +25,7 @@ def test_the_four_steps_are_those_of_live_avatar() -> None:
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 8.0])
 @pytest.mark.parametrize("grid", [flow.published_grid, flow.shifted_grid])
-def test_every_grid_falls_from_one_to_zero(grid, shift: float) -> None:  # noqa: ANN001
+def test_every_grid_falls_from_one_to_zero(grid, shift: float) -> None:
     for num_steps in range(1, 20):
         sigmas = grid(num_steps, shift)
         assert len(sigmas) == num_steps + 1
@@ -33,7 +35,7 @@ def test_every_grid_falls_from_one_to_zero(grid, shift: float) -> None:  # noqa:
 
 
 @pytest.mark.parametrize("grid", [flow.published_grid, flow.shifted_grid])
-def test_an_impossible_grid_says_so(grid) -> None:  # noqa: ANN001
+def test_an_impossible_grid_says_so(grid) -> None:
     with pytest.raises(ConfigError, match="num_steps >= 1"):
         grid(0)
     with pytest.raises(ConfigError, match="shift > 0"):
@@ -45,7 +47,7 @@ def test_with_the_true_velocity_both_samplers_reach_the_data() -> None:
     data, noise, fresh = torch.randn(3, 1, 2, 3, 4, 4, generator=generator, dtype=torch.float64).unbind(0)
     sigmas = flow.published_grid(4)
     x, y, last_noise = noise, noise, noise
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         x = flow.euler_step(x, noise - data, sigma=sigma, sigma_next=sigma_next)
         y = flow.renoise_step(y, last_noise - data, fresh, sigma=sigma, sigma_next=sigma_next)
         last_noise = fresh

@@ -100,12 +100,49 @@ def test_a_voice_of_nan(inputs: dict[str, str], tmp_path: Path, capsys: pytest.C
         ("--out", "no/such/folder/film.mp4", "no/such/folder"),
         ("--out", "film.gif", ".mp4"),
         ("--deadline", "0", "positive"),
+        ("--deadline", "nan", "positive"),
+        ("--startup", "-1", "positive"),
+        ("--size", "\u00b2x\u00b2", "384x704"),
+        ("--partition", "\u00b2", "2,1,1"),
+        ("--device", "meta", "cpu"),
+        ("--prompt", "\udcff", "UTF-8"),
+        ("--ranks", "3", "--plan"),
+        ("--light-decoder", "nowhere.pth", "nowhere.pth"),
     ],
 )
 def test_values_that_cannot_work(
     inputs: dict[str, str], capsys: pytest.CaptureFixture[str], flag: str, value: str, words: str
 ) -> None:
     assert words in complaint({**inputs, flag: value}, capsys)
+
+
+def test_an_input_is_never_overwritten(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voice = tmp_path / "voice.mp4"
+    voice.write_bytes(Path(inputs["--audio"]).read_bytes())
+    before = voice.read_bytes()
+    arguments = {**inputs, "--audio": str(voice), "--out": str(voice)}
+    assert main(["generate", *(part for pair in arguments.items() for part in pair)]) == 2
+    assert "overwritten" in capsys.readouterr().err
+    assert voice.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk(inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "full.mp4"
+    film.symlink_to("/dev/full")
+    arguments = {**inputs, "--out": str(film), "--steps": "1"}
+    assert main(["generate", *(part for pair in arguments.items() for part in pair)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_the_same_steps_are_the_same_grid() -> None:
+    from streamdiff.__main__ import job_from, parser
+
+    flags = ["generate", "--image", "a", "--audio", "b"]
+    default, four = (job_from(parser().parse_args([*flags, *more]), None) for more in ([], ["--steps", "4"]))
+    assert default.config == four.config
 
 
 def test_a_cuda_device_that_is_not_there(inputs: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +169,7 @@ def test_too_many_ranks(inputs: dict[str, str]) -> None:
 def test_too_little_memory(
     inputs: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamdiff.generate.available_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr("streamdiff.generate.available_bytes", lambda device: 1_000_000)
     assert "GiB" in complaint(inputs, capsys)
 
 
