@@ -6,6 +6,6 @@
 #   bash launch/quickstart.sh --seconds 10       anything that `streamdiff generate --help` lists
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install demo -e ".[demo]"
+install demo -e ".[avatar,demo]"
 mkdir -p out
 "$venv/bin/streamdiff" generate --out out/quickstart.mp4 "$@"

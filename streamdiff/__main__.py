@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from streamdiff import __version__, demo, doctor, flow, presets
+from streamdiff.avatar import commands as avatar_commands
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.forecast import describe, forecast
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, on stderr")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    avatar_commands.register(commands)
     doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
     doctor_parser.set_defaults(run=run_doctor)
     return root
