@@ -1,4 +1,4 @@
-"""What the command line does with an avatar: ``streamdiff talk`` and ``streamdiff avatar ...``.
+"""What the command line does with an avatar: ``streamdiff talk`` and ``streamdiff avatar create|fit|inspect``.
 
 `register` adds the commands to an `argparse` parser; each sets ``run``, a function from the parsed arguments to the
 exit status. Errors leave as `StreamdiffError`.
@@ -7,6 +7,7 @@ exit status. Errors leave as `StreamdiffError`.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import socket
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import numpy as np
 import torch
@@ -37,14 +38,28 @@ _WRITE_FRAMES = FPS
 _AUDIO_AHEAD_S = 4.0
 _SHEET_FRAMES, _SHEET_COLUMNS = 24, 6
 _MARK = "synthetic"
+BUNDLE_SUFFIX = ".avatar"
 
 
-def register(commands: Any) -> None:
-    """Add ``talk`` and ``avatar`` to the sub-commands of a parser (what ``add_subparsers`` returned)."""
+class Fit(Protocol):
+    """Makes a bundle from a clip; `streamdiff.training.fit.fit_bundle`, which stands on a floor above this one."""
+
+    def __call__(
+        self, video: str | Path, *, size: int, minutes: float, device: str
+    ) -> tuple[IdentityBundle, object]: ...
+
+
+def register(commands: Any, *, fit: Fit | None = None) -> None:
+    """Add ``talk`` and ``avatar`` to the sub-commands of a parser (what ``add_subparsers`` returned).
+
+    ``avatar fit`` exists where ``fit`` is given.
+    """
     _add_talk(commands)
-    avatar = commands.add_parser("avatar", help="make, fit, prepare and look at avatars")
+    avatar = commands.add_parser("avatar", help="make, fit and look at avatars")
     actions = avatar.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_create(actions)
+    if fit is not None:
+        _add_fit(actions, fit)
     _add_inspect(actions)
 
 
@@ -62,7 +77,12 @@ def _add_talk(commands: Any) -> None:
     add("--out", type=Path, default=Path("talk.mp4"), help="the MP4 to write (default: %(default)s)")
     add("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
     add("--seed", type=int, default=0, help="of the motion (default: %(default)s)")
-    add("--style", default="", metavar="NAME=X,...", help=f"how it moves, 0 is ordinary: {', '.join(STYLE_NAMES)}")
+    add(
+        "--style",
+        default="",
+        metavar="NAME=X,...",
+        help=f"how it moves, 0 is ordinary (default: as the bundle says): {', '.join(STYLE_NAMES)}",
+    )
     add("--mark", action="store_true", help=f"write '{_MARK}' into the corner of every frame")
     add("--rig", type=Path, metavar="FILE", help="also write the coefficients, JSON lines with ARKit names")
     add("--osc", metavar="HOST:PORT", help="also send the coefficients by OSC over UDP, in real time")
@@ -75,10 +95,25 @@ def _add_talk(commands: Any) -> None:
 def _add_create(actions: Any) -> None:
     create = actions.add_parser("create", help="make a bundle from one photo")
     create.add_argument("--photo", type=Path, required=True, help="a photo of one person who faces the camera")
-    create.add_argument("--out", type=Path, help="the bundle to write (default: PHOTO.avatar.safetensors)")
+    create.add_argument("--out", type=Path, help="the bundle to write (default: PHOTO.avatar)")
     create.add_argument("--size", type=int, choices=(256, 512), default=256, help="pixels along a side")
     create.add_argument("--name", help="of the person (default: the file's)")
     create.set_defaults(run=run_create)
+
+
+def _add_fit(actions: Any, fit: Fit) -> None:
+    parser = actions.add_parser(
+        "fit",
+        help="make a bundle from a clip of one person: the face, the mouth, and the manner",
+        description="Learn a person's mouth and manner from a clip of about a minute. The same engine plays the "
+        "bundle; it costs no more than one made from a photo.",
+    )
+    parser.add_argument("--video", type=Path, required=True, help="one person, mostly facing the camera, speaking")
+    parser.add_argument("--out", type=Path, help="the bundle to write (default: CLIP.avatar)")
+    parser.add_argument("--size", type=int, choices=(256, 512), default=256, help="pixels along a side")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="of training (default: %(default)s)")
+    parser.set_defaults(run=functools.partial(run_fit, fit=fit))
 
 
 def _add_inspect(actions: Any) -> None:
@@ -92,7 +127,7 @@ def open_bundle(path: Path | None, *, size: int = 256) -> IdentityBundle:
     from streamdiff.avatar.identity import IdentityBundle, create_bundle
 
     path = path if path is not None else demo.demo_image()
-    if path.suffix == ".safetensors":
+    if path.suffix == BUNDLE_SUFFIX:
         return IdentityBundle.load(path)
     return create_bundle(path, size)
 
@@ -101,11 +136,29 @@ def run_create(args: argparse.Namespace) -> int:
     """``streamdiff avatar create``."""
     from streamdiff.avatar.identity import create_bundle
 
-    out = args.out or args.photo.with_suffix(".avatar.safetensors")
-    _check_suffix(out, ".safetensors")
-    bundle = create_bundle(args.photo, args.size, name=args.name)
-    _write(f"{bundle.save(out)}: {bundle.name}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
+    out = args.out or args.photo.with_suffix(BUNDLE_SUFFIX)
+    _check_suffix(out, BUNDLE_SUFFIX)
+    _save(create_bundle(args.photo, args.size, name=args.name), out)
     return 0
+
+
+def run_fit(args: argparse.Namespace, *, fit: Fit) -> int:
+    """``streamdiff avatar fit``."""
+    out = args.out or args.video.with_suffix(BUNDLE_SUFFIX)
+    _check_suffix(out, BUNDLE_SUFFIX)
+    torch.set_num_threads(1)
+    bundle, report = fit(args.video, size=args.size, minutes=args.minutes, device=args.device)
+    _save(bundle, out)
+    _write(str(report))
+    return 0
+
+
+def _save(bundle: IdentityBundle, out: Path) -> None:
+    try:
+        bundle.save(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error}; choose another place") from error
+    _write(f"{out}: {bundle.name}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -148,6 +201,7 @@ def run_talk(args: argparse.Namespace) -> int:
     sound = None if args.audio is None else _seconds(read_audio(args.audio, RATE_HZ))
     renderer = WarpRenderer(open_bundle(args.avatar, size=args.size))
     voice = open_voice(args.voice) if sound is None else None
+    style = renderer.bundle.style | style
     engine = AvatarEngine(renderer, voice=voice, motion=load_motion(args.motion), style=style)
     began_s = time.monotonic()
     with ExitStack() as stack:

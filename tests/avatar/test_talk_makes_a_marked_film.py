@@ -35,7 +35,7 @@ class LargeBars(Bars):
 
     def __init__(self, bundle: object) -> None:
         super().__init__()
-        self.bundle = SimpleNamespace(name="bars")
+        self.bundle = SimpleNamespace(name="bars", style={"smile": 0.5})
 
     def render(self, motion_AE: torch.Tensor | np.ndarray) -> torch.Tensor:
         return super().render(motion_AE).repeat(1, 4, 4, 1)
@@ -183,6 +183,35 @@ def test_a_broken_sound_file_is_said(run: Run, tmp_path: Path) -> None:
     for name in ("broken.wav", "empty.wav"):
         with pytest.raises(InputError, match="cannot read sound"):
             run(["--audio", str(tmp_path / name), "--out", str(tmp_path / "a.mp4")])
+
+
+class SavedBundle:
+    """Stands for an identity bundle that can be saved."""
+
+    name, size, sha256 = "somebody", 256, "0" * 64
+
+    def save(self, path: Path) -> Path:
+        path.write_text("bundle")
+        return path
+
+
+def test_a_clip_is_fitted_by_whoever_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def fit(video: str | Path, *, size: int, minutes: float, device: str) -> tuple[SavedBundle, str]:
+        asked.append((video, size, minutes, device))
+        return SavedBundle(), "fitted well"
+
+    parser = argparse.ArgumentParser()
+    commands.register(parser.add_subparsers(), fit=fit)  # type: ignore[arg-type]
+    args = parser.parse_args(["avatar", "fit", "--video", str(tmp_path / "clip.mp4"), "--minutes", "2"])
+    assert args.run(args) == 0
+    assert asked == [(tmp_path / "clip.mp4", 256, 2.0, "cpu")]
+    assert (tmp_path / "clip.avatar").is_file()
+    assert "fitted well" in capsys.readouterr().out
+    args = parser.parse_args(["avatar", "fit", "--video", "clip.mp4", "--out", "/nowhere/a.avatar"])
+    with pytest.raises(InputError, match="cannot write"):
+        args.run(args)
 
 
 def test_a_sheet_is_spread_over_the_whole_film() -> None:
