@@ -117,7 +117,7 @@ def test_eyes_shut_and_open(bundle: IdentityBundle, landmarker: Landmarker) -> N
 
 @pytest.mark.slow
 def test_the_person_stays_the_same(bundle: IdentityBundle, landmarker: Landmarker, photo: np.ndarray) -> None:
-    """Cosine of face embeddings to the photo, over a range of coefficients: >= 0.80 in every frame."""
+    """Every frame, over a range of coefficients, is nearer to the photo than another picture of a person often is."""
     try:
         embedder = FaceEmbedder()
     except BackendError as error:
@@ -129,8 +129,10 @@ def test_the_person_stays_the_same(bundle: IdentityBundle, landmarker: Landmarke
     motion[:, 52:55] = rng.normal(0, 0.08, (24, 3))
     frames = WarpRenderer(bundle).render(motion).numpy()
     (photo_face,) = landmarker.faces(photo)
-    cosines = embedder.cosines(frames, read_faces(frames, landmarker), photo, photo_face)
-    assert cosines.min() >= 0.80
+    faces = read_faces(frames, landmarker)
+    assert embedder.cosines(frames, faces, photo, photo_face).min() >= 0.90
+    # Half of what the embedder's makers allow for two pictures of one person.
+    assert embedder.distances(frames, faces, photo, photo_face).max() < 0.3
 
 
 def test_what_is_no_landmarker_says_so(tmp_path: Path) -> None:
