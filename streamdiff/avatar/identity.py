@@ -411,12 +411,13 @@ def _crop_to_face(picture: NDArray[np.uint8], landmarks_J3: Floats, size: int) -
     low, high = landmarks_J3[:, :2].min(0), landmarks_J3[:, :2].max(0)
     face = float(high[1] - low[1])
     x, y = (float(v) for v in (low + high) / 2)
-    # Two face heights show hair and collar; a tighter crop is better than inventing a border.
-    room = 2 * min(x, width - x, y / 1.1, (height - y) / 0.9)
-    side = float(np.clip(room, 1.6 * face, 1.95 * face))
+    # Two face heights show hair and collar; a tighter or lopsided crop is better than inventing a border.
+    side = float(np.clip(min(width, height), 1.25 * face, 1.95 * face))
     left, top = x - side / 2, y - side * 0.55
-    left = float(np.clip(left, 0, max(width - side, 0))) if side <= width else x - side / 2
-    top = float(np.clip(top, 0, max(height - side, 0))) if side <= height else y - side * 0.55
+    if side <= width:
+        left = float(np.clip(left, 0, width - side))
+    if side <= height:
+        top = float(np.clip(top, 0, height - side))
     image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
     factor = side / size
     if factor > 1:
