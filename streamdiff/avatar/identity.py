@@ -549,9 +549,9 @@ def _pose_fields(landmarks: Floats, pivot_z: float, size: int) -> tuple[Tensor, 
     rho, down = _oval_radius(landmarks, size)
     up, below = (-down).clamp(min=0), down.clamp(min=0)
     inner = 1.25 + 0.25 * up - 0.2 * below
-    outer = 2.0 + 0.35 * up + 0.1 * below
+    outer = 2.4 + 0.5 * up + 0.1 * below
     share = 1 - _between(rho, inner, outer)
-    share = share * _between(_to_border(), 0.004, 0.09)
+    share = share * _between(_to_border(), 0.004, 0.12)
     # Depth: from the landmarks over the face, smoothly on towards the ears and hair.
     cells = torch.from_numpy(landmarks[:_NUM_MESH, :2] * (GRID / size)).long().clamp(0, GRID - 1)
     depth = torch.zeros(GRID, GRID, dtype=torch.float64)

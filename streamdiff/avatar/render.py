@@ -45,16 +45,19 @@ from streamdiff.avatar.mouth import (
 )
 from streamdiff.errors import CheckpointError, InputError
 
-MAX_TURN = 0.45
+MAX_TURN = 0.4
 """Radians; beyond, a warp of one picture tears, so that larger turns are eased towards this."""
-MAX_SHIFT = 0.4
-"""Distances between the outer eye corners."""
+MAX_SHIFT = 0.3
+"""Distances between the outer eye corners; likewise."""
+POSE_LIMITS = (MAX_TURN,) * 3 + (MAX_SHIFT,) * 2
 EYE_RADIUS_CM = 1.2
 _TEETH_DROP_CM = 0.2
 _JAW_DROP_CM = 3.7
+_POSE_STEPS = (0.504, 3.748, 0.772, 1.048, 0.540, 2.516, 0.621, 1.565)
 _CHEBYSHEV = (0.563, 0.282, 1.334, 0.396, 0.889, 0.315)
 """Step lengths that solve ``flow(q) = -forward(q + flow(q))`` for slopes of -0.3 .. 2.6 (nodes of the Chebyshev
-polynomial over one plus the slope): eyelid skin stretches that much, and plain repetition would swing."""
+polynomial over one plus the slope): eyelid skin stretches that much, and plain repetition would swing. The steps of
+pose, likewise, for slopes of -0.75 .. 1."""
 _CURVE_STEPS = 4
 
 
@@ -163,6 +166,7 @@ class WarpRenderer:
         cell = self._size / GRID
         axis = (torch.arange(GRID, device=self.device) + 0.5) * cell
         self._cells = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None]
+        self._coarse_cells = functional.avg_pool2d(self._cells, 2)
         self._box_cells = self._cells[..., top:bottom, left:right].contiguous()
         pixel = torch.arange(self._size, device=self.device) + 0.5
         self._pixels = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"))[None]
@@ -171,6 +175,7 @@ class WarpRenderer:
         pivot = torch.tensor(place.pivot, device=self.device)
         self._pivot = pivot[:2].view(1, 2, 1, 1)
         self._eye_2 = torch.eye(2, device=self.device)
+        self._pose_limits = torch.tensor(POSE_LIMITS, device=self.device)
 
         self._slits = [
             self._make_slit(upper, lower, differ) for (upper, lower), differ in zip(SLITS, SIDES_DIFFER, strict=True)
@@ -308,9 +313,9 @@ class WarpRenderer:
 
     def _head(self, coefs_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotation vector, shift in pixels, scale; each eased towards what a warp can show."""
-        turn = MAX_TURN * torch.tanh(coefs_E[self.spec.part("rotation")] / MAX_TURN)
-        shift = MAX_SHIFT * torch.tanh(coefs_E[self.spec.part("translation")] / MAX_SHIFT)
-        scale = coefs_E[self.spec.part("scale")].clamp(0.8, 1.25)
+        asked = torch.cat([coefs_E[self.spec.part("rotation")], coefs_E[self.spec.part("translation")]])
+        turn, shift = ease_pose(asked, self._pose_limits).split((3, 2))
+        scale = coefs_E[self.spec.part("scale")].clamp(0.88, 1.15)
         return turn, shift * self.bundle.placement.eye_distance, scale
 
     @torch.inference_mode()
@@ -328,10 +333,13 @@ class WarpRenderer:
 
     def _undo_pose(self, turn: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """The place ``[1, 2, G, G]`` in the unturned picture that the turned head shows in each cell."""
-        place = self._cells
-        for _ in range(4):
-            place = self._cells - self._displacement(turn, shift, scale, place)
-        return place
+        # On every other cell: a pose is smooth, and a place beside the border takes all these looks to settle.
+        wanted = self._coarse_cells
+        place = wanted
+        for step in _POSE_STEPS:
+            place = torch.lerp(place, wanted - self._displacement(turn, shift, scale, place), step)
+        back = functional.interpolate(place - wanted, size=(GRID, GRID), mode="bilinear", align_corners=False)
+        return self._cells + back
 
     def _undo_expression(self, drivers_K: Tensor) -> Tensor:
         """Backward flow ``[2, 2, g, g]`` above and below the slits, within the box around the face."""
@@ -450,6 +458,15 @@ def _coverage(opening: Tensor, slit: _Slit, place: Tensor) -> tuple[Tensor, Tens
     inside = (torch.minimum(y + 0.5, lower) - torch.maximum(y - 0.5, upper)).clamp(0, 1)
     near = (y < slit.depth) & ((x - slit.low).clamp(0, slit.span) == x - slit.low)
     return inside, (y > (upper + lower) / 2) & near
+
+
+def ease_pose(pose: Tensor, limits: Tensor) -> Tensor:
+    """Rotation vector and translation ``[..., 5]``, drawn together towards what one picture can show.
+
+    Small poses stay as they are; none, whatever its direction, gets further than its limits.
+    """
+    size = ((pose / limits).square().sum(-1, keepdim=True) + 1e-12).sqrt()
+    return pose * (torch.tanh(size) / size)
 
 
 def _rotation(vector_3: Tensor) -> Tensor:

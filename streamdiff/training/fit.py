@@ -51,7 +51,7 @@ from streamdiff.avatar.mouth import (
     LowerFaceDecoder,
     face_window,
 )
-from streamdiff.avatar.render import EYE_RADIUS_CM, MAX_SHIFT, MAX_TURN, WarpRenderer
+from streamdiff.avatar.render import EYE_RADIUS_CM, POSE_LIMITS, WarpRenderer, ease_pose
 from streamdiff.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -183,8 +183,8 @@ def read_motion(
         turn, scale, shift = similarity(rest_J3[_RIGID], points_J3[_RIGID])
         flat_AJ2[frame] = ((points_J3 - shift) @ turn / scale)[:, :2]
         moved = (scale * turn @ pivot + shift - pivot)[:2] / place.eye_distance
-        motion_AE[frame, spec.part("rotation")] = _uneased(_rotation_vector(turn), MAX_TURN)
-        motion_AE[frame, spec.part("translation")] = _uneased(moved, MAX_SHIFT)
+        pose = _uneased(np.concatenate([_rotation_vector(turn), moved]))
+        motion_AE[frame, spec.part("rotation")], motion_AE[frame, spec.part("translation")] = pose[:3], pose[3:]
         motion_AE[frame, spec.part("scale")] = scale
     motion_KJ2 = bundle.motion_KJ2.numpy().astype(np.float64)
     shut_J2 = rest_J3[:, :2] + motion_KJ2[0]
@@ -216,9 +216,10 @@ def read_motion(
     return motion_AE.astype(np.float32), error
 
 
-def _uneased(value: Floats, most: float) -> Floats:
-    """The command that the renderer eases to this value."""
-    return most * np.arctanh(np.clip(value / most, -0.98, 0.98))
+def _uneased(pose_5: Floats) -> Floats:
+    """The command that the renderer eases to this pose (`render.ease_pose`)."""
+    size = float(np.linalg.norm(pose_5 / POSE_LIMITS))
+    return pose_5 * (np.arctanh(min(size, 0.98)) / size if size > 1e-6 else 1.0)
 
 
 def _rotation_vector(turn: Floats) -> Floats:
@@ -287,8 +288,15 @@ def fit_clip(
     landmarks_AJ3 = (clip.landmarks_AJ3 - np.array([*left_top, 0])) / factor
     motion_AE, landmark_error = read_motion(bundle, landmarks_AJ3, photo_J3=landmarks_AJ3[chosen])
     logger.info("%d frames read; landmarks explained to %.2f px", len(motion_AE), landmark_error)
-    warped, wanted = _pairs(bundle, clip, motion_AE, left_top, factor)
-    conditions = _conditions(motion_AE)
+    near = np.flatnonzero(_within_reach(motion_AE))
+    if len(near) < _MIN_FRAMES:
+        raise InputError(
+            f"the head of the clip stays near its rest in {len(near)} of {len(motion_AE)} frames; "
+            f"fitting needs {_MIN_FRAMES}: use a clip of one who sits and talks to the camera"
+        )
+    seen = Clip(clip.frames_AHW3[near], clip.landmarks_AJ3[near], clip.fps, clip.sha256)
+    warped, wanted = _pairs(bundle, seen, motion_AE[near], left_top, factor)
+    conditions = _conditions(motion_AE[near])
     held = max(len(conditions) // 10, 20)
     adversarial = device.startswith("cuda") if adversarial is None else adversarial
     decoder, steps = _train(
@@ -301,7 +309,7 @@ def fit_clip(
     style = measure_style(at_25, arkit64()) if len(at_25) >= 10 * FPS else {}
     idle = _idle(at_25)
     fitted = replace(bundle, decoder=weights, style=style, idle_AE=None if idle is None else torch.from_numpy(idle))
-    report = FitReport(len(motion_AE), held, steps, *errors, landmark_error_px=landmark_error)
+    report = FitReport(len(near), held, steps, *errors, landmark_error_px=landmark_error)
     return fitted, report
 
 
@@ -313,10 +321,18 @@ def _crop_of(bundle: IdentityBundle, landmarks_J3: Floats) -> tuple[Floats, floa
     return theirs.mean(0) - factor * ours.mean(0), factor
 
 
+def _within_reach(motion_AE: Floats) -> NDArray[np.bool_]:
+    """Frames whose pose a warp of one picture shows without easing it much: others teach nothing."""
+    spec = arkit64()
+    pose = np.concatenate([motion_AE[:, spec.part("rotation")], motion_AE[:, spec.part("translation")]], 1)
+    return np.linalg.norm(pose / POSE_LIMITS, axis=1) < 1
+
+
 def _conditions(motion_AE: Floats) -> Tensor:
     spec = arkit64()
-    rotation = MAX_TURN * np.tanh(motion_AE[:, spec.part("rotation")] / MAX_TURN)
-    return torch.from_numpy(np.concatenate([motion_AE[:, spec.part("face")], rotation], 1).astype(np.float32))
+    motion = torch.from_numpy(motion_AE.astype(np.float32))
+    pose = torch.cat([motion[:, spec.part("rotation")], motion[:, spec.part("translation")]], 1)
+    return torch.cat([motion[:, spec.part("face")], ease_pose(pose, torch.tensor(POSE_LIMITS))[:, :3]], 1)
 
 
 def _pairs(

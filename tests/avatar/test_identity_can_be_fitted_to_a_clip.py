@@ -13,7 +13,7 @@ from drawn_face import drawn_bundle
 from streamdiff.avatar.head3d import rotation_matrix
 from streamdiff.avatar.identity import IdentityBundle, with_look
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.render import MAX_SHIFT, MAX_TURN, WarpRenderer
+from streamdiff.avatar.render import POSE_LIMITS, WarpRenderer, ease_pose
 from streamdiff.errors import CheckpointError
 from streamdiff.training.fit import Clip, fit_clip, neutral_frame, read_motion
 
@@ -40,8 +40,8 @@ def landmarks_of(bundle: IdentityBundle, motion_AE: np.ndarray) -> np.ndarray:
     points[..., :2] += np.einsum("ak,kjc->ajc", drivers, bundle.motion_KJ2.numpy())
     pivot, unit = np.array(bundle.placement.pivot), bundle.placement.eye_distance
     for frame, coefs in zip(points, motion_AE, strict=True):
-        turn = rotation_matrix(MAX_TURN * np.tanh(coefs[SPEC.part("rotation")] / MAX_TURN))
-        shift = MAX_SHIFT * np.tanh(coefs[SPEC.part("translation")] / MAX_SHIFT) * unit
+        eased = ease_pose(torch.from_numpy(coefs[52:57].copy()), torch.tensor(POSE_LIMITS)).numpy()
+        turn, shift = rotation_matrix(eased[:3]), eased[3:] * unit
         frame[:] = float(coefs[SPEC.index("headScale")]) * (frame - pivot) @ turn.T + pivot
         frame[:, :2] += shift
     return points.astype(np.float32)
