@@ -10,6 +10,7 @@ Axes as in `reference`. Nothing here reads a CUDA tensor on the host.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -259,6 +260,17 @@ def linear(x_BLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, gelu: boo
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
+@functools.cache
+def _cpu_scales_rows() -> bool:
+    """Whether this torch takes a scale per row in eight-bit products on a CPU; 2.11 takes one per tensor."""
+    x8, ones = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch.ops.aten._scaled_mm(x8, x8.t(), scale_a=ones, scale_b=ones.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
 def linear_fp8(
     x8_BLD: Tensor,
     x_scale_BL: Tensor,
@@ -268,6 +280,11 @@ def linear_fp8(
     out_dtype: torch.dtype,
 ) -> Tensor:
     B, L, D = x8_BLD.shape
+    if x8_BLD.device.type == "cpu" and not _cpu_scales_rows():
+        x = x8_BLD.float() * x_scale_BL[..., None]
+        return F.linear(x, weight8_ED.float() * weight_scale_E[:, None], None if bias_E is None else bias_E.float()).to(
+            out_dtype
+        )
     y = torch.ops.aten._scaled_mm(
         x8_BLD.reshape(B * L, D),
         weight8_ED.t(),

@@ -11,18 +11,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from step_case import Case, config_of, distance, rms_distance
-from stream_case import eventful_packets, same, small_config
 
 import streamdiff_kernels as kernels
 from streamdiff import presets
 from streamdiff.config import EngineConfig
-from streamdiff.engine import Engine
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.step import Precision, StepOptions
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.schedule import Schedule, plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import reference
 from streamdiff_kernels.tolerance import TOLERANCES
@@ -115,22 +111,6 @@ def test_attention_backends_agree(device: str) -> None:
         for level in levels:
             found = kernels.attend(q, keys, values, level, backend=name)
             TOLERANCES["attend_bfloat16"].check(found.cpu(), want)
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_pipelined_equals_serial_on_one_device(device: str) -> None:
-    """Ranks as threads that share the device, graphs and all: prompt switch, sink refresh and rewind included."""
-
-    def run(schedule: Schedule) -> list[Packet]:
-        engine = Engine(small_config(4), device=device)
-        stages = [engine.stage(role, seed=7) for role in schedule.roles]
-        found = run_local(schedule, stages, eventful_packets(engine), deadline_s=120)
-        return [dataclasses.replace(packet, latent_BCTHW=packet.latent_BCTHW.cpu()) for packet in found]
-
-    refresh = small_config(4).refresh_chunk
-    one = plan(num_steps=4, num_ranks=1, refresh_chunk=refresh)
-    five = plan(num_steps=4, num_ranks=5, refresh_chunk=refresh)
-    assert same(run(five), run(one))
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -1,0 +1,372 @@
+"""The README's table, made from what benches left in perf/results/.
+
+    python perf/table.py                                            print it
+    python perf/table.py --write README.md                          put it between the markers
+    python perf/table.py --check README.md                          exit 1 when it is stale there
+    python perf/bench_reference.py | python perf/table.py --keep reference      keep a result: its last line, and a card
+
+A row is *measured*, with the machine it was measured on; *counted*, where arithmetic on shapes decides and a test holds
+it; or *predicted*, from ceilings and shares that the row names. Results of toy shapes never count. What has neither
+result nor prediction says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roofline import ASSUMED, Shapes, step_costs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).with_name("results")
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+Result = dict[str, Any]
+
+PRODUCT_SHARE, ATTENTION_FLOPS, ELEMENT_SHARE = 0.90, 600e12, 0.80
+"""Of a step's prediction: products at 90 % of a large square one, attention as cuDNN is reported to run on Hopper
+(595 to 617 TFLOP/s), passes over memory at 80 % of a copy."""
+DECODER_FLOP, DECODER_FLOPS = 27e12, 190e12
+"""The Wan decoder's operations for a chunk at 704x384, and the rate at which Live Avatar's was seen to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a row can say."""
+
+    text: str
+    met: bool | None
+    """Whether the goal is met; None where it cannot be told."""
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    what: str
+    goal: str
+    command: str
+    measured: Callable[[Sequence[Result]], Found | None]
+    otherwise: Callable[[], Found] | None = None
+
+
+def machine(result: Result) -> str:
+    """The machine and the commit of a result, in few words."""
+    card = result.get("card", {})
+    device = card.get("device") or ", ".join(card.get("gpus", [])) or card.get("machine", "unknown machine")
+    threads = card.get("threads")
+    count = f", {threads} thread{'s' if threads != 1 else ''}" if threads and "processors" not in card else ""
+    return f"measured: {device}{count}, {card.get('commit', 'unknown commit')}"
+
+
+def on_gpu(result: Result) -> bool:
+    """Whether a result comes from a GPU and from shapes that count."""
+    small = result.get("tiny") or result.get("shapes") == "small" or result.get("preset") == "tiny"
+    return "driver" in result.get("card", {}) and not small
+
+
+def latest(results: Sequence[Result], bench: str, *, gpu: bool = False) -> Result | None:
+    """The newest result of a bench; ``results`` come oldest first."""
+    fitting = [r for r in results if r.get("bench") == bench and (not gpu or on_gpu(r))]
+    return fitting[-1] if fitting else None
+
+
+def _reference(dtype: str, key: str, unit: str, meets: Callable[[float], bool]) -> Callable[..., Found | None]:
+    def find(results: Sequence[Result]) -> Found | None:
+        result = latest(results, "reference")
+        if result is None:
+            return None
+        values = [row[key] for row in result["rows"] if row["dtype"] == dtype]
+        return Found(f"{values[0]:.2f}{unit}", meets(values[0]), machine(result)) if values else None
+
+    return find
+
+
+def _simulator(results: Sequence[Result]) -> Found | None:
+    result = latest(results, "pipeline")
+    if result is None:
+        return None
+    worst = max(abs(result["period_error"]), abs(result["first_chunk_error"]))
+    return Found(f"{worst:.1%} off", worst <= 0.06, machine(result))
+
+
+def _elements(results: Sequence[Result]) -> Found | None:
+    result = latest(results, "kernels", gpu=True)
+    if result is None:
+        return None
+    fused = [
+        row
+        for row in result["rows"]
+        if row.get("by") == "triton" and row.get("bound") == "memory" and "share_%" in row and "attend" not in row["op"]
+    ]
+    if not fused:
+        return None
+    worst = min(fused, key=lambda row: row["share_%"])
+    return Found(f"{worst['share_%']:.0f} % ({worst['op']})", worst["share_%"] >= 80, machine(result))
+
+
+def _attention(results: Sequence[Result]) -> dict[str, float] | None:
+    """TFLOP/s by backend, from whichever bench ran last on a GPU."""
+    result = latest(results, "stage", gpu=True)
+    if result is None:
+        return None
+    return {row["backend"]: row["tflops"] for row in result["attention"]}
+
+
+def _best_attention(results: Sequence[Result]) -> Found | None:
+    rates, result = _attention(results), latest(results, "stage", gpu=True)
+    if not rates or result is None:
+        return None
+    best = max(rates, key=rates.__getitem__)
+    return Found(f"{rates[best]:.0f} TFLOP/s ({best})", rates[best] >= 600, machine(result))
+
+
+def _own_attention(results: Sequence[Result]) -> Found | None:
+    rates, result = _attention(results), latest(results, "stage", gpu=True)
+    if not rates or result is None or "triton" not in rates:
+        return None
+    ratio = rates["triton"] / max(rates.values())
+    return Found(f"{ratio:.2f}x ({rates['triton']:.0f} TFLOP/s)", ratio >= 0.8, machine(result))
+
+
+def _stage_row(results: Sequence[Result], precision: str) -> tuple[Result, dict[str, Any]] | None:
+    """The whole model at 704x384 with a window of four, replayed as a graph; the newest result that has it."""
+    for result in reversed([r for r in results if r.get("bench") == "stage" and on_gpu(r)]):
+        if result.get("size") != "384x704" or result.get("window") != 4:
+            continue
+        rows = [r for r in result["rows"] if r["precision"] == precision and r["way"].startswith("graph")]
+        whole = [r for r in rows if r["layers"] == 40]
+        if whole:
+            return result, min(whole, key=lambda r: r["step_ms"])
+    return None
+
+
+def _step(precision: str, goal_ms: float) -> Callable[[Sequence[Result]], Found | None]:
+    def find(results: Sequence[Result]) -> Found | None:
+        found = _stage_row(results, precision)
+        if found is None:
+            return None
+        result, row = found
+        note = f" (extrapolated from {row['extrapolated_from']} layers)" if "extrapolated_from" in row else ""
+        share = f", {row['share_%']:.0f} % of the floor's speed" if row.get("share_%") else ""
+        return Found(f"{row['step_ms']:.0f} ms{share}{note}", row["step_ms"] <= goal_ms, machine(result))
+
+    return find
+
+
+def predicted_step_ms(*, eight_bits: bool) -> tuple[float, float]:
+    """A step on an H200: what we expect, and the floor that nobody can beat there."""
+    ceilings = ASSUMED["h200"]
+    expected_ms = floor_ms = 0.0
+    for cost in step_costs(Shapes(), eight_bits=eight_bits):
+        floor_ms += cost.calls * cost.floor_ms(ceilings)
+        if cost.name.startswith("attend"):
+            each_ms = max(1e3 * cost.flops / ATTENTION_FLOPS, cost.floor_ms(ceilings))
+        elif cost.arithmetic:
+            each_ms = cost.floor_ms(ceilings) / PRODUCT_SHARE
+        else:
+            each_ms = cost.floor_ms(ceilings) / ELEMENT_SHARE
+        expected_ms += cost.calls * each_ms
+    return expected_ms, floor_ms
+
+
+def _predicted_step(goal_ms: float, *, eight_bits: bool) -> Callable[[], Found]:
+    def find() -> Found:
+        expected_ms, floor_ms = predicted_step_ms(eight_bits=eight_bits)
+        return Found(
+            f"{expected_ms:.0f} ms; floor {floor_ms:.0f} ms",
+            None if floor_ms <= goal_ms else False,
+            "predicted: H200; products at 90 % of 780 (1400 in eight bits) TFLOP/s, attention in bfloat16 at 600, "
+            "passes at 80 % of 4.3 TB/s",
+        )
+
+    return find
+
+
+def _decode(kind: str, goal_ms: float) -> Callable[[Sequence[Result]], Found | None]:
+    def find(results: Sequence[Result]) -> Found | None:
+        result = latest(results, "decoder", gpu=True)
+        rows = [] if result is None else [row for row in result["rows"] if row["decoder"] == kind]
+        if result is None or not rows:
+            return None
+        best = min(rows, key=lambda row: row["p50_ms"])
+        return Found(f"{best['p50_ms']:.1f} ms ({best['way']})", best["p50_ms"] <= goal_ms, machine(result))
+
+    return find
+
+
+def _predicted_decode() -> Found:
+    return Found(
+        f"{1e3 * DECODER_FLOP / DECODER_FLOPS:.0f} ms as published",
+        None,
+        "predicted: 27 TFLOP at the rate of Live Avatar's decoder, 190 TFLOP/s on an H800; ours is not timed",
+    )
+
+
+def _replay(results: Sequence[Result]) -> Found | None:
+    found = _stage_row(results, "bf16")
+    if found is None:
+        return None
+    equal = bool(found[1].get("replay_equals_eager", False))
+    return Found("equal" if equal else "differs", equal, machine(found[0]))
+
+
+def _rehearsed() -> Found:
+    return Found("not measured", None, "on a CPU, a recording that reads fixed addresses equals the eager step: pytest")
+
+
+def _memory(results: Sequence[Result]) -> Found | None:
+    found = _stage_row(results, "bf16")
+    if found is None or "of_cost" not in found[1]:
+        return None
+    ratio = found[1]["of_cost"]
+    return Found(f"{ratio:.3f}x", abs(ratio - 1) <= 0.02, machine(found[0]))
+
+
+def _counted_memory() -> Found:
+    return Found(
+        "within 0.5 %",
+        None,
+        "counted: every allocation of a chunk at 14B, without data (`tests/models/test_a_step_holds_nothing_twice.py`)",
+    )
+
+
+def _not_measured() -> Found:
+    return Found("not measured", None, "no GPU was at hand")
+
+
+STAGE = "python perf/bench_stage.py"
+ROWS = (
+    Row(
+        "step against the published way of writing it, CPU, float32",
+        ">= 1.5x faster",
+        "python perf/bench_reference.py",
+        _reference("float32", "speedup", "x", lambda x: x >= 1.5),
+    ),
+    Row(
+        "the same in bfloat16",
+        ">= 1.5x faster",
+        "python perf/bench_reference.py",
+        _reference("bfloat16", "speedup", "x", lambda x: x >= 1.5),
+    ),
+    Row(
+        "peak memory of that step, float32",
+        "<= 0.6x",
+        "python perf/bench_reference.py",
+        _reference("float32", "memory_ratio", "x", lambda x: x <= 0.6),
+    ),
+    Row(
+        "the same in bfloat16",
+        "<= 0.6x",
+        "python perf/bench_reference.py",
+        _reference("bfloat16", "memory_ratio", "x", lambda x: x <= 0.6),
+    ),
+    Row("simulator against real ranks", "within 6 %", "python perf/bench_pipeline.py", _simulator),
+    Row("14B step, 704x384, bfloat16", "<= 190 ms", STAGE, _step("bf16", 190), _predicted_step(190, eight_bits=False)),
+    Row("14B step, 704x384, FP8", "<= 120 ms", STAGE, _step("fp8", 120), _predicted_step(120, eight_bits=True)),
+    Row("replayed graph against eager", "equal bits", STAGE, _replay, _rehearsed),
+    Row("memory of a rank against `cost.py`", "within 2 %", STAGE, _memory, _counted_memory),
+    Row("fused passes, share of copy bandwidth", ">= 80 %", "python perf/bench_kernels.py", _elements, _not_measured),
+    Row("best attention, 3168 x 15312, 40 x 128", ">= 600 TFLOP/s", STAGE, _best_attention, _not_measured),
+    Row("our Triton attention against it", ">= 0.8x", STAGE, _own_attention, _not_measured),
+    Row(
+        "decode 12 frames, Wan VAE",
+        "<= 80 ms",
+        "python perf/bench_decoder.py",
+        _decode("vae", 80),
+        _predicted_decode,
+    ),
+    Row("decode 12 frames, light", "<= 8 ms", "python perf/bench_decoder.py", _decode("tae", 8), _not_measured),
+)
+
+
+def load(folder: Path) -> list[Result]:
+    """Every kept result, oldest first by the date it carries, then by name."""
+    found: list[tuple[str, str, Result]] = []
+    for path in folder.glob("*.json"):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"error: {path} is no result: {error}; keep results with --keep") from None
+        found.append((result.get("date", ""), path.name, result))
+    return [result for _, _, result in sorted(found, key=lambda item: item[:2])]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown."""
+    lines = ["| what | goal | result | met | how it is known | command |", "|---|---|---|---|---|---|"]
+    for row in ROWS:
+        found = row.measured(results) or (row.otherwise() if row.otherwise else _none_kept())
+        met = {True: "yes", False: "no", None: "open"}[found.met]
+        lines.append(f"| {row.what} | {row.goal} | {found.text} | {met} | {found.how} | `{row.command}` |")
+    return "\n".join(lines)
+
+
+def _none_kept() -> Found:
+    return Found("not measured", None, "no result is kept")
+
+
+def with_table(text: str, made: str) -> str:
+    """A document with the table between its markers replaced."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise SystemExit(f"error: the document needs one {BEGIN} and, after it, one {END}")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
+
+
+def keep(output: str, folder: Path, name: str, *, date: str, commit: str | None) -> Path:
+    """Write the result that a bench printed, with a card where it has none; what libraries say later is passed over."""
+    lines = [line for line in output.splitlines() if line.startswith('{"bench"')]
+    try:
+        result = json.loads(lines[-1])
+    except (IndexError, json.JSONDecodeError):
+        raise SystemExit("error: no line is a bench's JSON object; did it fail?") from None
+    if "card" not in result:
+        import torch
+        from measure import machine_card
+
+        result["card"] = {**machine_card(torch.device("cpu")), "threads": result.get("threads", 1)}
+    if commit is not None and result["card"].get("commit") in (None, "", "unknown"):
+        result["card"]["commit"] = commit
+    result["date"] = date
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: perf/results)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between its markers")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="exit 1 when the table in it is stale")
+    parser.add_argument("--keep", metavar="NAME", help="read a bench's output and keep its result under this name")
+    parser.add_argument("--commit", help="with --keep: what the card says where there is no repository")
+    args = parser.parse_args()
+    if args.keep is not None:
+        from datetime import UTC, datetime
+
+        output = sys.stdin.read()
+        sys.stdout.write(output)
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        keep(output, args.results, args.keep, date=date, commit=args.commit)
+        return
+    made = table(load(args.results))
+    document = args.write or args.check
+    if document is None:
+        print(made)
+        return
+    text = document.read_text(encoding="utf-8")
+    fresh = with_table(text, made)
+    if args.write is not None:
+        document.write_text(fresh, encoding="utf-8")
+    elif fresh != text:
+        raise SystemExit(f"error: the table in {document} is stale; python perf/table.py --write {document}")
+
+
+if __name__ == "__main__":
+    main()
