@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamdiff.avatar.speech import HibariVoice, fit_timbre, open_voice
+from streamdiff.avatar.speech import HibariVoice, open_voice
 from streamdiff.errors import ConfigError, InputError
 
 hibari = pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
@@ -116,16 +116,3 @@ def test_voices_are_opened_by_name() -> None:
     ]:
         with pytest.raises(ConfigError, match=says):
             open_voice(name)
-
-
-def test_a_timbre_is_found_among_the_mixtures_of_voices() -> None:
-    rng = np.random.default_rng(0)
-    voices_V256 = rng.standard_normal((5, 256)).astype(np.float32)
-    wanted = 0.6 * voices_V256[1, :128] + 0.4 * voices_V256[3, :128]
-
-    def similarity(timbre: np.ndarray) -> float:
-        return -float(np.square(timbre - wanted).mean())
-
-    timbre, score = fit_timbre(voices_V256, similarity, num_rounds=20)
-    assert timbre.shape == (128,)
-    assert score > 0.1 * max(similarity(v[:128]) for v in voices_V256)
