@@ -1,0 +1,147 @@
+"""The table says what results say: measured, counted or predicted, and never a toy for the real thing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import table
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = {"device": "NVIDIA H200", "driver": "580.1", "processors": 132, "commit": "abc1234"}
+
+
+def stage(precision: str, step_ms: float, **more: Any) -> dict[str, Any]:
+    row = {
+        "precision": precision,
+        "way": "graph",
+        "layers": 40,
+        "step_ms": step_ms,
+        "share_%": 80.0,
+        "of_cost": 1.004,
+        "replay_equals_eager": True,
+    }
+    result = {
+        "bench": "stage",
+        "card": GPU,
+        "size": "384x704",
+        "window": 4,
+        "tiny": False,
+        "attention": [{"backend": "sdpa-cudnn", "tflops": 610.0}, {"backend": "triton", "tflops": 500.0}],
+        "rows": [row],
+    }
+    return result | more
+
+
+def line(made: str, start: str) -> str:
+    return next(text for text in made.splitlines() if text.startswith(f"| {start}"))
+
+
+def test_without_a_result_a_row_is_predicted_and_says_so() -> None:
+    row = line(table.table([]), "14B step, 704x384, bfloat16")
+    assert "predicted: H200" in row
+    assert "| open |" in row
+
+
+def test_a_goal_below_the_floor_is_not_called_open() -> None:
+    """What no kernel could reach on the assumed machine is refused, not left open."""
+    find = table._predicted_step(100, eight_bits=False)
+    assert find().met is False
+
+
+def test_a_prediction_lies_above_its_floor() -> None:
+    for eight_bits in (False, True):
+        expected_ms, floor_ms = table.predicted_step_ms(eight_bits=eight_bits)
+        assert floor_ms < expected_ms < 1.5 * floor_ms
+
+
+def test_a_measured_row_names_its_machine() -> None:
+    made = table.table([stage("bf16", 181.0)])
+    row = line(made, "14B step, 704x384, bfloat16")
+    assert "181 ms" in row
+    assert "measured: NVIDIA H200, abc1234" in row
+    assert "| yes |" in row
+    assert "610 TFLOP/s (sdpa-cudnn) | yes" in line(made, "best attention")
+    assert "0.82x (500 TFLOP/s) | yes" in line(made, "our Triton attention")
+    assert "1.004x | yes" in line(made, "memory of a rank")
+    assert "equal | yes" in line(made, "replayed graph")
+
+
+def test_a_missed_goal_is_a_no() -> None:
+    assert "| no |" in line(table.table([stage("fp8", 150.0)]), "14B step, 704x384, FP8")
+
+
+@pytest.mark.parametrize(
+    "toy",
+    [
+        stage("bf16", 1.0, tiny=True),
+        stage("bf16", 1.0, window=2),
+        stage("bf16", 1.0, size="128x128"),
+        stage("bf16", 1.0, card={"device": "AMD EPYC", "threads": 1}),
+        stage("bf16", 1.0, rows=[]),
+    ],
+)
+def test_a_toy_never_counts(toy: dict[str, Any]) -> None:
+    assert "predicted" in line(table.table([toy]), "14B step, 704x384, bfloat16")
+
+
+def test_an_extrapolated_step_says_so() -> None:
+    result = stage("bf16", 185.0)
+    result["rows"][0]["extrapolated_from"] = [4, 8]
+    assert "extrapolated from [4, 8] layers" in line(table.table([result]), "14B step, 704x384, bfloat16")
+
+
+def test_the_newest_result_wins(tmp_path: Path) -> None:
+    for name, date, step_ms in (("a", "2026-02-01", 170.0), ("b", "2026-01-01", 180.0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(stage("bf16", step_ms) | {"date": date}))
+    assert "170 ms" in line(table.table(table.load(tmp_path)), "14B step, 704x384, bfloat16")
+
+
+def test_the_table_goes_between_its_markers_and_nowhere_else() -> None:
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.with_table(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    assert table.with_table(table.with_table(text, "new"), "new") == table.with_table(text, "new")
+    for broken in ("no markers", f"{table.END} {table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"):
+        with pytest.raises(SystemExit, match="needs one"):
+            table.with_table(broken, "new")
+
+
+def run_table(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "perf" / "table.py"), *arguments]
+    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+
+
+def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(f"# title\n{table.BEGIN}\n{table.END}\n")
+    (tmp_path / "results").mkdir()
+    options = ("--results", str(tmp_path / "results"))
+    stale = run_table(*options, "--check", str(document))
+    assert stale.returncode == 1
+    assert "is stale" in stale.stderr
+    assert run_table(*options, "--write", str(document)).returncode == 0
+    assert run_table(*options, "--check", str(document)).returncode == 0
+    assert "# title" in document.read_text()
+
+
+def test_a_kept_result_has_a_card_a_date_and_a_commit(tmp_path: Path) -> None:
+    said = 'a table\n{"bench": "reference", "threads": 2, "rows": []}\na library says goodbye\n'
+    done = run_table("--keep", "reference", "--results", str(tmp_path), "--commit", "abc", said=said)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == said
+    kept = json.loads((tmp_path / "reference.json").read_text())
+    assert kept["card"]["threads"] == 2
+    assert kept["card"]["torch"]
+    assert re.match(r"\d{4}-\d\d-\d\dT", kept["date"])
+
+
+def test_what_is_no_result_is_not_kept(tmp_path: Path) -> None:
+    done = run_table("--keep", "x", "--results", str(tmp_path), said="Traceback ...\n")
+    assert done.returncode == 1
+    assert "no line is a bench's JSON object" in done.stderr
+    assert list(tmp_path.iterdir()) == []
