@@ -117,9 +117,14 @@ class LowerFaceDecoder(_PatchDecoder):
         nn.init.zeros_(self.leave.weight)
         assert self.leave.bias is not None
         nn.init.zeros_(self.leave.bias)
+        # What the clip never showed has not been learned: such conditions count as the nearest that it did show.
+        self.low_C: Tensor
+        self.high_C: Tensor
+        self.register_buffer("low_C", torch.full((NUM_FACE_CONDITIONS,), -10.0))
+        self.register_buffer("high_C", torch.full((NUM_FACE_CONDITIONS,), 10.0))
 
     def forward(self, conditions_AC: Tensor) -> Tensor:
-        return super().forward(conditions_AC) * 2 - 1
+        return super().forward(conditions_AC.clamp(self.low_C, self.high_C)) * 2 - 1
 
 
 def face_window() -> Tensor:

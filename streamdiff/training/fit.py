@@ -409,7 +409,10 @@ def _train(
 ) -> tuple[LowerFaceDecoder, int]:
     window = face_window().to(device)
     emphasis = (0.1 + window + 2.0 * _mouth_box().to(device)) * (window > 0)
-    decoder = LowerFaceDecoder().to(device)
+    decoder = LowerFaceDecoder()
+    decoder.low_C.copy_(conditions.quantile(0.005, dim=0))
+    decoder.high_C.copy_(conditions.quantile(0.995, dim=0))
+    decoder = decoder.to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1.5e-3, weight_decay=1e-3)
     judge = _Judge().to(device) if adversarial else None
     judging = torch.optim.Adam(judge.parameters(), lr=4e-4, betas=(0.0, 0.99)) if judge else None
