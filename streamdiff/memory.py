@@ -181,6 +181,11 @@ class SinkMemory:
         """One layer's pristine keys, moving ones first: ``[B, S, N, K]``."""
         return torch.cat([self.moving_keys_ZBSNK[layer], self.still_keys_ZBSNK[layer]], dim=1)
 
+    def wipe(self) -> None:
+        """As if new."""
+        for buffer in (self.moving_keys_ZBSNK, self.still_keys_ZBSNK, self.values_ZBSNK):
+            buffer.zero_()
+
     @property
     def num_bytes(self) -> int:
         return 2 * self.values_ZBSNK.nbytes
@@ -314,6 +319,13 @@ class StepMemory:
     def clear(self) -> None:
         """Forget every chunk; the sink stays."""
         self.ring.clear()
+
+    def wipe(self) -> None:
+        """As if new: nothing is remembered, and nothing is left of what was."""
+        self.clear()
+        self._point(0, 0)
+        for buffer in (self.keys_ZBMNK, self.values_ZBMNK, self._spilled_keys, self._spilled_values):
+            buffer.zero_()
 
     def _rows(self, slot: int) -> slice:
         start = self.sink_tokens + slot * self.chunk_tokens

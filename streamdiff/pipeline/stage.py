@@ -129,21 +129,54 @@ class DenoiseStage:
     def warm(self) -> None:
         """Compile and capture all that a stream will need, so that its first chunk is as fast as the others.
 
-        Call it before the first packet: MemoryOrderError afterwards.
+        Call it before the first packet: MemoryOrderError afterwards. The stage is left as if it were new.
         """
         if not self._weights.needs_warming:
             return
         config, device = self._config, self._dit.device
         B = self.sink.values_ZBSNK.shape[1]
-        latent_BCTHW = torch.zeros(B, config.dit.in_dim, config.frames_per_chunk, *config.latent_hw, device=device)
-        text = self._weights.text_condition(torch.zeros(B, 1, config.dit.text_dim, device=device))
-        audio = None
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(B, *shape, device=device)
+
+        latent_BCTHW = zeros(config.dit.in_dim, config.frames_per_chunk, *config.latent_hw)
+        text_BPC, audio_BZEA, audio = zeros(1, config.dit.text_dim), None, None
         if config.dit.audio is not None:
-            features = (config.dit.audio.num_features, config.dit.audio.feature_dim)
-            silence_BZEA = torch.zeros(B, *features, config.video_frames_per_chunk, device=device)
-            audio = self._weights.audio_condition(silence_BZEA)
+            audio_BZEA = zeros(
+                config.dit.audio.num_features, config.dit.audio.feature_dim, config.video_frames_per_chunk
+            )
+            audio = self._weights.audio_condition(audio_BZEA)
+        text = self._weights.text_condition(text_BPC)
         for step in self._steps:
             step.velocity.warm(latent_BCTHW, self._own_rotation(0), text, audio)
+        # What stands around the steps is compiled at its first use too: a chunk of silence, seen and heard by nobody.
+        motion_BCTHW = zeros(config.dit.in_dim, config.motion_latents, *config.latent_hw)
+        reference = SetReference(
+            zeros(config.dit.in_dim, 1, *config.latent_hw), motion_BCTHW if config.motion_latents else None
+        )
+        silence = Packet(
+            chunk=0,
+            epoch=0,
+            lead=config.memory.sink_lead_min,
+            latent_BCTHW=latent_BCTHW,
+            audio_BZEA=audio_BZEA,
+            commands=(reference, SwitchPrompt(text_BPC)),
+        )
+        observer, on_velocity = self._observer, self._on_velocity
+        self._observer, self._on_velocity = Silent(), None
+        try:
+            self.step(silence)
+        finally:
+            self._observer, self._on_velocity = observer, on_velocity
+            self._reference = self._text = None
+            self.sink.wipe()
+            for step in self._steps:
+                step.memory.wipe()
+
+    def _settle(self) -> None:
+        """A span is the work it names, not its launch: whoever watches waits for the device."""
+        if self._dit.device.type == "cuda" and not isinstance(self._observer, Silent):
+            torch.cuda.current_stream(self._dit.device).synchronize()
 
     def _own_rotation(self, first_frame: int) -> Rotation:
         return self._rotations.at(first_frame, self._config.frames_per_chunk)
@@ -177,6 +210,7 @@ class DenoiseStage:
                 step.memory.admit(packet.chunk)
                 step.memory.turn_sink(sink)
                 velocity = step.velocity(x, own, self._text, audio)
+                self._settle()
                 if self._on_velocity is not None:
                     self._on_velocity(step.index, velocity)
                 if config.renoise and step.sigma_next > 0:
@@ -295,7 +329,7 @@ class DecodeStage:
         config = self._config
         device = next(self._decoder.parameters()).device
         latents_BCTHW = torch.zeros(1, config.vae.z_dim, config.frames_per_chunk, *config.latent_hw, device=device)
-        _, state = self._decoder.decode(latents_BCTHW[:, :, :1])
+        _, state = self._decoder.decode(latents_BCTHW[:, :, :1].expand(-1, -1, PRIMING_LATENTS, -1, -1))
         frames_BCTHW, _ = self._decoder.decode(latents_BCTHW, state)
         self._leave(to_rgb8(frames_BCTHW)[0])
 

@@ -198,6 +198,8 @@ def test_a_whole_stage_may_be_warmed_and_recorded() -> None:
     stage.warm()
     captures = tape.captures
     assert captures == 1 + 2 * case.config.memory.window_chunks, "the sound, and two steps at each fill level"
+    for buffer in (stage.sink.values_ZBSNK, *(memory.keys_ZBMNK for memory in stage.memories)):
+        assert not buffer.any(), "the rehearsal leaves nothing behind"
     found = [stage.step(packet).latent_BCTHW for packet in stream]
     assert tape.captures == captures
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

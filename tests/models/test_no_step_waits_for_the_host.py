@@ -19,8 +19,8 @@ from streamdiff_kernels import plain
 
 WAITING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select", "any", "all", "equal"}
 """Methods that bring a value, or a shape that depends on values, to the host."""
-EXCEPT = {("stage.py", "_leave", "synchronize")}
-"""Frames leave the device here, and are waited for."""
+EXCEPT = {("stage.py", "_leave", "synchronize"), ("stage.py", "_settle", "synchronize")}
+"""Frames leave the device here, and are waited for; and a rank that is traced waits, so that its spans are its work."""
 
 
 class Lint(ast.NodeVisitor):

@@ -8,6 +8,7 @@ from step_case import Case, config_of, distance, rms_distance
 from torch import Tensor
 
 from streamdiff.errors import BackendError, ConfigError
+from streamdiff.memory import LayerMemory
 from streamdiff.models.step import Precision, ServedWeights, StepOptions
 from streamdiff_kernels import Impl
 
@@ -51,6 +52,32 @@ def test_with_any_chunk_and_window(frames_per_chunk: int, window_chunks: int) ->
     case = Case(config_of(frames_per_chunk=frames_per_chunk, window_chunks=window_chunks, num_layers=2))
     read, served = both(case)
     assert max(map(distance, served, read)) <= FLOAT32
+
+
+def test_a_sparse_history_is_a_short_ring() -> None:
+    """Attention to {sink, previous chunk, own chunk} over a long ring, picked and joined, is a window of two."""
+    long, short = (Case(config_of(window_chunks=window)) for window in (4, 2))
+    latents, voices = short.latents(NUM_CHUNKS), short.voices(NUM_CHUNKS)
+    ring, memory = long.memory(), short.memory()
+    step = short.served(memory)
+    L, S = long.config.chunk_tokens, ring.sink_tokens
+    for c in range(NUM_CHUNKS):
+        own, sink = long.rotations(c)
+        slot = ring.admit(c)
+        ring.turn_sink(sink)
+        # The readable model writes its own keys through `own_keys`, so the join is made of views of one copy.
+        slots = [(c - 1) % 4, slot.index] if c else [slot.index]
+        rows = torch.cat([torch.arange(S), *(S + s * L + torch.arange(L) for s in slots)])
+        layers = []
+        for keys, values in zip(ring.keys_ZBMNK, ring.values_ZBMNK, strict=True):
+            picked = keys[:, rows], values[:, rows]
+            layers.append(LayerMemory(picked[0][:, -L:], picked[1][:, -L:], *picked))
+        heard = long.heard(voices[c])
+        read = long.dit(latents[c], long.modulation, long.text, own, audio=heard, memory=layers)
+        for z, layer in enumerate(layers):
+            ring.keys_ZBMNK[z][:, S + slot.index * L :][:, :L] = layer.own_keys_BLNK
+            ring.values_ZBMNK[z][:, S + slot.index * L :][:, :L] = layer.own_values_BLNK
+        assert distance(short.serve(step, memory, c, latents[c], heard), read) <= FLOAT32
 
 
 def test_without_a_motion_prefix() -> None:
