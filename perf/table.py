@@ -80,8 +80,11 @@ def _reference(dtype: str, key: str, unit: str, meets: Callable[[float], bool]) 
         result = latest(results, "reference")
         if result is None:
             return None
-        values = [row[key] for row in result["rows"] if row["dtype"] == dtype]
-        return Found(f"{values[0]:.2f}{unit}", meets(values[0]), machine(result)) if values else None
+        row = next((row for row in result["rows"] if row["dtype"] == dtype), None)
+        if row is None:
+            return None
+        where = f"width {result['dim']}, {result['layers']} layers, {row['tokens']} tokens"
+        return Found(f"{row[key]:.2f}{unit} ({where})", meets(row[key]), machine(result))
 
     return find
 

@@ -129,6 +129,11 @@ def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
     assert "# title" in document.read_text()
 
 
+def test_the_readme_shows_what_is_kept() -> None:
+    done = run_table("--check", "README.md")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_kept_result_has_a_card_a_date_and_a_commit(tmp_path: Path) -> None:
     said = 'a table\n{"bench": "reference", "threads": 2, "rows": []}\na library says goodbye\n'
     done = run_table("--keep", "reference", "--results", str(tmp_path), "--commit", "abc", said=said)
