@@ -98,9 +98,7 @@ class Part:
         if not self.names:
             raise ConfigError(f"part {self.name!r} has no coefficients; leave it out")
         if not self.low <= self.rest <= self.high:
-            raise ConfigError(
-                f"rest of part {self.name!r} must lie in {self.low}..{self.high}, got {self.rest}"
-            )
+            raise ConfigError(f"rest of part {self.name!r} must lie in {self.low}..{self.high}, got {self.rest}")
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,7 @@ class KinematicSpec:
         for kind, names in (("part", [p.name for p in self.parts]), ("coefficient", list(self.names))):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ConfigError(
-                    f"spec {self.name!r} names the {kind} {twice[0]!r} twice; names must be unique"
-                )
+                raise ConfigError(f"spec {self.name!r} names the {kind} {twice[0]!r} twice; names must be unique")
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
@@ -131,9 +127,7 @@ class KinematicSpec:
     @functools.cached_property
     def _slices(self) -> dict[str, slice]:
         ends = list(itertools.accumulate(len(part.names) for part in self.parts))
-        return {
-            part.name: slice(end - len(part.names), end) for part, end in zip(self.parts, ends, strict=True)
-        }
+        return {part.name: slice(end - len(part.names), end) for part, end in zip(self.parts, ends, strict=True)}
 
     @functools.cached_property
     def _indices(self) -> dict[str, int]:
@@ -196,9 +190,7 @@ class KinematicSpec:
     def check(self, motion: Floats) -> None:
         """Raise `InputError` unless ``motion`` ends in E and is finite."""
         if motion.ndim == 0 or motion.shape[-1] != self.num_coefs:
-            raise InputError(
-                f"a frame of {self.name!r} has {self.num_coefs} coefficients, got shape {motion.shape}"
-            )
+            raise InputError(f"a frame of {self.name!r} has {self.num_coefs} coefficients, got shape {motion.shape}")
         if not np.isfinite(motion).all():
             raise InputError("motion holds values that are not finite; find the frame with numpy.isfinite")
 
@@ -333,9 +325,7 @@ def convert(motion_AE: Floats, source: KinematicSpec, target: KinematicSpec) -> 
         return lp70_to_lp265(motion_AE)
     shared = [name for name in target.names if source.has(name)]
     if not shared:
-        raise ConfigError(
-            f"{source.name!r} and {target.name!r} share no coefficient; a mapping has to be learned"
-        )
+        raise ConfigError(f"{source.name!r} and {target.name!r} share no coefficient; a mapping has to be learned")
     out_AE = np.tile(target.rest_E, (motion_AE.shape[0], 1))
     out_AE[:, target.indices(shared)] = motion_AE[:, source.indices(shared)]
     return out_AE
@@ -344,9 +334,7 @@ def convert(motion_AE: Floats, source: KinematicSpec, target: KinematicSpec) -> 
 def json_lines(motion_AE: Floats, spec: KinematicSpec, *, fps: float = FPS) -> Iterator[str]:
     """A header, then a line per frame: ``{"frame": 0, "time_s": 0.0, "coefs": {"jawOpen": 0.1, ...}}``."""
     spec.check(motion_AE)
-    yield json.dumps(
-        {"format": "streamdiff.motion", "version": 1, "spec": spec.name, "fps": fps, "names": spec.names}
-    )
+    yield json.dumps({"format": "streamdiff.motion", "version": 1, "spec": spec.name, "fps": fps, "names": spec.names})
     for frame, frame_E in enumerate(motion_AE):
         coefs = {name: round(value, 6) for name, value in spec.named(frame_E).items()}
         yield json.dumps({"frame": frame, "time_s": round(frame / fps, 6), "coefs": coefs})

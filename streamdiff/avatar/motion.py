@@ -171,8 +171,8 @@ INTENT_NAMES = (
     "squint",
     "smile",
 )
-"""What an intent says of each frame: closure of the lids (0..1), where to look (radians), and, in units of its own spread,
-where the head rests and what the face is in the mood for."""
+"""What an intent says of each frame: closure of the lids (0..1), where to look (radians), and, in units of its own
+spread, where the head rests and what the face is in the mood for."""
 NUM_INTENT = len(INTENT_NAMES)
 NUM_CUES = NUM_MEL + NUM_PHONE + 2 + len(State) + NUM_INTENT
 

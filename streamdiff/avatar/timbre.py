@@ -172,7 +172,8 @@ def adapt_timbre(
 ) -> float:
     """Give ``voice`` the timbre of a recording, as far as mixtures of known voices reach; the similarity, -1..1.
 
-    Its prosody stays: the durations of its phonemes, which come from the other half of the style, do not change.
+    Its prosody stays: the durations of its phonemes come from the other half of the style (an int8 export rounds them
+    together, and may move one by 25 ms).
     """
     target_D = encoder.embed(recording_S, rate_hz)
     phonemes = voice.phonemes(text)

@@ -59,9 +59,7 @@ class TAEConfig:
             raise ConfigError(f"z_dim, widths and num_blocks must be positive, got {self}")
         for name, values in (("latent_mean", self.latent_mean), ("latent_std", self.latent_std)):
             if len(values) not in (0, self.z_dim):
-                raise ConfigError(
-                    f"{name} must have one value per latent channel ({self.z_dim}), got {len(values)}"
-                )
+                raise ConfigError(f"{name} must have one value per latent channel ({self.z_dim}), got {len(values)}")
 
     @property
     def spatial_factor(self) -> int:
@@ -149,9 +147,7 @@ class TAEDecoder(VideoDecoder):
         # bound, ReLU, upsampling) have no weights.
         self.decoder = nn.ModuleDict({"1": Stem(config.z_dim, config.widths[0])})
         number = 3
-        for dim, out_dim, time in zip(
-            config.widths, config.widths[1:], config.temporal_upsample, strict=False
-        ):
+        for dim, out_dim, time in zip(config.widths, config.widths[1:], config.temporal_upsample, strict=False):
             for _ in range(config.num_blocks):
                 self.decoder[str(number)] = MemBlock(dim)
                 number += 1

@@ -10,7 +10,7 @@ What is learned from:
 * head, brows, lids and eyes as random processes with the spreads, speeds, correlations and intervals that were
   measured on 200 s of a person in conversation (`streamdiff.avatar.motion.HEAD_STD`), tied to stress, state and gaze.
 
-One thread; a checkpoint every two minutes; started again with the same ``--out`` it goes on. The clips are kept beside it.
+One thread; a checkpoint every two minutes; started again with the same ``--out`` it goes on. The clips are kept there.
 Axes as in `streamdiff.avatar.motion`; T visits of the clock of 100 Hz.
 """
 
@@ -92,7 +92,7 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     "jaw": ("jaw", "forward"),
     "round": ("pucker", "funnel"),
     "spread": ("smile", "stretch", "dimple"),
-    "seal": ("close", "press", "roll_lower", "roll_upper"),
+    "seal": ("sealed", "press", "roll_lower", "roll_upper"),
     "lift": ("lower", "upper", "shrug_upper", "shrug_lower"),
     "tongue": ("tongue",),
 }
@@ -100,7 +100,7 @@ _REACH_S: Mapping[str, tuple[float, float]] = {
     "jaw": (0.045, 0.050),
     "round": (0.100, 0.075),
     "spread": (0.075, 0.065),
-    "seal": (0.028, 0.030),
+    "seal": (0.022, 0.024),
     "lift": (0.040, 0.045),
     "tongue": (0.035, 0.035),
 }
@@ -121,8 +121,8 @@ def _v(insists: Mapping[str, float], **targets: float) -> Viseme:
 
 _VOWEL = {"jaw": 1.0, "round": 1.0, "spread": 0.7, "seal": 1.0, "lift": 0.8, "tongue": 0.6}
 _ROUND = {**_VOWEL, "round": 1.6}
-_SEAL = {"jaw": 1.2, "round": 0.1, "spread": 0.2, "seal": 9.0, "lift": 6.0, "tongue": 1.0}
-_LIP = {"jaw": 1.2, "round": 0.4, "spread": 0.3, "seal": 5.0, "lift": 5.0, "tongue": 1.0}
+_SEAL = {"jaw": 1.2, "round": 0.1, "spread": 0.2, "seal": 5.0, "lift": 3.0, "tongue": 1.0}
+_LIP = {"jaw": 1.2, "round": 0.4, "spread": 0.3, "seal": 4.0, "lift": 4.0, "tongue": 1.0}
 _HISS = {"jaw": 1.8, "round": 0.35, "spread": 0.6, "seal": 1.0, "lift": 0.9, "tongue": 0.8}
 _HUSH = {"jaw": 1.6, "round": 1.6, "spread": 0.8, "seal": 1.0, "lift": 1.0, "tongue": 0.8}
 _TIP = {"jaw": 0.7, "round": 0.12, "spread": 0.15, "seal": 0.8, "lift": 0.4, "tongue": 0.8}
@@ -147,9 +147,9 @@ _VISEMES: Mapping[str, Viseme] = {
     "u": _v(_ROUND, jaw=0.14, lower=0.06, funnel=0.30, pucker=0.72),
     "ə": _v({**_VOWEL, "jaw": 0.6, "lift": 0.5, "round": 0.3, "spread": 0.3}, jaw=0.24, lower=0.16, upper=0.04),
     "ɜ": _v(_ROUND, jaw=0.26, lower=0.16, funnel=0.32, pucker=0.20),
-    "p": _v(_SEAL, jaw=0.05, close=0.05, press=0.42, roll_lower=0.28, roll_upper=0.18),
-    "m": _v(_SEAL, jaw=0.06, close=0.06, press=0.34, roll_lower=0.22, roll_upper=0.14),
-    "f": _v(_LIP, jaw=0.09, roll_lower=0.55, upper=0.24, shrug_lower=0.12, lower=0.04),
+    "p": _v(_SEAL, jaw=0.05, sealed=1.0, press=0.42, roll_lower=0.28, roll_upper=0.18),
+    "m": _v(_SEAL, jaw=0.06, sealed=1.0, press=0.34, roll_lower=0.22, roll_upper=0.14),
+    "f": _v(_LIP, jaw=0.09, sealed=0.5, roll_lower=0.55, upper=0.24, shrug_lower=0.12, lower=0.04),
     "w": _v(_GLIDE, jaw=0.10, funnel=0.22, pucker=0.78, lower=0.03),
     "ɹ": _v({**_GLIDE, "round": 1.1}, jaw=0.18, funnel=0.38, pucker=0.28, lower=0.14),
     "ʃ": _v(_HUSH, jaw=0.10, forward=0.14, funnel=0.58, pucker=0.22, lower=0.24, upper=0.16),
@@ -220,7 +220,11 @@ def articulate(phonemes: Sequence[Phoneme], num_frames: int, loudness_T: Floats)
     open_T = np.clip(0.55 + 0.45 * loudness_T, 0.5, 1.2)
     for shape in ("jaw", "lower", "upper"):
         shapes[shape] *= open_T
-    shapes["close"] = np.minimum(shapes["close"], shapes["jaw"])
+    # The jaw hardly rises for a closure between vowels: it is the lips that meet, however low it hangs.
+    sealed_T = shapes.pop("sealed")
+    shapes["close"] = sealed_T * shapes["jaw"]
+    for shape in ("lower", "upper"):
+        shapes[shape] *= 1.0 - 0.9 * sealed_T
     return {name: shape.reshape(num_frames, -1).mean(axis=1) for name, shape in shapes.items()}
 
 
@@ -678,7 +682,7 @@ class Dataset:
     def draw(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch of windows of one length: cues ``[B, A, C]``, motion ``[B, A, E]``, style ``[B, S]``."""
         config = self.config
-        shares = torch.tensor([0.35, 0.15, 0.5][-len(config.lengths) :])
+        shares = torch.tensor([0.5, 0.15, 0.35][-len(config.lengths) :])
         length = config.lengths[int(torch.multinomial(shares, 1, generator=generator))]
         num_real = round(size * self._real_share)
         counts = [size - num_real, num_real]
@@ -697,8 +701,8 @@ class Dataset:
         # Either voice alone must do: a text that has not been heard, a microphone that nobody transcribes.
         fate = torch.rand(size, generator=generator)
         has_phones = said.any(1)
-        said = said & ((fate < 0.55) | ~has_phones)[:, None]
-        heard = heard & ((fate < 0.45) | (fate > 0.55) | ~has_phones)[:, None]
+        said = said & ((fate < 0.4) | ~has_phones)[:, None]
+        heard = heard & ((fate < 0.33) | (fate > 0.4) | ~has_phones)[:, None]
         mel = _disturbed(mel, generator)
         state = F.one_hot(tensors["state"][at].long(), len(State)).float()
         cues = [

@@ -120,8 +120,7 @@ def test_an_encoded_stream_goes_back_to_a_kept_state() -> None:
     assert torch.equal(first, again)
     assert kept.waiting_BCTHW.shape[2] == 2
     assert all(
-        torch.equal(tensor, copy)
-        for tensor, copy in zip((kept.waiting_BCTHW, *kept.pasts), before, strict=True)
+        torch.equal(tensor, copy) for tensor, copy in zip((kept.waiting_BCTHW, *kept.pasts), before, strict=True)
     )
 
 
@@ -175,9 +174,7 @@ def test_a_still_of_any_length_costs_one_photograph() -> None:
 
 def test_random_weights_are_the_same_bits_and_paint_something() -> None:
     one, two = decoder(), decoder()
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     other = VAEDecoder(CONFIG)
     initialise(other, seed=9)
     assert not torch.equal(other.conv2.weight, one.conv2.weight)

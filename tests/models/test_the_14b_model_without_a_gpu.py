@@ -38,9 +38,7 @@ def trunk_names(num_layers: int) -> set[str]:
         names |= pair(f"{part}.0") | pair(f"{part}.2")
     for n in range(num_layers):
         block = f"blocks.{n}"
-        names |= (
-            {f"{block}.modulation"} | pair(f"{block}.norm3") | pair(f"{block}.ffn.0") | pair(f"{block}.ffn.2")
-        )
+        names |= {f"{block}.modulation"} | pair(f"{block}.norm3") | pair(f"{block}.ffn.0") | pair(f"{block}.ffn.2")
         names |= attention_names(f"{block}.self_attn") | attention_names(f"{block}.cross_attn")
     return names
 

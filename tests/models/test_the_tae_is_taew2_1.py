@@ -89,9 +89,7 @@ def test_a_published_file_loads_strictly() -> None:
 
 
 @pytest.mark.parametrize(("num_streams", "num_latents", "size"), [(1, 4, (5, 7)), (2, 3, (2, 3))])
-def test_it_computes_the_published_architecture(
-    num_streams: int, num_latents: int, size: tuple[int, int]
-) -> None:
+def test_it_computes_the_published_architecture(num_streams: int, num_latents: int, size: tuple[int, int]) -> None:
     decoder = TAEDecoder(TAEConfig(widths=(48, 32, 16, 16)))
     initialise(decoder, seed=4)
     with torch.no_grad():
@@ -143,9 +141,7 @@ def test_it_costs_what_it_says(config: TAEConfig, first: bool) -> None:
 def test_a_wrong_shape_is_told() -> None:
     with pytest.raises(ConfigError, match="one temporal_upsample flag stands between two widths: expected 2"):
         TAEConfig(widths=(16, 8, 8))
-    with pytest.raises(
-        ConfigError, match=r"latent_mean must have one value per latent channel \(16\), got 2"
-    ):
+    with pytest.raises(ConfigError, match=r"latent_mean must have one value per latent channel \(16\), got 2"):
         TAEConfig(latent_mean=(0.0, 1.0))
     with pytest.raises(ConfigError, match="must be positive"):
         TAEConfig(num_blocks=0)

@@ -38,9 +38,7 @@ def published(config: DiTConfig, seed: int) -> WanTransformer3DModel:
     ("heads", "width", "layers", "size", "seed"),
     [(2, 16, 1, (1, 4, 4), 0), (3, 22, 2, (3, 6, 10), 1), (4, 32, 3, (5, 8, 2), 2)],
 )
-def test_velocity_equals_diffusers(
-    heads: int, width: int, layers: int, size: tuple[int, int, int], seed: int
-) -> None:
+def test_velocity_equals_diffusers(heads: int, width: int, layers: int, size: tuple[int, int, int], seed: int) -> None:
     config = DiTConfig(
         dim=heads * width,
         ffn_dim=96,
@@ -52,9 +50,7 @@ def test_velocity_equals_diffusers(
     )
     theirs = published(config, seed)
     ours = CausalDiT(config)
-    load_strict(
-        ours, {official_dit_name(k): v for k, v in theirs.state_dict().items()}, what="diffusers model"
-    )
+    load_strict(ours, {official_dit_name(k): v for k, v in theirs.state_dict().items()}, what="diffusers model")
     latent = torch.randn(2, 16, *size)
     prompt = torch.randn(2, 5, 24)
     sigma = 0.6

@@ -31,8 +31,7 @@ def published(config: VAEConfig, *, seed: int) -> AutoencoderKLWan:
 
 def halves(config: VAEConfig, model: AutoencoderKLWan) -> tuple[VAEEncoder, VAEDecoder]:
     weights = {
-        official_name(name, num_res_blocks=config.num_res_blocks): tensor
-        for name, tensor in model.state_dict().items()
+        official_name(name, num_res_blocks=config.num_res_blocks): tensor for name, tensor in model.state_dict().items()
     }
     encoder, decoder = VAEEncoder(config), VAEDecoder(config)
     for half in (encoder, decoder):
