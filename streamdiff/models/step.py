@@ -170,6 +170,21 @@ class _Rested(nn.Linear):
         return F.linear(input, weight_ED, self.bias)
 
 
+def _require_eight_bits(dit: CausalDiT) -> None:
+    if dit.dtype != torch.bfloat16:
+        raise BackendError(f"fp8 linears accumulate to bfloat16 but the weights are {dit.dtype}; load them as bfloat16")
+    if dit.config.dim % 16 or dit.config.ffn_dim % 16:
+        raise BackendError(
+            f"fp8 products want widths in multiples of 16, got dim={dit.config.dim} and ffn_dim={dit.config.ffn_dim}; "
+            "use Precision.WEIGHTS"
+        )
+    if dit.device.type == "cuda" and torch.cuda.get_device_capability(dit.device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(dit.device)
+        raise BackendError(
+            f"fp8 products need capability 8.9 (Ada, Hopper) and this GPU has {major}.{minor}; use Precision.WEIGHTS"
+        )
+
+
 def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:
     """Stack linear layers into one matrix and make each of them a view of it; one alone stays where it is."""
     if len(linears) == 1:
@@ -482,10 +497,8 @@ class ServedWeights:
         self.dit = dit
         self.options = options
         self.impl = options.resolved(dit.device)
-        if options.precision is Precision.FP8 and dit.dtype != torch.bfloat16:
-            raise BackendError(
-                f"fp8 linears accumulate to bfloat16 but the weights are {dit.dtype}; load them as bfloat16"
-            )
+        if options.precision is Precision.FP8:
+            _require_eight_bits(dit)
         kernels.require(self.impl, dit.device)
         self.graphs: Graphs | None = CudaGraphs(dit.device) if options.graph and dit.device.type == "cuda" else None
         self.inputs = _Inputs()

@@ -136,31 +136,27 @@ class DenoiseStage:
         config, device = self._config, self._dit.device
         B = self.sink.values_ZBSNK.shape[1]
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(B, *shape, device=device)
-
-        latent_BCTHW = zeros(config.dit.in_dim, config.frames_per_chunk, *config.latent_hw)
-        text_BPC, audio_BZEA, audio = zeros(1, config.dit.text_dim), None, None
+        # On the host, as the head makes them: the memory that they are copied through is reserved as well.
+        latent_BCTHW = torch.zeros(B, config.dit.in_dim, config.frames_per_chunk, *config.latent_hw)
+        text_BPC, audio_BZEA, audio = torch.zeros(B, 1, config.dit.text_dim), None, None
         if config.dit.audio is not None:
-            audio_BZEA = zeros(
-                config.dit.audio.num_features, config.dit.audio.feature_dim, config.video_frames_per_chunk
-            )
-            audio = self._weights.audio_condition(audio_BZEA)
+            features = (config.dit.audio.num_features, config.dit.audio.feature_dim)
+            audio_BZEA = torch.zeros(B, *features, config.video_frames_per_chunk)
+            audio = self._weights.audio_condition(_on(device, audio_BZEA))
         text = self._weights.text_condition(text_BPC)
         for step in self._steps:
-            step.velocity.warm(latent_BCTHW, self._own_rotation(0), text, audio)
+            step.velocity.warm(_on(device, latent_BCTHW), self._own_rotation(0), text, audio)
         # What stands around the steps is compiled at its first use too: a chunk of silence, seen and heard by nobody.
-        motion_BCTHW = zeros(config.dit.in_dim, config.motion_latents, *config.latent_hw)
-        reference = SetReference(
-            zeros(config.dit.in_dim, 1, *config.latent_hw), motion_BCTHW if config.motion_latents else None
-        )
+        reference_BCTHW, motion_BCTHW = latent_BCTHW[:, :, :1], None
+        if config.motion_latents:
+            motion_BCTHW = reference_BCTHW.expand(-1, -1, config.motion_latents, -1, -1)
         silence = Packet(
             chunk=0,
             epoch=0,
             lead=config.memory.sink_lead_min,
             latent_BCTHW=latent_BCTHW,
             audio_BZEA=audio_BZEA,
-            commands=(reference, SwitchPrompt(text_BPC)),
+            commands=(SetReference(reference_BCTHW, motion_BCTHW), SwitchPrompt(text_BPC)),
         )
         observer, on_velocity = self._observer, self._on_velocity
         self._observer, self._on_velocity = Silent(), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from step_case import Case, config_of, distance, rms_distance
@@ -151,6 +153,13 @@ def test_a_rewound_chunk_is_computed_the_same() -> None:
 def test_eight_bits_need_bfloat16_weights() -> None:
     with pytest.raises(BackendError, match="load them as bfloat16"):
         ServedWeights(Case(config_of()).dit, StepOptions(precision=Precision.FP8))
+
+
+def test_eight_bits_need_widths_of_sixteen() -> None:
+    config = config_of()
+    odd = dataclasses.replace(config, dit=dataclasses.replace(config.dit, ffn_dim=120))
+    with pytest.raises(BackendError, match="multiples of 16, got dim=64 and ffn_dim=120"):
+        ServedWeights(Case(odd, dtype=torch.bfloat16).dit, StepOptions(precision=Precision.FP8))
 
 
 def test_weights_are_quantised_once() -> None:
