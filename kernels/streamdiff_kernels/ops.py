@@ -467,8 +467,7 @@ def gate_residual_norm_modulate_(
     """Close one branch and open the next: ``x += gate * y`` in place, then `norm_modulate` of x, which is
     returned.
     """
-    _check_modulation(x_BLD, scale_BTD, shift_BTD)
-    _check_modulation(x_BLD, gate_BTD)
+    _check_modulation(x_BLD, gate_BTD, scale_BTD, shift_BTD)
     _check_branch(x_BLD, y_BLD)
     return _gate_residual_norm_modulate(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, eps, impl.value)
 
@@ -588,8 +587,7 @@ def gate_residual_norm_modulate_fp8_(
     """`gate_residual_norm_modulate_` for an eight-bit linear: float8_e4m3fn ``[B, L, D]`` and row scales
     ``[B, L]``.
     """
-    _check_modulation(x_BLD, scale_BTD, shift_BTD)
-    _check_modulation(x_BLD, gate_BTD)
+    _check_modulation(x_BLD, gate_BTD, scale_BTD, shift_BTD)
     _check_branch(x_BLD, y_BLD)
     return _gate_residual_norm_modulate_fp8(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, eps, impl.value)
 

@@ -292,5 +292,7 @@ def linear_fp8(
         scale_b=weight_scale_E.reshape(1, -1),
         bias=None if bias_E is None else bias_E.to(out_dtype),
         out_dtype=out_dtype,
+        # Hopper sums in 14 bits then; what that loses is a tenth of what eight bits lose (README, "Eight bits").
+        use_fast_accum=True,
     )
     return y.view(B, L, -1)

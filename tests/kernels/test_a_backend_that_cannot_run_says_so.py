@@ -107,6 +107,20 @@ except sk.BackendUnavailable as error:
             lambda q, k, v: sk.norm_modulate(q.flatten(2), k[:3].flatten(1), v[:3].flatten(1), impl=Impl.TORCH),
             r"\[T, 32\] or \[B, T, 32\] with T dividing the 5 tokens",
         ),
+        *(
+            (
+                lambda q, k, v, op=op: op(
+                    q.flatten(2),
+                    q.flatten(2),
+                    k[:5].flatten(1),
+                    k[:1].flatten(1),
+                    v[:1].flatten(1),
+                    impl=Impl.TORCH,
+                ),
+                r"modulations must agree on T, got float32\[5, 32\] and float32\[1, 32\]",
+            )
+            for op in (sk.gate_residual_norm_modulate_, sk.gate_residual_norm_modulate_fp8_)
+        ),
         (
             lambda q, k, v: sk.rotate(q, q[0, :, 0, :4], q[0, :, 0, :4], impl=Impl.TORCH),
             "one angle per token and pair",
