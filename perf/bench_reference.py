@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from streamdiff import presets
 from streamdiff.config import DiTConfig, EngineConfig
 from streamdiff.memory import SinkMemory, StepMemory
+from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
 
@@ -101,7 +102,7 @@ class Case:
             num_layers=config.dit.num_layers,
             num_streams=1,
             moving_tokens=moving,
-            still_tokens=dit.sink_tokens(config.latent_hw, with_motion=True) - moving,
+            still_tokens=cost.sink_tokens(config) - moving,
             num_heads=config.dit.num_heads,
             head_dim=config.dit.head_dim,
             dtype=dtype,

@@ -11,10 +11,6 @@ from torch import Tensor
 from streamdiff import counter
 from streamdiff.errors import ConfigError
 
-LIVE_AVATAR_SIGMAS = (1.0, 0.857692, 0.602151, 0.0089286, 0.0)
-"""The published four steps. Their grid is shifted twice (once when the scheduler is made, once when the steps are set),
-which is why the last step starts at 0.0089: it polishes more than it denoises."""
-
 _TRAIN_STEPS = 1000
 
 

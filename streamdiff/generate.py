@@ -22,7 +22,7 @@ from streamdiff.engine import SPEECH_FOLDER, Engine, Weights
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.forecast import available_bytes, predicted_costs, role_bytes
 from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_image
-from streamdiff.models.audio import AudioChunk, chunks
+from streamdiff.models.audio import SPEECH_HZ, AudioChunk, chunks
 from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
 from streamdiff.observe import Observer
 from streamdiff.pipeline.packet import Packet
@@ -215,7 +215,7 @@ class _Film:
             width=job.config.width,
             height=job.config.height,
             fps=job.config.fps,
-            rate_hz=_RATE_HZ,
+            rate_hz=SPEECH_HZ,
             metadata={"title": job.prompt},
         )
 
@@ -249,7 +249,3 @@ class _Film:
 
     def __exit__(self, *exc: object) -> None:
         self._writer.close()
-
-
-_RATE_HZ = 16_000
-"""Every audio encoder listens at this rate, and the video carries what they heard."""

@@ -8,6 +8,11 @@ from collections.abc import Callable
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig, VAEConfig
 from streamdiff.errors import ConfigError
 
+LIVE_AVATAR_SIGMAS = (1.0, 0.857692, 0.602151, 0.0089286, 0.0)
+"""The published four steps. Their grid is shifted twice (once when the scheduler is made, once when the steps are set),
+which is why the last step starts at 0.0089: it polishes more than it denoises. `flow.published_grid` makes such grids
+for other numbers of steps."""
+
 # Mean and deviation of each latent channel of the Wan2.1 VAE, as published with its weights.
 _WAN_LATENT_MEAN = (
     -0.7571,
@@ -67,7 +72,7 @@ def live_avatar_14b() -> EngineConfig:
         dit=dataclasses.replace(wan_t2v_14b_dit(), audio=audio),
         vae=wan21_vae(),
         memory=MemoryConfig(),
-        sigmas=(1.0, 0.857692, 0.602151, 0.0089286, 0.0),
+        sigmas=LIVE_AVATAR_SIGMAS,
         height=704,
         width=384,
     )
@@ -92,7 +97,7 @@ def tiny() -> EngineConfig:
         ),
         vae=VAEConfig(base_dim=8, dim_mult=(1, 2, 4, 4), num_res_blocks=1),
         memory=MemoryConfig(),
-        sigmas=(1.0, 0.857692, 0.602151, 0.0089286, 0.0),
+        sigmas=LIVE_AVATAR_SIGMAS,
         height=128,
         width=128,
     )

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
 
 
+SPEECH_HZ = 16_000
+"""Samples per second of the sound that every encoder here takes, and of the sound in a video that was made with one."""
+
+
 class FeatureStream(Protocol):
     """The encoder's side of one voice."""
 
@@ -183,7 +187,7 @@ class Wav2Vec2Features:
         normalise: whether the waveform is brought to zero mean and unit variance (xlsr models: yes).
     """
 
-    rate_hz = 16_000
+    rate_hz = SPEECH_HZ
 
     def __init__(
         self,
@@ -488,7 +492,7 @@ class LogMelFeatures:
         num_bands: triangular bands, equally spaced in mel between 60 and 7600 Hz.
     """
 
-    rate_hz = 16_000
+    rate_hz = SPEECH_HZ
     num_features = 3
     lookahead_s = 0.0
 

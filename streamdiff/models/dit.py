@@ -34,7 +34,8 @@ from streamdiff.rope import Rotation, grid_rotation, join, rotate, spread
 MOTION_BUCKETS = (1, 2, 16)
 """Motion latents packed at full, half and quarter resolution, nearest first (FramePack)."""
 
-_ADAPTIVE_NORM_EPS = 1e-5
+ADAPTIVE_NORM_EPS = 1e-5
+"""Of the norms that the sound moves; the others have the epsilon of the configuration."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -345,13 +346,6 @@ class CausalDiT(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def sink_tokens(self, latent_hw: tuple[int, int], *, with_motion: bool) -> int:
-        """Tokens of the sink: the reference frame, and the packed motion prefix if there is one."""
-        h, w = latent_hw
-        reference = (h // 2) * (w // 2)
-        packed = reference + (h // 4) * (w // 4) + 4 * (h // 8) * (w // 8)
-        return reference + (packed if with_motion else 0)
-
     # Conditions, computed once for as long as they hold
 
     def modulation(self, sigma: float) -> Modulation:
@@ -519,7 +513,7 @@ class CausalDiT(nn.Module):
         attention = self.audio_injector.injector.at(injector)
         T = audio.scales[injector].shape[1]
         frames_BTLD = x_BLD.unflatten(1, (T, -1))
-        normed = modulate(frames_BTLD, audio.shifts[injector], audio.scales[injector], _ADAPTIVE_NORM_EPS)
+        normed = modulate(frames_BTLD, audio.shifts[injector], audio.scales[injector], ADAPTIVE_NORM_EPS)
         heard = attend(attention.query(normed.flatten(0, 1)), audio.keys[injector], audio.values[injector])
         return x_BLD + attention.o(heard).view_as(x_BLD)
 

@@ -33,12 +33,18 @@ from torch import Tensor, nn
 import streamdiff_kernels as kernels
 from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import StepMemory
-from streamdiff.models.dit import Attention, AudioCondition, Block, CausalDiT, Modulation, TextCondition
+from streamdiff.models.dit import (
+    ADAPTIVE_NORM_EPS,
+    Attention,
+    AudioCondition,
+    Block,
+    CausalDiT,
+    Modulation,
+    TextCondition,
+)
 from streamdiff.models.graphs import CudaGraphs, Graphs
 from streamdiff.rope import Rotation
 from streamdiff_kernels import Impl, reference
-
-_AUDIO_NORM_EPS = 1e-5
 
 
 class Precision(StrEnum):
@@ -732,7 +738,7 @@ class ServedStep:
         T = scale_BTD.shape[1]
         gate_TD = gate_1D.expand(T, -1)
         x_BLD, h = self._between.close(
-            x_BLD, y_BLD, gate_TD, scale_BTD, shift_BTD, _AUDIO_NORM_EPS, eight_bits=query.q.eight_bits
+            x_BLD, y_BLD, gate_TD, scale_BTD, shift_BTD, ADAPTIVE_NORM_EPS, eight_bits=query.q.eight_bits
         )
         frames = h.frames(T) if isinstance(h, _Bytes) else _frames(h, T)
         y = query(self._between, frames, audio.keys[injector], audio.values[injector], self._eps)

@@ -18,6 +18,7 @@ from streamdiff import flow
 from streamdiff.config import EngineConfig
 from streamdiff.errors import MemoryOrderError, StreamdiffError
 from streamdiff.memory import SinkMemory, StepMemory
+from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
 from streamdiff.models.served_decoder import ServedDecoder
 from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
@@ -96,7 +97,7 @@ class DenoiseStage:
         self._text: TextCondition | None = None
         options = StepOptions() if options is None else options
         impl = options.resolved(dit.device)
-        sink_tokens = dit.sink_tokens(config.latent_hw, with_motion=config.motion_latents > 0)
+        sink_tokens = cost.sink_tokens(config)
         with torch.inference_mode():
             self._weights = weights = ServedWeights(dit, options)
             self._clean = dit.modulation(0.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from streamdiff import counter, flow
+from streamdiff import counter, flow, presets
 from streamdiff.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def test_the_grid_is_the_published_schedulers(num_steps: int) -> None:
 
 
 def test_the_four_steps_are_those_of_live_avatar() -> None:
-    assert flow.published_grid(4) == pytest.approx(flow.LIVE_AVATAR_SIGMAS, abs=1e-6)
+    assert flow.published_grid(4) == pytest.approx(presets.LIVE_AVATAR_SIGMAS, abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 8.0])

@@ -10,6 +10,7 @@ from torch import Tensor
 from streamdiff import presets
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig
 from streamdiff.memory import SinkMemory, StepMemory
+from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition, initialise
 from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.rope import Rotation
@@ -90,7 +91,7 @@ class Case:
             num_layers=config.dit.num_layers,
             num_streams=self.num_streams,
             moving_tokens=moving,
-            still_tokens=dit.sink_tokens(config.latent_hw, with_motion=self.motion is not None) - moving,
+            still_tokens=cost.sink_tokens(config) - moving,
             num_heads=config.dit.num_heads,
             head_dim=config.dit.head_dim,
             dtype=self.dtype,
