@@ -14,18 +14,13 @@ no decoder of this arithmetic and traffic can come on it. Last line: one JSON ob
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import platform
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import Timing, copy_bandwidth, machine_card, product_rate, report, show, time_call
 from torch import Tensor
 
 from streamdiff.config import VAEConfig
@@ -60,65 +55,9 @@ PRESETS = {
 }
 
 
-def card(device: torch.device) -> dict[str, Any]:
-    """Which machine, which software, which commit."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False, timeout=10
-    )
-    facts: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-    if device.type == "cuda":
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=30,
-        )
-        facts |= {
-            "device": torch.cuda.get_device_name(device),
-            "driver": driver.stdout.split("\n")[0].strip(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        }
-    return facts
-
-
-def times_ms(call: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 3) -> list[float]:
-    """Milliseconds of each of ``repeats`` calls; on CUDA by events, without a wait between calls."""
-    for _ in range(warmup):
-        call()
-    if device.type != "cuda":
-        found: list[float] = []
-        for _ in range(repeats):
-            start_s = time.perf_counter()
-            call()
-            found.append(1e3 * (time.perf_counter() - start_s))
-        return found
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda.synchronize(device)
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """Nearest-rank percentile.
-
-    >>> percentile([4.0, 1.0, 3.0, 2.0], 50)
-    2.0
-    """
-    ordered = sorted(values)
-    return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
+def times(call: Callable[[], object], device: torch.device, *, repeats: int) -> Timing:
+    """Exactly ``repeats`` calls, one after the other as in a stream, with nothing between them."""
+    return time_call(call, device, max_runs=max(3, repeats), budget_s=3600, flush=False)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -126,23 +65,14 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
     A matrix product and a wide convolution, because libraries differ in which of them they do well.
     """
-    large = device.type == "cuda"
-    size = 2**30 if large else 2**27
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy_ms = percentile(times_ms(lambda: target.copy_(source), device, repeats=10), 50)
-
-    side = 8192 if large else 768
-    a = torch.randn(side, side, device=device).to(dtype)
-    product_ms = min(times_ms(lambda: a @ a, device, repeats=10))
-    width, edge = (512, 192) if large else (128, 48)
+    width, edge = (512, 192) if device.type == "cuda" else (128, 48)
     wide = CausalConv3d(width, width, (3, 3, 3)).to(device, dtype)
     pack_weights(wide)
     x = torch.randn(1, width, 6, edge, edge, device=device).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    wide_ms = min(times_ms(lambda: wide(x), device, repeats=10))
-    rates = (2 * side**3 / product_ms / 1e9, 2 * 27 * width**2 * 4 * edge**2 / wide_ms / 1e9)
-    return {"copy_gbps": 2 * size / copy_ms / 1e6, "tflops": max(rates)}
+    wide_ms = times(lambda: wide(x), device, repeats=10).best
+    rates = (product_rate(device, dtype) / 1e12, 2 * 27 * width**2 * 4 * edge**2 / wide_ms / 1e9)
+    return {"copy_gbps": copy_bandwidth(device) / 1e9, "tflops": max(rates)}
 
 
 def decoder_of(kind: str, shapes: Shapes, device: torch.device) -> VideoDecoder:
@@ -205,14 +135,14 @@ def bench(
             frames, carried = decoder.decode(latents, carried)
             return to_rgb8(frames)
 
-        found_ms = times_ms(one_chunk, device, repeats=repeats)
-        p50 = percentile(found_ms, 50)
+        timing = times(one_chunk, device, repeats=repeats)
+        p50 = timing.p50
         row = {
             "decoder": kind,
             "way": way,
             "p50_ms": round(p50, 3),
-            "p95_ms": round(percentile(found_ms, 95), 3),
-            "p99_ms": round(percentile(found_ms, 99), 3),
+            "p95_ms": round(timing.p95, 3),
+            "p99_ms": round(timing.p99, 3),
             "fps": round(1e3 * expected.shape[2] / p50, 1),
             "tflops": round(work["tflop"] / p50 * 1e3, 3),
             "floor_ms": round(floor_ms, 3),
@@ -258,7 +188,7 @@ def convolutions(shapes: Shapes, device: torch.device, repeats: int) -> list[dic
         for name, run in (("conv3d", cube), ("conv2d folded", one_flat), ("conv2d x3", three_flat)):
             if (run().float() - cube().float()).abs().max() > limit * 5:
                 raise SystemExit(f"{name} disagrees with conv3d at {C} channels: nothing was timed")
-            p50 = percentile(times_ms(run, device, repeats=repeats), 50)
+            p50 = times(run, device, repeats=repeats).p50
             rows.append(
                 {
                     "channels": C,
@@ -269,14 +199,6 @@ def convolutions(shapes: Shapes, device: torch.device, repeats: int) -> list[dic
                 }
             )
     return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    columns = list(rows[0])
-    table = [columns, *[[str(row.get(column, "")) for column in columns] for row in rows]]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def main() -> None:
@@ -302,31 +224,21 @@ def main() -> None:
         ways += ["compiled", "compiled graph"] if device.type == "cuda" else ["compiled"]
 
     with torch.inference_mode():
-        machine = card(device)
         ceiling = {name: round(value, 3) for name, value in ceilings(device, shapes.dtype).items()}
-        print(f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}")
-        print(
-            f"{shapes.height}x{shapes.width}, {shapes.dtype}, {LATENTS_PER_CHUNK} latent frames a chunk; ceilings: "
-            f"copy {ceiling['copy_gbps']:.1f} GB/s, arithmetic {ceiling['tflops']:.3f} TFLOP/s"
-        )
+        print(f"ceilings: copy {ceiling['copy_gbps']:.1f} GB/s, arithmetic {ceiling['tflops']:.3f} TFLOP/s")
         rows = [row for kind in args.decoders for row in bench(kind, ways, shapes, device, ceiling, args.repeats)]
-        show(rows)
         single = convolutions(shapes, device, args.repeats) if args.convolutions else []
-        if single:
-            print()
-            show(single)
-    print(
-        json.dumps(
-            {
-                "bench": "decoder",
-                "preset": args.preset,
-                "card": machine,
-                "ceilings": ceiling,
-                "pick_algorithms": args.pick_algorithms,
-                "rows": rows,
-                "convolutions": single,
-            }
-        )
+    if single:
+        show(single)
+    report(
+        "decoder",
+        f"Decoding a chunk of {LATENTS_PER_CHUNK} latent frames at {shapes.height}x{shapes.width}, {shapes.dtype}",
+        rows,
+        machine_card(device),
+        preset=args.preset,
+        ceilings=ceiling,
+        pick_algorithms=args.pick_algorithms,
+        convolutions=single,
     )
 
 

@@ -1,16 +1,14 @@
-"""What the transport costs: time of one hop, chunks per second with nothing to do, and the period against
-prediction.
+"""What the transport costs: time of one hop, chunks per second with nothing to do, and the period against prediction.
 
     python perf/bench_pipeline.py                     5 ranks on this machine
     python perf/bench_pipeline.py --ranks 2 --payload-kib 1200
 
-With as many GPUs as ranks the latents travel over NCCL, with fewer they share GPUs and travel over gloo
-through pinned memory, with none they stay in host memory. Every rank is a process; clocks are the machine's
-monotonic one.
+With as many GPUs as ranks the latents travel over NCCL, with fewer they share GPUs and travel over gloo through pinned
+memory, with none they stay in host memory. Every rank is a process; clocks are the machine's monotonic one.
 
-    hop       a packet at a time through an idle line: from the sender handing it over to the receiver holding
-    it rush      no work, the line as full as it gets: seconds per chunk work      every rank busy for
-    --work-ms: period and first chunk against `simulate` with the hop just measured
+    hop     a packet at a time through an idle line: from the sender handing it over to the receiver holding it
+    rush    no work, the line as full as it gets: seconds per chunk
+    work    every rank busy for --work-ms: period and first chunk against `simulate` with the hop just measured
 
 Last line: one JSON object.
 """
@@ -21,19 +19,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import queue
 import socket
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
+from measure import machine_card
 
 from streamdiff.observe import Recorder
 from streamdiff.pipeline.packet import Packet
@@ -162,25 +158,11 @@ def percentiles_ms(times_s: list[float]) -> dict[str, float]:
     return {name: round(1e3 * cuts[index], 3) for name, index in (("p50", 49), ("p95", 94), ("p99", 98))}
 
 
-def card() -> dict[str, object]:
-    """The machine behind the numbers."""
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "gpus": names,
-        "cpus": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit,
-    }
+def card(on_gpu: bool) -> dict[str, Any]:
+    """The machine behind the numbers, and how busy others keep it."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if on_gpu else []
+    where = torch.device("cuda" if on_gpu else "cpu")
+    return {**machine_card(where), "gpus": names, "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
 
 
 def main() -> None:
@@ -244,7 +226,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "pipeline",
-                "card": card(),
+                "card": card(on_gpu),
                 "ranks": args.ranks,
                 "payload": payload,
                 "device": "cuda" if on_gpu else "cpu",

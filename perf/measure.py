@@ -186,6 +186,18 @@ def _run(*command: str) -> str:
         return ""
 
 
+def show(rows: Sequence[dict[str, Any]], *, columns: Sequence[str] | None = None) -> None:
+    """A table of ``columns`` (default: all) for eyes."""
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_cell(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) if cells else len(name) for i, name in enumerate(names)]
+    for line in (names, *cells):
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        sys.stdout.write("  ".join([first, *rest]).rstrip() + "\n")
+
+
 def report(
     bench: str,
     title: str,
@@ -197,16 +209,9 @@ def report(
     **facts: Any,
 ) -> None:
     """A table of ``columns`` (default: all) for eyes, then one JSON object; ``save`` writes that object too."""
-    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) if cells else len(name) for i, name in enumerate(names)]
     out = sys.stdout
     out.write(f"{title}\n{card['device']}, torch {card['torch']}, commit {card['commit']}\n\n")
-    for line in (names, *cells):
-        first, *rest = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        out.write("  ".join([first, *rest]).rstrip() + "\n")
+    show(rows, columns=columns)
     result = {"bench": bench, "card": card, **facts, "rows": [_plain(row) for row in rows]}
     text = json.dumps(result)
     if save is not None:

@@ -57,7 +57,7 @@ class Row:
 def machine(result: Result) -> str:
     """The machine and the commit of a result, in few words."""
     card = result.get("card", {})
-    device = card.get("device") or ", ".join(card.get("gpus", [])) or card.get("machine", "unknown machine")
+    device = card.get("device", "unknown machine")
     threads = card.get("threads")
     count = f", {threads} thread{'s' if threads != 1 else ''}" if threads and "processors" not in card else ""
     return f"measured: {device}{count}, {card.get('commit', 'unknown commit')}"
