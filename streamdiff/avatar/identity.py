@@ -777,7 +777,7 @@ def _light(
     # between the two, and take its colour half from the skin, whose own tint is a mean human one.
     level = float(np.clip(skin.mean() / 0.42, 0.25, 0.95)) ** 0.75
     tint = skin / np.array([0.52, 0.33, 0.25])
-    tint = ((tint / tint.mean()) ** 0.35).clip(0.88, 1.12)
+    tint = ((tint / tint.mean()) ** 0.6).clip(0.82, 1.15)
     # Light may be warmer than white, seldom greener or bluer: pale skin only looks so.
     tint = np.minimum.accumulate(tint)
     gain = tuple(round(float(v), 4) for v in (level * tint) ** (1 / 2.2))

@@ -40,7 +40,7 @@ class MouthLook:
     """How wet teeth and tongue look, 0..1."""
     teeth: tuple[float, float, float] = (0.80, 0.75, 0.65)
     """Share of red, green and blue light that teeth reflect (linear)."""
-    flesh: tuple[float, float, float] = (0.62, 0.19, 0.17)
+    flesh: tuple[float, float, float] = (0.62, 0.15, 0.13)
     """The same for gums and tongue."""
 
 
