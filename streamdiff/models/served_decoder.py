@@ -1,8 +1,9 @@
-"""A video decoder as it is served: weights in the layout of the activations, the decoding of a chunk one CUDA graph.
+"""A video decoder as it is served: weights in the layout of the activations, norm and activation in one pass, the
+decoding of a chunk one CUDA graph.
 
-The same interface and the same values as the decoder inside, for inference only. States stay values: they are
-copied into the graph's buffers and out of them, so a kept state is still a snapshot. That moves four times the state
-per chunk: 5.1 GB for the Wan VAE at 704x384 in bfloat16, or 1.2 ms at 4.3 TB/s.
+The same interface as the decoder inside and its values, but for rounding in the pass that was two; for inference only.
+States stay values: they are copied into the graph's buffers and out of them, so a kept state is still a snapshot. That
+moves four times the state per chunk: 5.1 GB for the Wan VAE at 704x384 in bfloat16, or 1.2 ms at 4.3 TB/s.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import streamdiff_kernels as kernels
 from streamdiff.models.graphs import CudaGraphs, Graphs
-from streamdiff.models.vae import DecoderState, VideoDecoder
+from streamdiff.models.vae import DecoderState, NormedConvs, VideoDecoder
+from streamdiff_kernels import Impl
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,13 +36,24 @@ class ServedDecoder(VideoDecoder):
 
     ``graph``: replay the decoding of a chunk as one CUDA graph, one per shape of chunk; no effect on a CPU, nor on
     the call that opens a stream, which happens once. ``compile``: let ``torch.compile`` fuse the decoding of a latent
-    frame; may be combined with ``graph``.
+    frame; may be combined with ``graph``. ``impl``: who computes norm and activation in one pass; None: Triton on CUDA,
+    where nothing is compiled, and else the decoder as it is.
+
+    Serve a decoder where it will run: BackendUnavailable when ``impl`` cannot.
     """
 
-    def __init__(self, decoder: VideoDecoder, *, graph: bool = True, compile: bool = False) -> None:
+    def __init__(
+        self, decoder: VideoDecoder, *, graph: bool = True, compile: bool = False, impl: Impl | None = None
+    ) -> None:
         super().__init__(decoder.latents)
         self.decoder = decoder
         pack_weights(decoder)
+        device = next(decoder.parameters()).device
+        if impl is None and device.type == "cuda" and not compile:
+            impl = Impl.TRITON
+        if impl is not None:
+            kernels.require(impl, device)
+            fuse_norms(decoder, impl)
         self._graph = graph
         self._graphs: Graphs | None = None
         self._one = torch.compile(decoder.decode_one, fullgraph=True) if compile else decoder.decode_one
@@ -75,6 +89,13 @@ class ServedDecoder(VideoDecoder):
             self._graphs = CudaGraphs(latents_BCTHW.device)
         (frames, after), replay = self._graphs.capture(lambda: VideoDecoder.decode_checked(self, latents_BCTHW, static))
         return _Captured(replay, latents_BCTHW, static.pasts, frames, after.pasts)
+
+
+def fuse_norms(module: nn.Module, impl: Impl) -> None:
+    """Let ``impl`` compute each norm over channels with the activation that follows, in one pass over memory."""
+    for layer in module.modules():
+        if isinstance(layer, NormedConvs):
+            layer.impl = impl
 
 
 def pack_weights(module: nn.Module) -> None:

@@ -31,9 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import streamdiff_kernels as kernels
 from streamdiff import counter
 from streamdiff.config import VAEConfig
 from streamdiff.errors import ConfigError
+from streamdiff_kernels import Impl
+
+_SMALLEST_NORM = 1e-12
+"""Of a pixel's channel vector, as in the published model; a shorter one is not scaled to unit length."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +142,22 @@ def channels_last(x_BCTHW: Tensor) -> Tensor:
     return _from_pictures(pictures_FCHW, x_BCTHW.shape[0])
 
 
+def fold(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """Fold squares of ``patch`` pixels into channels, a pixel's column varying slower than its row, as Wan2.2 does."""
+    if patch == 1:
+        return x_BCTHW
+    squares = x_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
+    return squares.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def unfold(x_BCTHW: Tensor, patch: int) -> Tensor:
+    """Inverse of `fold`."""
+    if patch == 1:
+        return x_BCTHW
+    squares = x_BCTHW.unflatten(1, (-1, patch, patch))
+    return squares.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+
+
 class CausalConv3d(nn.Conv3d):
     """A convolution that sees no later frame; the frames before its input are handed in.
 
@@ -190,9 +211,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Summed in float32 at least; the smallest norm is that of the published model.
+        # Summed in float32 at least.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min(1e-12)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_min(_SMALLEST_NORM)
         return x * (math.sqrt(x.shape[1]) / norm).to(x.dtype) * self.gamma
 
 
@@ -201,6 +222,9 @@ class NormedConvs(nn.ModuleDict):
 
     Numbered as in the published sequence, whose other members (SiLU, dropout) have no weights.
     """
+
+    impl: Impl | None = None
+    """Who computes norm and SiLU in one pass, without gradients; None: torch, one operation after the other."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -215,7 +239,11 @@ class NormedConvs(nn.ModuleDict):
 
     def forward(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
         for norm, conv in self.pairs():
-            x_BCTHW = conv.stream(F.silu(norm(x_BCTHW)), tape)
+            if self.impl is None:
+                active_BCTHW = F.silu(norm(x_BCTHW))
+            else:
+                active_BCTHW = kernels.rms_norm_silu(x_BCTHW, norm.gamma, eps=_SMALLEST_NORM, impl=self.impl)
+            x_BCTHW = conv.stream(active_BCTHW, tape)
         return x_BCTHW
 
 
@@ -481,7 +509,7 @@ class VAEDecoder(VideoDecoder):
         _check_widths(config)
         self.config = config
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = _Trunk(config.z_dim, 3, _decoder_columns(config))
+        self.decoder = _Trunk(config.z_dim, 3 * config.patch**2, _decoder_columns(config))
 
     def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
         return DecoderState(0, self.decoder.initial_pasts(num_streams, latent_h, latent_w))
@@ -491,7 +519,7 @@ class VAEDecoder(VideoDecoder):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x_BC1HW = self.conv2(channels_last(z_BC1HW))
         frames_BCTHW, pasts = self.decoder(x_BC1HW, pasts, first=first)
-        return frames_BCTHW.clamp(-1.0, 1.0), pasts
+        return unfold(frames_BCTHW, self.config.patch).clamp(-1.0, 1.0), pasts
 
 
 class VAEEncoder(nn.Module):
@@ -504,7 +532,7 @@ class VAEEncoder(nn.Module):
         super().__init__()
         _check_widths(config)
         self.config = config
-        self.encoder = _Trunk(3, config.z_dim * 2, _encoder_columns(config))
+        self.encoder = _Trunk(3 * config.patch**2, config.z_dim * 2, _encoder_columns(config))
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
 
     def initial_state(self, *, height: int, width: int, num_streams: int = 1) -> EncoderState:
@@ -513,7 +541,8 @@ class VAEEncoder(nn.Module):
         if height <= 0 or width <= 0 or height % factor or width % factor:
             raise ConfigError(f"height and width must be positive multiples of {factor}, got {height}x{width}")
         waiting = self.conv1.weight.new_zeros(num_streams, 3, 0, height, width)
-        return EncoderState(0, waiting, self.encoder.initial_pasts(num_streams, height, width))
+        patch = self.config.patch
+        return EncoderState(0, waiting, self.encoder.initial_pasts(num_streams, height // patch, width // patch))
 
     def encode(self, frames_BCTHW: Tensor, state: EncoderState | None = None) -> tuple[Tensor, EncoderState]:
         """Encode the next T video frames of a stream.
@@ -552,7 +581,7 @@ class VAEEncoder(nn.Module):
         self, frames_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The frames of one latent frame, to the mean of its posterior in the VAE's own scale."""
-        x_BCTHW, pasts = self.encoder(frames_BCTHW, pasts, first=first)
+        x_BCTHW, pasts = self.encoder(fold(frames_BCTHW, self.config.patch), pasts, first=first)
         return self.conv1(x_BCTHW)[:, : self.config.z_dim], pasts
 
 
@@ -712,12 +741,12 @@ def _half(
     if half == "decoder":
         plan = [layer for column in _decoder_columns(config).values() for layer in column]
         outer = _Conv(config.z_dim, config.z_dim, 1, pixels, pixels)
-        return [outer, *_convolutions(config.z_dim, 3, plan, (1, latent_h, latent_w), first=first)]
+        return [outer, *_convolutions(config.z_dim, 3 * config.patch**2, plan, (1, latent_h, latent_w), first=first)]
     plan = [layer for column in _encoder_columns(config).values() for layer in column]
     outer = _Conv(2 * config.z_dim, 2 * config.z_dim, 1, pixels, pixels)
-    factor = config.spatial_factor
+    factor = config.spatial_factor // config.patch
     size = (1 if first else config.temporal_factor, latent_h * factor, latent_w * factor)
-    return [*_convolutions(3, 2 * config.z_dim, plan, size, first=first), outer]
+    return [*_convolutions(3 * config.patch**2, 2 * config.z_dim, plan, size, first=first), outer]
 
 
 def vae_flops(

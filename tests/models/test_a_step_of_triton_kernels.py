@@ -1,6 +1,6 @@
-"""The served step with our Triton kernels in it, whole: under the interpreter it is the readable step.
+"""The served step and decoder with our Triton kernels in them, whole: under the interpreter they are the readable ones.
 
-Triton decides to interpret when a kernel is defined, so the step runs in a process of its own.
+Triton decides to interpret when a kernel is defined, so they run in a process of their own.
 """
 
 from __future__ import annotations
@@ -39,9 +39,33 @@ for precision, dtype, far in (
 """
 
 
-@pytest.mark.slow
-def test_it_is_the_readable_step() -> None:
-    """Norms, rotation, ring write, residuals, attention that reads the fill level, and their eight-bit variants."""
+DECODER = """
+import torch
+from streamdiff.config import VAEConfig
+from streamdiff.models import vae
+from streamdiff.models.served_decoder import ServedDecoder
+from streamdiff.models.vae import VAEDecoder
+from streamdiff_kernels import Impl
+
+torch.set_num_threads(1)
+plain, inner = (VAEDecoder(VAEConfig(base_dim=6, num_res_blocks=1)) for _ in range(2))
+for one in (plain, inner):
+    vae.initialise(one, seed=0)
+served = ServedDecoder(inner, impl=Impl.TRITON)
+latents = torch.randn(1, 16, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+with torch.inference_mode():
+    want, after = plain.decode(latents)
+    found, state = served.decode(latents)
+    assert (found - want).abs().max() <= 2e-5, (found - want).abs().max()
+    want, after = plain.decode(latents[:, :, :1], after)
+    found, state = served.decode(latents[:, :, :1], state)
+    assert (found - want).abs().max() <= 2e-5, (found - want).abs().max()
+print("kept decoder")
+"""
+
+
+def interpreted(script: str) -> list[str]:
+    """What a script prints, its kernels interpreted."""
     pytest.importorskip("triton")
     folders = (ROOT, ROOT / "kernels", ROOT / "tests" / "models")
     environment = os.environ | {
@@ -52,7 +76,18 @@ def test_it_is_the_readable_step() -> None:
         "PYTHONPATH": os.pathsep.join(map(str, folders)),
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["kept", "weights", "kept", "fp8"]
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_it_is_the_readable_step() -> None:
+    """Norms, rotation, ring write, residuals, attention that reads the fill level, and their eight-bit variants."""
+    assert interpreted(SCRIPT) == ["kept", "weights", "kept", "fp8"]
+
+
+def test_the_decoders_norm_and_activation_are_the_readable_ones() -> None:
+    """At odd sizes: two latent frames of a new stream, then one more."""
+    assert interpreted(DECODER) == ["kept", "decoder"]
