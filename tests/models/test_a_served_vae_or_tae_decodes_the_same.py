@@ -140,7 +140,7 @@ def test_on_cuda_the_fused_vae_is_the_plain_one() -> None:
 
 def test_an_implementation_that_cannot_run_is_named_at_once() -> None:
     pytest.importorskip("triton")
-    with pytest.raises(kernels.BackendUnavailable, match="Impl.TRITON cannot run"):
+    with pytest.raises(kernels.BackendUnavailable, match=r"Impl\.TRITON cannot run"):
         ServedDecoder(decoder("vae"), impl=Impl.TRITON)
 
 
