@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 # cuBLAS needs a workspace of its own to give the same bits twice; it reads this when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -37,13 +37,18 @@ from tqdm import tqdm
 
 from streamdiff import __version__, demo, doctor, flow, presets
 from streamdiff.avatar import commands as avatar_commands
-from streamdiff.engine import Engine, Weights
+from streamdiff.engine import Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.forecast import describe, forecast
-from streamdiff.generate import Job, Made, check, generate, schedule_for
+from streamdiff.generate import Job, Made, check, engine_for, generate, schedule_for
+from streamdiff.models.step import Precision, StepOptions
 from streamdiff.observe import JsonLines, Observer, Silent
 from streamdiff.pipeline.transport import World
 from streamdiff.pipeline.watch import Limits
+from streamdiff_kernels import BACKENDS
+
+if TYPE_CHECKING:
+    from streamdiff.avatar.identity import IdentityBundle
 
 _T = TypeVar("_T")
 with contextlib.suppress(ValueError):
@@ -73,10 +78,16 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, on stderr")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
-    avatar_commands.register(commands)
+    avatar_commands.register(commands, fit=_fit)
     doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
     doctor_parser.set_defaults(run=run_doctor)
     return root
+
+
+def _fit(video: str | Path, *, size: int, minutes: float, device: str) -> tuple[IdentityBundle, object]:
+    from streamdiff.training.fit import fit_bundle  # no other command needs what training imports
+
+    return fit_bundle(video, size=size, minutes=minutes, device=device)
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -116,6 +127,21 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         type=int,
         default=1,
         help="CPU threads of a rank; other numbers, other bits (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--precision",
+        type=Precision,
+        default=Precision.WEIGHTS,
+        choices=list(Precision),
+        help="arithmetic of the DiT's large layers: that of the weights, or eight bits on CUDA from capability 8.9 on "
+        "(default: %(default)s)",
+    )
+    machine.add_argument(
+        "--attention",
+        choices=["auto", *BACKENDS],
+        metavar="NAME",
+        help=f"who computes attention: {', '.join(BACKENDS)}, or auto, which measures what can run here and may choose "
+        "differently on each rank, with other bits (default: a fixed choice for the device)",
     )
     machine.add_argument(
         "--deadline",
@@ -163,6 +189,7 @@ def job_from(args: argparse.Namespace, world: World | None) -> Job:
         partition=_partition(args.partition),
         decode_alone=None if args.decode is None else args.decode == "own",
         device=_device(args.device, world),
+        options=StepOptions(precision=args.precision, attention=args.attention),
         limits=Limits(
             deadline_s=args.deadline,
             startup_s=args.startup if args.startup is not None else (1800.0 if args.checkpoint else 180.0),
@@ -210,7 +237,7 @@ def run_generate(args: argparse.Namespace) -> int:
     num_ranks = args.ranks or (1 if world is None else world.size)
     if args.plan:
         if rank == 0:
-            engine = Engine(job.config, weights=job.weights, device=job.device, plan_only=True)
+            engine = engine_for(job, plan_only=True)
             if args.assume is not None and not 0 < args.assume < 1e6:
                 raise ConfigError(f"--assume takes TFLOP/s above 0, got {args.assume}; try 700, as an H200")
             assumed = None if args.assume is None else 1e12 * args.assume
@@ -231,7 +258,6 @@ def run_generate(args: argparse.Namespace) -> int:
 def _checked_job(args: argparse.Namespace, world: World | None) -> Job:
     job = job_from(args, world)
     if not args.plan:
-        Engine(job.config, weights=job.weights, device=job.device)
         check(job, schedule_for(job, 1 if world is None else world.size))
     return job
 

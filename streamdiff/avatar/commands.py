@@ -1,4 +1,4 @@
-"""What the command line does with an avatar: ``streamdiff talk`` and ``streamdiff avatar create|fit|inspect``.
+"""What the command line does with an avatar: ``streamdiff talk`` and ``streamdiff avatar create|fit|compile|inspect``.
 
 `register` adds the commands to an `argparse` parser; each sets ``run``, a function from the parsed arguments to the
 exit status. Errors leave as `StreamdiffError`.
@@ -12,8 +12,9 @@ import json
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from streamdiff import demo
 from streamdiff.avatar.kinematics import FPS, Floats, KinematicSpec, frame_to_osc, json_lines
 from streamdiff.avatar.motion import STYLE_NAMES, load_motion, style_vector
-from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Segment
+from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Renderer, Segment
 from streamdiff.avatar.speech import RATE_HZ, open_voice
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import VideoWriter, contact_sheet, read_audio
@@ -60,6 +61,7 @@ def register(commands: Any, *, fit: Fit | None = None) -> None:
     _add_create(actions)
     if fit is not None:
         _add_fit(actions, fit)
+    _add_compile(actions)
     _add_inspect(actions)
 
 
@@ -72,7 +74,12 @@ def _add_talk(commands: Any) -> None:
     add = talk.add_argument
     add("text", nargs="?", metavar="TEXT", help="what to say; '-' reads it from standard input while it is written")
     add("--audio", type=Path, metavar="FILE", help="speak with this sound instead of a text")
-    add("--avatar", type=Path, metavar="FILE", help="a photo, or a bundle of `streamdiff avatar` (default: the demo's)")
+    add(
+        "--avatar",
+        type=Path,
+        metavar="FILE",
+        help="a photo, a bundle or an engine of `streamdiff avatar` (default: the demo's)",
+    )
     add("--voice", default="heart", help="heart[:pitch=0.8,tract=0.9,speed=1.1] or kokoro:MODEL:VOICES[:NAME]")
     add("--out", type=Path, default=Path("talk.mp4"), help="the MP4 to write (default: %(default)s)")
     add("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
@@ -116,9 +123,28 @@ def _add_fit(actions: Any, fit: Fit) -> None:
     parser.set_defaults(run=functools.partial(run_fit, fit=fit))
 
 
+def _add_compile(actions: Any) -> None:
+    parser = actions.add_parser(
+        "compile",
+        help="make one person's engine ahead of time",
+        description="Write an engine: all that makes frames of one person, traced ahead. `streamdiff talk --avatar` "
+        "takes it in place of a photo or a bundle.",
+    )
+    parser.add_argument("bundle", type=Path, metavar="FILE", help="a bundle, or a photo")
+    parser.add_argument("--out", type=Path, help="the engine to write (default: FILE.engine)")
+    parser.add_argument("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
+    parser.add_argument("--device", default="cpu", help="it will run on (default: %(default)s)")
+    parser.add_argument(
+        "--native",
+        action="store_true",
+        help="machine code for this kind of machine: a little faster, half a minute to make, needs a C++ compiler",
+    )
+    parser.set_defaults(run=run_compile)
+
+
 def _add_inspect(actions: Any) -> None:
     inspect = actions.add_parser("inspect", help="say what a bundle holds, as JSON")
-    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("bundle", type=Path, metavar="FILE", help="a bundle or an engine")
     inspect.set_defaults(run=run_inspect)
 
 
@@ -130,6 +156,27 @@ def open_bundle(path: Path | None, *, size: int = 256) -> IdentityBundle:
     if path.suffix == BUNDLE_SUFFIX:
         return IdentityBundle.load(path)
     return create_bundle(path, size)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who is to be seen, and how this person moves."""
+
+    renderer: Renderer
+    name: str
+    style: Mapping[str, float]
+
+
+def open_person(path: Path | None, *, size: int = 256) -> Person:
+    """The person of an engine, a bundle or a photo; None: of the photo of the demo."""
+    from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer
+    from streamdiff.avatar.render import WarpRenderer
+
+    if path is not None and path.suffix == ENGINE_SUFFIX:
+        engine = CompiledRenderer(path)
+        return Person(engine, engine.name, engine.style)
+    bundle = open_bundle(path, size=size)
+    return Person(WarpRenderer(bundle), bundle.name, bundle.style)
 
 
 def run_create(args: argparse.Namespace) -> int:
@@ -161,10 +208,29 @@ def _save(bundle: IdentityBundle, out: Path) -> None:
     _write(f"{out}: {bundle.name}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
 
 
+def run_compile(args: argparse.Namespace) -> int:
+    """``streamdiff avatar compile``."""
+    from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer, compile_bundle
+
+    out = args.out or args.bundle.with_suffix(ENGINE_SUFFIX)
+    _check_suffix(out, ENGINE_SUFFIX)
+    torch.set_num_threads(1)
+    compile_bundle(open_bundle(args.bundle, size=args.size), out, device=args.device, native=args.native)
+    engine = CompiledRenderer(out)
+    _write(
+        f"{out}: {engine.name}, {engine.size}x{engine.size}, {'native' if args.native else 'graph'} for {args.device}"
+    )
+    return 0
+
+
 def run_inspect(args: argparse.Namespace) -> int:
     """``streamdiff avatar inspect``."""
+    from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer
     from streamdiff.avatar.identity import IdentityBundle
 
+    if args.bundle.suffix == ENGINE_SUFFIX:
+        _write(json.dumps(CompiledRenderer(args.bundle).facts, indent=1))
+        return 0
     _write(json.dumps(IdentityBundle.load(args.bundle).inspect(), indent=1))
     return 0
 
@@ -188,8 +254,6 @@ def style_from(text: str) -> dict[str, float]:
 
 def run_talk(args: argparse.Namespace) -> int:
     """``streamdiff talk``."""
-    from streamdiff.avatar.render import WarpRenderer
-
     if args.text is not None and args.audio is not None:
         raise ConfigError("give a text or --audio, not both")
     if args.threads < 1:
@@ -199,15 +263,16 @@ def run_talk(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     # Opened first: what is wrong with a sound file is said before anything is made.
     sound = None if args.audio is None else _seconds(read_audio(args.audio, RATE_HZ))
-    renderer = WarpRenderer(open_bundle(args.avatar, size=args.size))
+    person = open_person(args.avatar, size=args.size)
+    renderer = person.renderer
     voice = open_voice(args.voice) if sound is None else None
-    style = renderer.bundle.style | style
+    style = {**person.style, **style}
     engine = AvatarEngine(renderer, voice=voice, motion=load_motion(args.motion), style=style)
     began_s = time.monotonic()
     with ExitStack() as stack:
         stream = stack.enter_context(engine.stream(seed=args.seed, realtime=host is not None))
         frames = _spoken(stream, args.text, sound)
-        tags = {"title": "streamdiff talk", "artist": renderer.bundle.name}
+        tags = {"title": "streamdiff talk", "artist": person.name}
         writer = stack.enter_context(
             VideoWriter(args.out, width=renderer.size, height=renderer.size, fps=FPS, rate_hz=RATE_HZ, metadata=tags)
         )

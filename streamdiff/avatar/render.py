@@ -74,6 +74,21 @@ class Renderer(Protocol):
         ...
 
 
+def as_motion(motion_AE: Tensor | NDArray[np.float32], spec: KinematicSpec) -> Tensor:
+    """Motion as float32 ``[A, E]``, checked.
+
+    Raises `InputError` for another width, or, where it is on the host, for numbers that are not finite.
+    """
+    if motion_AE.ndim != 2 or motion_AE.shape[1] != spec.num_coefs:
+        raise InputError(f"motion of {spec.name!r} is [A, {spec.num_coefs}], got {list(motion_AE.shape)}")
+    if isinstance(motion_AE, np.ndarray):
+        motion_AE = torch.from_numpy(np.array(motion_AE, np.float32))  # torch takes no read-only memory
+    motion = motion_AE.float()
+    if motion.device.type == "cpu" and not bool(torch.isfinite(motion).all()):
+        raise InputError("motion holds values that are not finite; find the frame with numpy.isfinite")
+    return motion
+
+
 @functools.cache
 def _bundled_mouth() -> dict[str, Tensor]:
     path = importlib.resources.files("streamdiff") / "weights" / "mouth_decoder.safetensors"
@@ -233,21 +248,16 @@ class WarpRenderer:
         Raises `InputError` for motion of another width, or, where it is on the host, for numbers that are not
         finite. Shapes are held to 0..1; turns and shifts beyond what one picture can show are eased.
         """
-        if motion_AE.ndim != 2 or motion_AE.shape[1] != self.spec.num_coefs:
-            raise InputError(f"motion of {self.spec.name!r} is [A, {self.spec.num_coefs}], got {list(motion_AE.shape)}")
-        if isinstance(motion_AE, np.ndarray):
-            motion_AE = torch.from_numpy(np.array(motion_AE, np.float32))  # torch takes no read-only memory
-        motion = motion_AE.float()
-        if motion.device.type == "cpu" and not bool(torch.isfinite(motion).all()):
-            raise InputError("motion holds values that are not finite; find the frame with numpy.isfinite")
+        motion = as_motion(motion_AE, self.spec)
         motion = motion.to(self.device)
         frames = torch.empty(len(motion), self._size, self._size, 3, dtype=torch.uint8, device=self.device)
         # One by one: a sum over a batch of another size may differ in its last bit.
         for frame, coefs_E in zip(frames, motion, strict=True):
-            frame.copy_(self._draw(coefs_E))
+            frame.copy_(self.draw(coefs_E))
         return frames
 
-    def _draw(self, coefs_E: Tensor) -> Tensor:
+    def draw(self, coefs_E: Tensor) -> Tensor:
+        """One frame ``[H, W, 3]`` of checked coefficients on this device: `render` without its doors."""
         drivers_K = self._drive(coefs_E)
         turn, shift, scale = self._head(coefs_E)
         unposed = self._undo_pose(_rotation(turn), shift, scale)

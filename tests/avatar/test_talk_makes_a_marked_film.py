@@ -10,7 +10,6 @@ import socket
 import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -29,13 +28,9 @@ Run = Callable[[Sequence[str]], int]
 
 
 class LargeBars(Bars):
-    """Bars of 64 pixels, that know whose they are."""
+    """Bars of 64 pixels."""
 
     size = 64
-
-    def __init__(self, bundle: object) -> None:
-        super().__init__()
-        self.bundle = SimpleNamespace(name="bars", style={"smile": 0.5})
 
     def render(self, motion_AE: torch.Tensor | np.ndarray) -> torch.Tensor:
         return super().render(motion_AE).repeat(1, 4, 4, 1)
@@ -43,8 +38,8 @@ class LargeBars(Bars):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setattr("streamdiff.avatar.render.WarpRenderer", LargeBars)
-    monkeypatch.setattr(commands, "open_bundle", lambda *_, **__: None)
+    bars = commands.Person(LargeBars(), "bars", {"smile": 0.5})
+    monkeypatch.setattr(commands, "open_person", lambda *_, **__: bars)
     monkeypatch.setattr(commands, "open_voice", lambda _: Tones())
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     save_motion(tiny_motion(), tmp_path / "motion.safetensors")
