@@ -102,6 +102,8 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    patch: int = 1
+    """Pixels along a side that are folded into channels before the first convolution (Wan2.2 TI2V: 2)."""
     latent_mean: tuple[float, ...] = ()
     """Per-channel mean of the latents; the model sees (z - mean) / std. Empty: zeros."""
     latent_std: tuple[float, ...] = ()
@@ -113,6 +115,7 @@ class VAEConfig:
             f"one temporal_downsample flag stands between two levels: expected {len(self.dim_mult) - 1}, "
             f"got {len(self.temporal_downsample)}",
         )
+        _require(self.patch >= 1, f"a patch is at least one pixel, got patch={self.patch}")
         for name in ("latent_mean", "latent_std"):
             values = getattr(self, name)
             _require(
@@ -123,7 +126,7 @@ class VAEConfig:
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent cell, along height and along width."""
-        return 2 ** len(self.temporal_downsample)
+        return self.patch * 2 ** len(self.temporal_downsample)
 
     @property
     def temporal_factor(self) -> int:

@@ -1,0 +1,178 @@
+"""Train the causal video VAE on clips, then encode clips for the video model.
+
+    streamdiff train codec --data faces --out codec
+    streamdiff train encode --data faces --codec codec/codec.safetensors --out latents
+
+The codec is `streamdiff.models.vae` at small size, encoder and decoder together: pixels folded into channels, causal
+convolutions that stream. Loss: L1 of pixels and of their differences to the neighbours, heavier around the mouth; the
+posterior's divergence from a unit normal, so lightly that it only keeps latents in bounds. When done, the mean and
+deviation of every latent channel are folded into the weights, and latents come out with unit variance.
+
+Axes: B clips, C channels, T frames, H height, W width, N clips on disk, Z hidden states, E width, A video frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from streamdiff import counter
+from streamdiff.config import VAEConfig
+from streamdiff.errors import CheckpointError
+from streamdiff.models import vae
+from streamdiff.models.audio import LogMelFeatures
+from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
+from streamdiff.training.data import ALL_PROMPTS, FPS, FRAME_SAMPLES, Shards
+
+logger = logging.getLogger(__name__)
+
+DIVERGENCE = 1e-4
+EDGES = 0.7
+"""Weight of the differences between neighbouring pixels beside that of the pixels."""
+
+
+class Codec(nn.Module):
+    """Encoder and decoder under the names of the published file."""
+
+    def __init__(self, config: VAEConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.enc, self.dec = VAEEncoder(config), VAEDecoder(config)
+        vae.initialise(self.enc, seed=seed)
+        vae.initialise(self.dec, seed=seed)
+
+    def posterior(self, frames_BCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents of whole clips, ``[B, C, 1 + (T - 1) / factor, h, w]``."""
+        size = frames_BCTHW.shape[3:]
+        pasts = self.enc.initial_state(height=size[0], width=size[1], num_streams=len(frames_BCTHW)).pasts
+        factor, moments = self.config.temporal_factor, []
+        for group in frames_BCTHW[:, :, :1], *frames_BCTHW[:, :, 1:].split(factor, dim=2):
+            x_BCTHW, pasts = self.enc.encoder(
+                vae.fold(group, self.config.patch), pasts, first=not moments
+            )
+            moments.append(self.enc.conv1(x_BCTHW))
+        mean, log_variance = torch.cat(moments, 2).chunk(2, dim=1)
+        return mean, log_variance.clamp(-12.0, 4.0)
+
+    def decode(self, latents_BCTHW: Tensor) -> Tensor:
+        """Frames of whole clips, not clamped."""
+        h, w = latents_BCTHW.shape[3:]
+        pasts = self.dec.initial_state(latent_h=h, latent_w=w, num_streams=len(latents_BCTHW)).pasts
+        frames: list[Tensor] = []
+        for z_BC1HW in latents_BCTHW.split(1, dim=2):
+            x_BCTHW, pasts = self.dec.decoder(self.dec.conv2(vae.channels_last(z_BC1HW)), pasts, first=not frames)
+            frames.append(vae.unfold(x_BCTHW, self.config.patch))
+        return torch.cat(frames, 2)
+
+
+def attention_map(size: int) -> Tensor:
+    """How much a pixel ``[H, W]`` of a portrait matters: the face twice, the mouth five times as much as the wall."""
+    axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size
+    x, y = axis[None, :], axis[:, None]
+    face = (((x - 0.5) / 0.26) ** 2 + ((y - 0.5) / 0.32) ** 2 < 1).float()
+    mouth = torch.exp(-(((x - 0.5) / 0.13) ** 2 + ((y - 0.63) / 0.09) ** 2))
+    return 1 + face + 3 * mouth
+
+
+def codec_loss(codec: Codec, frames_BCTHW: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one batch and what it is made of. ``noise``: standard normal, shaped like the latents."""
+    mean, log_variance = codec.posterior(frames_BCTHW)
+    drawn = codec.decode(mean + (0.5 * log_variance).exp() * noise)
+    weight_HW = attention_map(frames_BCTHW.shape[3]).to(frames_BCTHW)
+    error = (drawn - frames_BCTHW) * weight_HW
+    pixels = error.abs().mean()
+    edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = pixels + EDGES * edges + DIVERGENCE * divergence
+    psnr = -10 * torch.log10(F.mse_loss(drawn.detach().clamp(-1, 1), frames_BCTHW) / 4)
+    facts = {"pixels": pixels, "edges": edges, "divergence": divergence, "psnr_db": psnr}
+    return loss, {name: float(value.detach()) for name, value in facts.items()}
+
+
+def codec_batch(shards: Shards, step: int, *, seed: int, size: int, latents: int, factor: int) -> Tensor:
+    """Frames ``[B, 3, 1 + (latents - 1) * factor, H, W]`` in [-1, 1]; a function of (seed, step)."""
+    generator = np.random.default_rng(counter.seed_of("codec batch", seed, step))
+    length = 1 + (latents - 1) * factor
+    clips: list[Tensor] = []
+    for _ in range(size):
+        index = int(generator.integers(len(shards)))
+        first = int(generator.integers(shards.num_frames - length + 1))
+        clips.append(shards.frames(index, first, length))
+    return from_rgb8(torch.stack(clips))
+
+
+@torch.no_grad()
+def fold_statistics(codec: Codec, frames: Callable[[], list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Make latents come out with mean 0 and deviation 1 per channel, measured on batches of frames; the two of before.
+
+    What the encoder divides by, the decoder multiplies with: pictures stay as they are.
+    """
+    latents = torch.cat([codec.posterior(batch)[0].movedim(1, 0).flatten(1) for batch in frames()], 1)
+    mean_C, std_C = latents.mean(1), latents.std(1).clamp_min(1e-3)
+    C = codec.config.z_dim
+    last, first = codec.enc.conv1, codec.dec.conv2
+    assert last.bias is not None
+    assert first.bias is not None
+    last.weight[:C] /= std_C.view(-1, 1, 1, 1, 1)
+    last.bias[:C] = (last.bias[:C] - mean_C) / std_C
+    first.bias += (first.weight[:, :, 0, 0, 0] * mean_C).sum(1)
+    first.weight *= std_C.view(1, -1, 1, 1, 1)
+    return mean_C, std_C
+
+
+def save_codec(codec: Codec, path: Path, *, facts: dict[str, object]) -> None:
+    """Both halves in one fp16 file, under the names of the published VAE; the config goes along."""
+    tensors = {name: value.half().contiguous() for half in (codec.enc, codec.dec)
+               for name, value in half.state_dict().items()}  # fmt: skip
+    config = {name: value for name, value in dataclasses.asdict(codec.config).items() if value != ()}
+    save_file(tensors, path, metadata={"vae": json.dumps(config), "facts": json.dumps(facts)})
+
+
+def load_codec(path: Path, config: VAEConfig) -> Codec:
+    """A trained codec. Raises CheckpointError when the file is of another shape."""
+    codec = Codec(config)
+    try:
+        tensors = {name: value.float() for name, value in load_file(path).items()}
+        for half in (codec.enc, codec.dec):
+            half.load_state_dict({name: tensors[name] for name in half.state_dict()})
+    except (OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a codec of this preset: {error}") from error
+    return codec.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def encode_clips(codec: Codec, shards: Shards, encoder: LogMelFeatures, *, progress: Callable[[], object] | None = None
+                 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    """Latents, references, sound and prompts of all clips, and metadata; fp16.
+
+    The first frame of a clip only opens the codec's stream: its latent is dropped, and its sound with it.
+    """
+    latents, references, sounds, prompts = [], [], [], []
+    texts = {text: i for i, text in enumerate(ALL_PROMPTS)}
+    for index in range(len(shards)):
+        clip = shards.clip(index)
+        frames = from_rgb8(torch.from_numpy(clip.frames_THWC)[None])
+        photo = from_rgb8(torch.from_numpy(clip.photo_HWC)[None, None])
+        latents.append(codec.enc.encode(frames)[0][0, :, 1:].half())
+        references.append(codec.enc.encode(photo)[0][0, :, 0].half())
+        features = encoder.encode_whole(torch.from_numpy(clip.sound_S), FPS)[0]
+        sounds.append(features[..., 1 : len(clip.sound_S) // FRAME_SAMPLES].half())
+        prompts.append(texts.setdefault(clip.prompt, len(texts)))
+        if progress is not None:
+            progress()
+    tensors = {
+        "latent": torch.stack(latents),
+        "reference": torch.stack(references),
+        "audio": torch.stack(sounds),
+        "prompt": torch.tensor(prompts),
+    }
+    return tensors, {"prompts": json.dumps(list(texts))}
