@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from streamdiff.engine import Engine
 from streamdiff.errors import BackendError
 from streamdiff.models import cost
 from streamdiff.models.audio import AudioChunk
+from streamdiff.models.step import Precision, StepOptions
 from streamdiff.models.vae import vae_flops
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us, render
 from streamdiff.pipeline.stage import PRIMING_LATENTS
@@ -26,6 +28,11 @@ _DENSE_SHARE = 0.52
 _CONV_SHARE = 0.27
 """Shares of a large matrix product's speed that a denoising step and the decoder reach. From Live Avatar, table 3: a
 bfloat16 step of 121 TFLOP in 0.333 s and a decode of 27 TFLOP in 0.148 s, where products run at about 700 TFLOP/s."""
+
+_MEASURED_CHUNKS = 3
+"""Timed after the window is full."""
+_PATIENCE_S = 60.0
+"""A measurement that would take longer is predicted instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,30 +59,64 @@ def predicted_costs(config: EngineConfig, dense_flops_per_s: float = 700e12) -> 
 
 
 def forecast(engine: Engine, *, assumed_flops_per_s: float | None = None) -> Forecast:
-    """Costs on this machine: measured where the model is small, predicted from a matrix product where it is not.
+    """Costs on this machine: measured where model and picture are small, predicted from a matrix product elsewhere.
 
     With ``assumed_flops_per_s``, costs on a device that multiplies matrices that fast.
+
+    Raises BackendError when the engine's options cannot run here.
     """
     shares = f"a step is taken to reach {_DENSE_SHARE:.0%} of that and the decoder {_CONV_SHARE:.0%} (not measured)"
+    if engine.options.precision is Precision.FP8:
+        shares += "; eight-bit products are counted at the speed of sixteen-bit ones"
     if assumed_flops_per_s is not None:
         return Forecast(
             predicted_costs(engine.config, assumed_flops_per_s),
             f"predicted for a device that multiplies at {assumed_flops_per_s / 1e12:g} TFLOP/s; {shares}",
         )
-    if engine.is_small:
-        return Forecast(_measured(engine), f"measured here, on {engine.device}")
+    engine.options.check(engine.config.dit, engine.device, engine.dtype)
     rate = _matmul_rate(engine.device, engine.dtype)
+    predicted = predicted_costs(engine.config, rate)
+    obstacle = _obstacle(engine, predicted)
+    if obstacle is None:
+        return Forecast(_measured(engine), f"measured here, on {engine.device}")
     return Forecast(
-        predicted_costs(engine.config, rate),
-        f"predicted: a matrix product runs at {rate / 1e12:.2f} TFLOP/s here; {shares}",
+        predicted, f"predicted, as {obstacle}: a matrix product runs at {rate / 1e12:.2f} TFLOP/s here; {shares}"
     )
+
+
+def _obstacle(engine: Engine, predicted: Costs) -> str | None:
+    """Why costs cannot be measured here and now, or None when they can."""
+    if not engine.is_small:
+        return "the model is large"
+    config, device = engine.config, str(engine.device)
+    alone = Role(rank=0, encodes=True, steps=(0,), decodes=True)
+    need = role_bytes(config, alone, device=device, from_folder=False, options=engine.options)
+    have = available_bytes(device)
+    if have is not None and need > have:
+        return f"measuring takes {_size(need)} and {device} has {_size(have)} free"
+    # The chunks, and the decoding of the still picture before them.
+    seconds = (config.memory.window_chunks + _MEASURED_CHUNKS) * (predicted.step_s[0] + predicted.decode_s)
+    seconds += PRIMING_LATENTS / config.frames_per_chunk * predicted.decode_s
+    return f"measuring takes about {seconds:.0f} s" if seconds > _PATIENCE_S else None
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds when all that was asked of the device so far is done: a launch returns long before its work has run."""
+
+    def now_s() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now_s
 
 
 def _measured(engine: Engine) -> Costs:
     # Nothing is returned from one step alone, so the sink stays what it is.
     memory = dataclasses.replace(engine.config.memory, adaptive_sink=False)
     config = dataclasses.replace(engine.config, memory=memory)
-    engine = Engine(config, weights=engine.weights, device=engine.device, dtype=engine.dtype)
+    engine = Engine(config, weights=engine.weights, device=engine.device, dtype=engine.dtype, options=engine.options)
+    now_s = _clock(engine.device)
     image_HWC = torch.zeros(config.height, config.width, 3, dtype=torch.uint8)
     step = engine.stage(Role(rank=0, encodes=True, steps=(0,), decodes=False))
     decode = engine.stage(Role(rank=1, encodes=False, steps=(), decodes=True))
@@ -89,18 +130,18 @@ def _measured(engine: Engine) -> Costs:
         ),
         torch.zeros(1),
     )
-    # The window fills first; three chunks after that are timed.
+    # The window fills first; what comes after that is timed.
     window = config.memory.window_chunks
     step_s: list[float] = []
     decode_s: list[float] = []
-    packets = engine.head(image_HWC, "").packets([heard] * (window + 3))
+    packets = engine.head(image_HWC, "").packets([heard] * (window + _MEASURED_CHUNKS))
     for packet in packets:
-        start_s = time.perf_counter()
+        start_s = now_s()
         stepped = step.step(packet)
-        middle_s = time.perf_counter()
+        middle_s = now_s()
         decode.step(stepped)
         step_s.append(middle_s - start_s)
-        decode_s.append(time.perf_counter() - middle_s)
+        decode_s.append(now_s() - middle_s)
     return Costs(step_s=(min(step_s[window:]),) * config.num_steps, decode_s=min(decode_s[window:]))
 
 
@@ -109,12 +150,11 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     side = 8192 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
     best_s = float("inf")
+    now_s = _clock(device)
     for _ in range(4):
-        start_s = time.perf_counter()
+        start_s = now_s()
         torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best_s = min(best_s, time.perf_counter() - start_s)
+        best_s = min(best_s, now_s() - start_s)
     return 2 * side**3 / best_s
 
 
@@ -123,13 +163,25 @@ def _bytes_per_value(device: str) -> int:
     return 2 if device.startswith("cuda") else 4
 
 
-def role_bytes(config: EngineConfig, role: Role, *, device: str, from_folder: bool) -> int:
+def _kept_layers(options: StepOptions) -> int | None:
+    """As `cost.rank_bytes` takes it."""
+    return options.kept_layers if options.precision is Precision.FP8 else None
+
+
+def role_bytes(
+    config: EngineConfig, role: Role, *, device: str, from_folder: bool, options: StepOptions | None = None
+) -> int:
     """Memory that a rank needs on its device, largest moment first: what it loads and what it remembers."""
     on_cuda = device.startswith("cuda")
     bytes_per_value = _bytes_per_value(device)
     total = 0
     if role.steps:
-        total += cost.rank_bytes(config, num_steps=len(role.steps), bytes_per_value=bytes_per_value).total
+        total += cost.rank_bytes(
+            config,
+            num_steps=len(role.steps),
+            bytes_per_value=bytes_per_value,
+            kept_layers=_kept_layers(options or StepOptions()),
+        ).total
     frame = config.height * config.width * bytes_per_value
     if role.decodes:
         # Two frames of every wide layer are remembered, now and for each chunk that can be taken back; one latent
@@ -186,9 +238,15 @@ def describe(schedule: Schedule, found: Forecast, engine: Engine, *, device: str
             config,
             role,
             device=device,
-            from_folder=engine.weights.folder is not None or not engine.is_small,
+            from_folder=engine.encoder_folder is not None or not engine.is_small,
+            options=engine.options,
         )
-        parts = cost.rank_bytes(config, num_steps=max(1, len(role.steps)), bytes_per_value=bytes_per_value)
+        parts = cost.rank_bytes(
+            config,
+            num_steps=max(1, len(role.steps)),
+            bytes_per_value=bytes_per_value,
+            kept_layers=_kept_layers(engine.options),
+        )
         dit = [_size(parts.weights), _size(parts.history + parts.pristine_sink)] if role.steps else ["-", "-"]
         lines.append(
             f"{role.rank:<6}{role!s:<28}{seconds:>9.3f}{seconds / period_s:>7.0%}"

@@ -23,6 +23,7 @@ from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.forecast import available_bytes, predicted_costs, role_bytes
 from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_image
 from streamdiff.models.audio import SPEECH_HZ, AudioChunk, chunks
+from streamdiff.models.step import StepOptions
 from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
 from streamdiff.observe import Observer
 from streamdiff.pipeline.packet import Packet
@@ -55,6 +56,8 @@ class Job:
     decode_alone: bool | None = None
     """Whether decoding has a rank of its own; None: whatever is faster."""
     device: str = "cpu"
+    options: StepOptions = field(default_factory=StepOptions)
+    """How steps are computed."""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,11 @@ class Made:
         return self.num_frames / self.wall_s if self.wall_s else 0.0
 
 
+def engine_for(job: Job, *, plan_only: bool = False) -> Engine:
+    """What makes this rank's parts; holds nothing large. Raises ConfigError for weights that do not fit the job."""
+    return Engine(job.config, weights=job.weights, device=job.device, options=job.options, plan_only=plan_only)
+
+
 def schedule_for(job: Job, num_ranks: int) -> Schedule:
     """Who owns which step; the same on every rank, since it is arithmetic on the job."""
     return plan(
@@ -100,20 +108,24 @@ def check(job: Job, schedule: Schedule) -> int:
 
     Looks at every rank's part, so that each rank finds the same fault and none is left waiting for another.
     """
+    engine = engine_for(job)
     _check_files(job)
     duration_s = audio_duration_s(job.audio)
     next(read_audio(job.audio))
-    weights = job.weights
+    weights = engine.weights
     if weights.folder is not None:
         check_dit(job.config.dit, weights.folder, lora=weights.lora)
-    for path in (*_files_of(weights.folder), *([weights.light_decoder] if weights.light_decoder else [])):
+    for path in (*_files_of(engine), *([weights.light_decoder] if weights.light_decoder else [])):
         if not path.exists():
             raise CheckpointError(f"there is no {path}; check the path, or download it again")
     need = {
-        role: role_bytes(job.config, role, device=job.device, from_folder=weights.folder is not None)
+        role: role_bytes(
+            job.config, role, device=job.device, from_folder=engine.encoder_folder is not None, options=job.options
+        )
         for role in schedule.roles
     }
     have = available_bytes(job.device)
+    job.options.check(job.config.dit, engine.device, engine.dtype)
     # Ranks on CPUs share the memory of their machine; each GPU has its own.
     largest = max(need, key=lambda role: need[role])
     together = sum(need.values()) if job.device == "cpu" else need[largest]
@@ -137,8 +149,9 @@ def _check_files(job: Job) -> None:
         raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
 
 
-def _files_of(folder: Path | None) -> list[Path]:
-    """What a downloaded checkpoint must hold besides the DiT."""
+def _files_of(engine: Engine) -> list[Path]:
+    """What the folder of weights must hold besides the DiT."""
+    folder = engine.encoder_folder
     if folder is None:
         return []
     names = ("Wan2.1_VAE.pth", UMT5_FILE, UMT5_TOKENIZER, SPEECH_FOLDER)
@@ -160,8 +173,8 @@ def generate(
     num_ranks = 1 if world is None else world.size
     schedule = schedule_for(job, num_ranks)
     role = schedule.roles[0 if world is None else world.rank]
-    engine = Engine(job.config, weights=job.weights, device=job.device)
     num_frames = check(job, schedule)
+    engine = engine_for(job)
     if world is None or num_ranks == 1:
         stage = engine.stage(role, seed=job.seed, observer=observer)
         source = _source(job, engine, num_frames)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
+from streamdiff.config import DiTConfig
 from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import StepMemory
 from streamdiff.models.dit import (
@@ -44,7 +45,8 @@ from streamdiff.models.dit import (
 )
 from streamdiff.models.graphs import CudaGraphs, Graphs
 from streamdiff.rope import Rotation
-from streamdiff_kernels import Impl, reference
+from streamdiff_kernels import BackendUnavailable, Impl, reference
+from streamdiff_kernels.attention import backend_named
 
 
 class Precision(StrEnum):
@@ -92,6 +94,40 @@ class StepOptions:
         if device.type == "cuda" and ready["sdpa-cudnn"] is None and torch.cuda.get_device_capability(device) >= (9, 0):
             return "sdpa-cudnn"
         return "sdpa"
+
+    def check(self, config: DiTConfig, device: torch.device, dtype: torch.dtype) -> None:
+        """Find what cannot run here before weights are loaded.
+
+        Raises BackendError for an implementation, an attention backend or a precision that this device, these weights
+        or this model rule out. ``auto`` finds a backend everywhere.
+        """
+        try:
+            kernels.require(self.resolved(device), device)
+            if self.attention is not None and self.attention != "auto":
+                backend_named(self.attention, device=device, dtype=dtype, head_dim=config.head_dim)
+        except BackendUnavailable as error:
+            raise BackendError(str(error)) from error
+        if self.precision is Precision.FP8:
+            _check_eight_bits(config, device, dtype)
+
+
+def _check_eight_bits(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> None:
+    if dtype != torch.bfloat16:
+        raise BackendError(
+            f"fp8 linears accumulate to bfloat16 but the weights are {str(dtype).removeprefix('torch.')}; load them as "
+            "bfloat16, as is done on CUDA, or use the precision of the weights"
+        )
+    if config.dim % 16 or config.ffn_dim % 16:
+        raise BackendError(
+            f"fp8 products want widths in multiples of 16, got dim={config.dim} and ffn_dim={config.ffn_dim}; "
+            "use the precision of the weights"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        raise BackendError(
+            f"fp8 products need capability 8.9 (Ada, Hopper) and this GPU has {major}.{minor}; "
+            "use the precision of the weights"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- linear layers
@@ -174,21 +210,6 @@ class _Rested(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight_ED = (self.weight8_ED.float() * self.scale_E[:, None]).to(input.dtype)
         return F.linear(input, weight_ED, self.bias)
-
-
-def _require_eight_bits(dit: CausalDiT) -> None:
-    if dit.dtype != torch.bfloat16:
-        raise BackendError(f"fp8 linears accumulate to bfloat16 but the weights are {dit.dtype}; load them as bfloat16")
-    if dit.config.dim % 16 or dit.config.ffn_dim % 16:
-        raise BackendError(
-            f"fp8 products want widths in multiples of 16, got dim={dit.config.dim} and ffn_dim={dit.config.ffn_dim}; "
-            "use Precision.WEIGHTS"
-        )
-    if dit.device.type == "cuda" and torch.cuda.get_device_capability(dit.device) < (8, 9):
-        major, minor = torch.cuda.get_device_capability(dit.device)
-        raise BackendError(
-            f"fp8 products need capability 8.9 (Ada, Hopper) and this GPU has {major}.{minor}; use Precision.WEIGHTS"
-        )
 
 
 def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:
@@ -496,16 +517,14 @@ class ServedWeights:
     The projections to q, k and v become views of one matrix, and what is quantised is dropped: the DiT keeps working
     and nothing is held twice.
 
-    Raises BackendError when an implementation cannot run on the DiT's device.
+    Raises BackendError when the options cannot run on the DiT's device.
     """
 
     def __init__(self, dit: CausalDiT, options: StepOptions) -> None:
         self.dit = dit
         self.options = options
         self.impl = options.resolved(dit.device)
-        if options.precision is Precision.FP8:
-            _require_eight_bits(dit)
-        kernels.require(self.impl, dit.device)
+        options.check(dit.config, dit.device, dit.dtype)
         self.graphs: Graphs | None = CudaGraphs(dit.device) if options.graph and dit.device.type == "cuda" else None
         self.inputs = _Inputs()
         self._backends: dict[torch.Size, str] = {}

@@ -13,6 +13,7 @@ from processes import Ranks, write_inputs
 from safetensors.torch import save_file
 
 from streamdiff.__main__ import main
+from streamdiff.generate import engine_for
 
 
 @pytest.fixture
@@ -108,6 +109,8 @@ def test_a_voice_of_nan(inputs: dict[str, str], tmp_path: Path, capsys: pytest.C
         ("--prompt", "\udcff", "UTF-8"),
         ("--ranks", "3", "--plan"),
         ("--light-decoder", "nowhere.pth", "nowhere.pth"),
+        ("--precision", "fp8", "use the precision of the weights"),
+        ("--attention", "sdpa-flash", "it needs a CUDA device"),
     ],
 )
 def test_values_that_cannot_work(
@@ -173,11 +176,28 @@ def test_too_little_memory(
     assert "GiB" in complaint(inputs, capsys)
 
 
-def test_a_malformed_flag_is_argparse_s(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--seconds", "soon"), ("--precision", "int3"), ("--attention", "the-best")]
+)
+def test_a_malformed_flag_is_argparse_s(capsys: pytest.CaptureFixture[str], flag: str, value: str) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["generate", "--seconds", "soon"])
+        main(["generate", flag, value])
     assert caught.value.code == 2
-    assert "--seconds" in capsys.readouterr().err
+    assert flag in capsys.readouterr().err
+
+
+def test_what_the_flags_of_the_step_say_is_what_the_engine_gets() -> None:
+    from streamdiff.__main__ import job_from, parser
+    from streamdiff.models.step import Precision
+
+    flags = ["generate", "--image", "a", "--audio", "b"]
+    plain, chosen = (
+        job_from(parser().parse_args([*flags, *more]), None)
+        for more in ([], ["--precision", "fp8", "--attention", "auto"])
+    )
+    assert (plain.options.precision, plain.options.attention) == (Precision.WEIGHTS, None)
+    assert (chosen.options.precision, chosen.options.attention) == (Precision.FP8, "auto")
+    assert engine_for(chosen).options == chosen.options
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
