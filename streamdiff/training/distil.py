@@ -30,6 +30,17 @@ from torch import Tensor
 
 from streamdiff import counter, flow
 from streamdiff.errors import ConfigError
+from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
+from streamdiff.training.sequence import (
+    Layout,
+    Remembered,
+    Visit,
+    chunk_velocity,
+    directly,
+    hear,
+    remember_sink,
+    sequence_velocity,
+)
 
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound="Forgetful")
@@ -296,3 +307,99 @@ class Cut(Generic[_T]):
         reached = [(x, y.grad) for x, y in zip(self._before, self._after, strict=True) if y.grad is not None]
         if reached:
             torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
+
+
+# ------------------------------------------------------------------------------------------------- clips of the DiT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """What clips are made from, as the model knows it."""
+
+    text: TextCondition
+    audio: AudioCondition | None
+    """What each chunk hears; chunks in the batch axis, clip by clip."""
+    sink: Remembered
+
+
+def conditions(
+    dit: CausalDiT,
+    reference_BCTHW: Tensor,
+    text_BPC: Tensor,
+    audio_BZEA: Tensor | None,
+    layout: Layout,
+    *,
+    visit: Visit = directly,
+) -> Conditions:
+    """Take in reference, prompt and sound once for all chunks and levels of clips."""
+    text = dit.text_condition(text_BPC)
+    return Conditions(
+        text=text,
+        audio=None if audio_BZEA is None else hear(dit, audio_BZEA, layout.num_chunks),
+        sink=remember_sink(dit, reference_BCTHW, text, visit=visit),
+    )
+
+
+def clip_velocity(
+    dit: CausalDiT, given: Conditions, layout: Layout, lead_Bn: Tensor, *, visit: Visit = directly
+) -> Velocity:
+    """Velocity of whole clips with all chunks at one level: a chunk sees earlier chunks as noisy as itself."""
+
+    def velocity(noisy_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
+        return sequence_velocity(
+            dit,
+            noisy_BCTHW,
+            sigma_B[:, None].expand(-1, layout.num_chunks),
+            given.text,
+            given.audio,
+            layout,
+            sink=given.sink,
+            lead_Bn=lead_Bn,
+            visit=visit,
+        )
+
+    return velocity
+
+
+class ClipModel:
+    """A DiT that makes clips chunk by chunk: the `ChunkModel` of `roll_out`."""
+
+    def __init__(
+        self, dit: CausalDiT, given: Conditions, layout: Layout, lead_Bn: Tensor, *, visit: Visit = directly
+    ) -> None:
+        self._dit, self._given, self._layout, self._lead_Bn, self._visit = dit, given, layout, lead_Bn, visit
+
+    def __call__(
+        self, noisy_BCTHW: Tensor, *, sigma: float, chunk: int, history: Mapping[int, Remembered]
+    ) -> tuple[Tensor, Remembered]:
+        given, layout = self._given, self._layout
+        return chunk_velocity(
+            self._dit,
+            noisy_BCTHW,
+            torch.full((noisy_BCTHW.shape[0],), sigma, dtype=torch.float64),
+            given.text,
+            None if given.audio is None else _heard_by(given.audio, chunk, layout),
+            first_frame=layout.first_frames[chunk],
+            history=[(layout.first_frames[c], kept) for c, kept in sorted(history.items())],
+            sink=given.sink,
+            lead_B=self._lead_Bn[:, chunk],
+            visit=self._visit,
+        )
+
+
+def _heard_by(audio: AudioCondition, chunk: int, layout: Layout) -> AudioCondition:
+    """What one chunk of every clip hears."""
+    n, T = layout.num_chunks, layout.frames_per_chunk
+
+    def frames(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, n, T))[:, chunk].flatten(0, 1)
+
+    def chunks(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, n))[:, chunk]
+
+    return AudioCondition(
+        scales=tuple(map(chunks, audio.scales)),
+        shifts=tuple(map(chunks, audio.shifts)),
+        keys=tuple(map(frames, audio.keys)),
+        values=tuple(map(frames, audio.values)),
+    )
