@@ -1,0 +1,209 @@
+"""What the command line trains: ``streamdiff train RECIPE``.
+
+A recipe is a module with ``add_arguments(parser)`` and ``run(args)``; it is imported when it is asked for. Those that
+learn share their options (`add_training_arguments`) and the way a run is shown and stopped (`conduct`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from streamdiff import checkpoint, presets
+from streamdiff.config import EngineConfig
+from streamdiff.errors import ConfigError, InputError
+from streamdiff.training.loop import Plan, Task, Trainer
+
+RECIPES: Mapping[str, tuple[str, str]] = {
+    "data": ("streamdiff.training.data", "draw talking heads with known truth"),
+    "codec": ("streamdiff.training.codec", "a small causal video codec"),
+    "encode": ("streamdiff.training.encode", "clips to latents, with a trained codec"),
+    "forcing": ("streamdiff.training.forcing", "the video model: flow matching with diffusion forcing"),
+    "consistency": ("streamdiff.training.consistency", "fewer steps: causal consistency"),
+    "distil": ("streamdiff.training.matching", "few steps: self-forcing distribution matching"),
+}
+"""Name -> module, and what it makes."""
+
+
+class Recipe(Protocol):
+    """What a recipe's module has."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def register(commands: Any) -> None:
+    """Add ``train`` to the sub-commands of a parser (what ``add_subparsers`` returned)."""
+    listed = "\n".join(f"  {name:<13}{what}" for name, (_, what) in RECIPES.items())
+    train = commands.add_parser(
+        "train",
+        help="train the video model, step by step",
+        description=f"Train by a recipe; in this order:\n{listed}\n\n`streamdiff train RECIPE --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe")
+    train.set_defaults(run=run_train)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """``streamdiff train``."""
+    if args.recipe not in RECIPES:
+        raise ConfigError(f"there is no recipe {args.recipe!r}; choose from {', '.join(RECIPES)}")
+    module, what = RECIPES[args.recipe]
+    recipe = cast("Recipe", importlib.import_module(module))
+    parser = argparse.ArgumentParser(
+        prog=f"streamdiff train {args.recipe}", description=what[0].upper() + what[1:] + "."
+    )
+    recipe.add_arguments(parser)
+    return recipe.run(parser.parse_args(args.arguments))
+
+
+# -------------------------------------------------------------------------------------------- what recipes have alike
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser, *, data: str, batch: int, lr: float, preset: str = "portrait"
+) -> None:
+    """Options of every recipe that learns."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help=data)
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run: checkpoint, log, curves, weights")
+    add("--preset", default=preset, choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
+    add("--budget", metavar="TIME", help="how long to train, such as 10min or 2h; the learning rate is planned by it")
+    add("--steps", type=int, metavar="N", help="how many steps to train, instead of --budget")
+    add("--batch", type=int, default=batch, metavar="N", help="clips in a step (default: %(default)s)")
+    add("--lr", type=float, default=lr, help="highest learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
+    add("--init", type=Path, metavar="FILE", help="weights to begin with (default: random)")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--threads", type=int, default=1, help="CPU threads; other numbers, other bits (default: %(default)s)")
+
+
+def preset_of(args: argparse.Namespace) -> EngineConfig:
+    """The preset asked for, and the machine set up as asked."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device, flags=re.ASCII):
+        raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {args.device!r}")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch finds no CUDA device; use --device cpu")
+    if not 1 <= args.threads <= 1024:
+        raise ConfigError(f"--threads must lie in 1..1024, got {args.threads}; at least 1, at most the cores you have")
+    if args.batch < 1 or args.lr <= 0:
+        raise ConfigError(f"--batch must be at least 1 and --lr above 0, got {args.batch} and {args.lr}")
+    torch.set_num_threads(args.threads)
+    # Numbers too small to be normal cost a CPU a hundred times the others.
+    torch.set_flush_denormal(True)
+    return presets.preset(args.preset)
+
+
+def duration_s(text: str) -> float:
+    """Seconds in a duration.
+
+    >>> duration_s("10min"), duration_s("1.5h"), duration_s("90s")
+    (600.0, 5400.0, 90.0)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip(), flags=re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"--budget looks like 10min, 2h or 90s, got {text!r}")
+    return float(match[1]) * {"s": 1.0, "min": 60.0, "h": 3600.0}[match[2]]
+
+
+def plan_of(args: argparse.Namespace, *, budget: str = "40min", warmup_steps: int = 100) -> Plan:
+    """How long to train; ``budget`` where neither --budget nor --steps says it."""
+    if args.steps is not None and args.budget is not None:
+        raise ConfigError("--steps and --budget both say how long to train; give one of them")
+    if args.steps is not None:
+        if args.steps < 1:
+            raise ConfigError(f"--steps must be at least 1, got {args.steps}")
+        return Plan(steps=args.steps, warmup_steps=warmup_steps)
+    return Plan(budget_s=duration_s(args.budget or budget), warmup_steps=warmup_steps)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Weights from a safetensors file, of whatever precision, all of them.
+
+    Raises InputError when there is no such file, CheckpointError when it does not fit.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not there; give --init a safetensors file of weights")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path} as safetensors ({error}); give a file of weights") from error
+    checkpoint.load_strict(module, tensors, what=str(path))
+
+
+def save_average(trainer: Trainer, part: str, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the averaged weights of a part, with the facts of the run."""
+    tensors = {name: t.to("cpu", dtype).contiguous() for name, t in trainer.average(part).items()}
+    beside = path.with_suffix(".new")
+    try:
+        save_file(tensors, beside, metadata={"facts": json.dumps({**trainer.facts, "steps": str(trainer.step)})})
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
+
+
+def conduct(
+    recipe: str,
+    task: Task,
+    args: argparse.Namespace,
+    plan: Plan,
+    *,
+    facts: Mapping[str, object],
+    finish: Callable[[Trainer], Sequence[Path]],
+    sample: Callable[[Trainer], None] | None = None,
+) -> int:
+    """Run a task in ``--out`` with a progress bar; the exit status: 0, or 128 and the signal that stopped it.
+
+    Args:
+        facts: what a resumed run must agree on.
+        finish: called when the run is complete; returns the files it wrote.
+        sample: called every two minutes and at the end, to look at what has been learned so far.
+    """
+    named = {"recipe": recipe, **{name: str(value) for name, value in facts.items()}}
+    trainer = Trainer(task, args.out, plan, facts=named, resume=args.resume)
+    bar: tqdm[NoReturn] = tqdm(total=trainer.total, initial=trainer.step, unit="step", desc=recipe, disable=None)
+    smooth: float | None = None
+
+    def on_step(step: int, total: int | None, numbers: Mapping[str, float]) -> None:
+        nonlocal smooth
+        loss = next(iter(numbers.values()))
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        bar.total = total
+        bar.set_postfix_str(f"{next(iter(numbers))} {smooth:.4f}", refresh=False)
+        bar.update(step - bar.n)
+
+    def on_sample(_step: int) -> None:
+        assert sample is not None
+        sample(trainer)
+
+    with bar:
+        outcome = trainer.train(on_step=on_step, on_sample=None if sample is None else on_sample)
+    if outcome.stopped_by is not None:
+        again = [*sys.argv[1:], *([] if args.resume else ["--resume"])]
+        sys.stderr.write(
+            f"stopped after step {outcome.step} of {outcome.total or 'a number not settled yet'}; all of it is in "
+            f"{trainer.checkpoint}. Go on with: streamdiff {shlex.join(again)}\n"
+        )
+        return 128 + (outcome.stopped_by or signal.SIGINT)
+    for path in finish(trainer):
+        sys.stdout.write(f"{path}: after {outcome.step} steps in {trainer.spent_s / 60:.1f} min\n")
+    return 0

@@ -1,0 +1,557 @@
+"""One loop for everything that is learned here: steps, averages, checkpoints, and a stop at any moment.
+
+A `Task` computes gradients; the loop does the rest. What a step does depends on its number alone: noise and clips are
+drawn by counters (`streamdiff.counter`), the learning rate follows the number of the step and never the clock. So a run
+that was stopped and resumed, at whatever step, ends with the same bits as one that was not.
+
+In the folder of a run lie
+
+    checkpoint.safetensors   weights, averages, moments; written beside and moved into place, so it is whole or old
+    log.jsonl                one line a step
+    curves.png               what the log says, for people who look
+
+A budget in minutes becomes a number of steps once: the first steps are timed, the number is fixed and kept in the
+checkpoint, and a resumed run follows the same schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol, TextIO
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from streamdiff.checkpoint import check_names_and_shapes
+from streamdiff.errors import CheckpointError, ConfigError, InputError, StreamdiffError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, LOG, CURVES = "checkpoint.safetensors", "log.jsonl", "curves.png"
+
+_FORMAT = "1"
+_SETTLING_STEPS, _TIMED_STEPS = 2, 8
+_BUDGET_SHARE = 0.92
+"""Share of a budget that is planned for steps; the rest is for checkpoints, samples and a machine that slows down."""
+
+
+# --------------------------------------------------------------------------------------------------- what is trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """A module that learns, and how. Parameters that require no gradient stay as they are and are not saved."""
+
+    module: nn.Module
+    lr: float = 1.2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    """Not for biases and norms."""
+    clip_norm: float = 1.0
+    """The gradient of the whole part is made no longer than this."""
+    average: float = 0.998
+    """How much of the running average of the weights a step keeps; 0: no average."""
+    final_lr: float = 0.0
+    """Share of the learning rate that is left at the last step."""
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and self.clip_norm > 0 and 0 <= self.average < 1 and 0 <= self.final_lr <= 1):
+            raise ConfigError(
+                "a part learns with lr > 0, clip_norm > 0, average in [0, 1) and final_lr in [0, 1], got "
+                f"{self.lr}, {self.clip_norm}, {self.average} and {self.final_lr}"
+            )
+
+
+class Task(Protocol):
+    """What is learned."""
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """The modules that learn, by name."""
+        ...
+
+    def gradients(self, step: int) -> Mapping[str, float]:
+        """Leave the gradients of step ``step`` in the parameters; a part that gets none rests.
+
+        Everything random in it is keyed by ``step``. Returns numbers for the log, ``loss`` first.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How long a run is: so many steps, or as many as fit in a time."""
+
+    steps: int | None = None
+    budget_s: float | None = None
+    warmup_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.budget_s is None):
+            raise ConfigError("a run is planned by steps or by a budget of time; give one of the two")
+        if (self.steps is not None and self.steps < 1) or (self.budget_s is not None and self.budget_s <= 0):
+            raise ConfigError(f"a run takes at least one step and some time, got {self.steps} and {self.budget_s} s")
+        if self.warmup_steps < 1:
+            raise ConfigError(f"warmup_steps must be at least 1, got {self.warmup_steps}")
+
+
+def learning_rate(step: int, *, total: int | None, warmup_steps: int, final: float = 0.0) -> float:
+    """Share of the full learning rate at a step: a straight line up, then a cosine down to ``final``.
+
+    While ``total`` is not known yet, the line alone. The line takes a fifth of the run at most.
+
+    >>> [round(learning_rate(s, total=100, warmup_steps=10), 2) for s in (0, 4, 9, 55, 99)]
+    [0.1, 0.5, 1.0, 0.5, 0.0]
+    """
+    if total is None:
+        return min(1.0, (step + 1) / warmup_steps)
+    rise = max(1, min(warmup_steps, total // 5))
+    if step < rise:
+        return (step + 1) / rise
+    fallen = min(1.0, (step + 1 - rise) / (total + 1 - rise))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * fallen))
+
+
+def steps_within(budget_s: float, *, done: int, spent_s: float, step_s: float) -> int:
+    """How many steps a run has when ``done`` took ``spent_s`` and each of the others takes ``step_s``.
+
+    >>> steps_within(600, done=10, spent_s=20, step_s=1)
+    543
+    """
+    return done + max(1, int((_BUDGET_SHARE * budget_s - spent_s + 1e-9) / step_s) if step_s > 0 else 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Why `Trainer.train` came back."""
+
+    step: int
+    total: int | None
+    stopped_by: int | None
+    """Signal that asked for it, or None when the run is complete."""
+
+
+OnStep = Callable[[int, int | None, Mapping[str, float]], None]
+"""Told after every step: steps done, steps in all once that is known, the numbers of the step."""
+OnSample = Callable[[int], None]
+"""Told now and then: steps done."""
+
+
+class _Learner:
+    """A part at work: its optimiser and the running average of its weights."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        self.parameters = {name: p for name, p in part.module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ConfigError("a part has no parameter that requires a gradient; there is nothing to learn")
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        others = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in ((matrices, part.weight_decay), (others, 0.0))
+            if params
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=part.lr, betas=part.betas, fused=True)
+        self.updates = 0
+        self.average = [p.detach().clone() for p in self.parameters.values()] if part.average else []
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        kept = self.part.module.state_dict().keys()
+        return {name: b for name, b in self.part.module.named_buffers() if name in kept}
+
+    def clip(self) -> float | None:
+        """Length of the gradient before it was cut; None where there is none."""
+        found = [p for p in self.parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.clip_grad_norm_(found, self.part.clip_norm)) if found else None
+
+    @torch.no_grad()
+    def update(self, lr_share: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.part.lr * lr_share
+        self.optimiser.step()
+        self.updates += 1
+        if self.average:
+            # A young average would remember the random weights it began with.
+            keep = min(self.part.average, (1 + self.updates) / (10 + self.updates))
+            for average, p in zip(self.average, self.parameters.values(), strict=True):
+                average.lerp_(p, 1.0 - keep)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it knows, by name."""
+        found = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        found |= {f"buffer/{name}": b for name, b in self.buffers.items()}
+        found |= {f"average/{name}": a for name, a in zip(self.parameters, self.average, strict=False)}
+        for name, p in self.parameters.items():
+            for key, value in self.optimiser.state.get(p, {}).items():
+                found[f"{key}/{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], updates: int, *, what: str) -> None:
+        optimiser_keys = ("step", "exp_avg", "exp_avg_sq")
+        fixed = {n: t for n, t in tensors.items() if n.split("/", 1)[0] not in optimiser_keys}
+        own = {n: t for n, t in self.tensors().items() if n.split("/", 1)[0] not in optimiser_keys}
+        check_names_and_shapes(
+            {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in fixed.items()}, what=what
+        )
+        for name, target in own.items():
+            target.copy_(tensors[name])
+        for name, p in self.parameters.items():
+            if f"step/{name}" in tensors:
+                self.optimiser.state[p] = {key: tensors[f"{key}/{name}"].to(p.device) for key in optimiser_keys}
+        self.updates = updates
+
+
+class Trainer:
+    """A run in a folder.
+
+    Args:
+        facts: what the run must be resumed with (recipe, preset, seed, ...), as short texts.
+
+    Raises:
+        ConfigError: the folder holds another run, or this one and ``resume`` is False.
+        CheckpointError: its checkpoint cannot be read or is of another model.
+    """
+
+    def __init__(
+        self, task: Task, folder: Path, plan: Plan, *, facts: Mapping[str, str] | None = None, resume: bool = False
+    ) -> None:
+        self.task = task
+        self.folder = folder
+        self.plan = plan
+        self.facts = dict(facts or {})
+        self.step = 0
+        self.total = plan.steps
+        self.spent_s = 0.0
+        self._learners = {name: _Learner(part) for name, part in task.parts.items()}
+        self._timed: list[float] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+        if self.checkpoint.is_file():
+            self._restore(resume)
+        self._log = _Log(folder / LOG, self.step)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / CHECKPOINT
+
+    @property
+    def history(self) -> Mapping[str, Sequence[tuple[int, float]]]:
+        """Every number of the log: steps and values."""
+        return self._log.history
+
+    def note(self, numbers: Mapping[str, float]) -> None:
+        """Add numbers to the log that belong to the last step: what was measured beside it."""
+        self._log.write(self.step - 1, numbers, lr={})
+
+    # The weights
+
+    def average(self, part: str) -> dict[str, Tensor]:
+        """State dict of a part with the running average in place of what was learned last; shares no memory."""
+        learner = self._learners[part]
+        state = {name: tensor.detach().clone() for name, tensor in learner.part.module.state_dict().items()}
+        state |= {name: a.clone() for name, a in zip(learner.parameters, learner.average, strict=False)}
+        return state
+
+    @contextlib.contextmanager
+    def averaged(self, part: str) -> Generator[nn.Module]:
+        """The module with its average inside, for as long as the context lasts; afterwards the same bits as before."""
+        learner = self._learners[part]
+        kept = [p.detach().clone() for p in learner.parameters.values()]
+        try:
+            with torch.no_grad():
+                for p, a in zip(learner.parameters.values(), learner.average, strict=False):
+                    p.copy_(a)
+            yield learner.part.module
+        finally:
+            with torch.no_grad():
+                for p, k in zip(learner.parameters.values(), kept, strict=True):
+                    p.copy_(k)
+
+    # The loop
+
+    def train(
+        self,
+        *,
+        on_step: OnStep | None = None,
+        on_sample: OnSample | None = None,
+        save_every_s: float = 120.0,
+        sample_every_s: float = 120.0,
+    ) -> Outcome:
+        """Run until the plan is fulfilled, or a signal (Ctrl-C, SIGTERM) asks to stop after the step; saves either way.
+
+        Raises StreamdiffError when a number stops being finite; the weights are then still those before the step.
+        """
+        saved_at = sampled_at = time.monotonic()
+        with _asked_to_stop() as asked:
+            while (self.total is None or self.step < self.total) and not asked:
+                began = time.monotonic()
+                numbers = self._learn()
+                now = time.monotonic()
+                self.spent_s += now - began
+                self._settle_total(now - began)
+                if on_step is not None:
+                    on_step(self.step, self.total, numbers)
+                done = self.total is not None and self.step >= self.total
+                if done or asked or now - saved_at >= save_every_s:
+                    self.save()
+                    saved_at = time.monotonic()
+                if on_sample is not None and not asked and (done or now - sampled_at >= sample_every_s):
+                    on_sample(self.step)
+                    sampled_at = time.monotonic()
+                self.spent_s += time.monotonic() - now
+        return Outcome(self.step, self.total, asked[0] if asked else None)
+
+    def _learn(self) -> dict[str, float]:
+        for learner in self._learners.values():
+            learner.optimiser.zero_grad(set_to_none=True)
+        numbers = dict(self.task.gradients(self.step))
+        for name, learner in self._learners.items():
+            norm = learner.clip()
+            if norm is not None:
+                numbers[f"gradient_{name}"] = norm
+        broken = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if broken:
+            raise StreamdiffError(
+                f"step {self.step}: {', '.join(broken)}; the learning rate is too high or the data is not finite. "
+                f"The last checkpoint ({self.checkpoint}) is sound; begin a new run with a lower --lr"
+            )
+        shares: dict[str, float] = {}
+        for name, learner in self._learners.items():
+            if f"gradient_{name}" in numbers:
+                part = learner.part
+                shares[name] = learning_rate(
+                    self.step, total=self.total, warmup_steps=self.plan.warmup_steps, final=part.final_lr
+                )
+                learner.update(shares[name])
+        self._log.write(self.step, numbers, lr={n: self._learners[n].part.lr * s for n, s in shares.items()})
+        self.step += 1
+        return numbers
+
+    def _settle_total(self, took_s: float) -> None:
+        if self.total is not None or self.plan.budget_s is None:
+            return
+        self._timed.append(took_s)
+        if len(self._timed) == _SETTLING_STEPS + _TIMED_STEPS:
+            step_s = statistics.median(self._timed[_SETTLING_STEPS:])
+            self.total = steps_within(self.plan.budget_s, done=self.step, spent_s=self.spent_s, step_s=step_s)
+            logger.info("a step takes %.3f s: %d steps in all", step_s, self.total)
+
+    # The checkpoint
+
+    def save(self) -> None:
+        """Write the checkpoint and the curves; whoever kills the process meanwhile finds the checkpoint before."""
+        tensors: dict[str, Tensor] = {}
+        for name, learner in self._learners.items():
+            for key, tensor in learner.tensors().items():
+                # A copy: safetensors refuses tensors that share memory, as tied weights and views do.
+                tensors[f"{name}/{key}"] = tensor.detach().cpu().clone().contiguous()
+        about = {
+            "format": _FORMAT,
+            "step": str(self.step),
+            "total": "" if self.total is None else str(self.total),
+            "spent_s": f"{self.spent_s:.3f}",
+            "updates": json.dumps({name: learner.updates for name, learner in self._learners.items()}),
+            "facts": json.dumps(self.facts),
+        }
+        beside = self.checkpoint.with_suffix(".new")
+        self._log.flush()
+        try:
+            save_file(tensors, beside, metadata=about)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(self.checkpoint)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write {self.checkpoint}: {error}; make room or choose another folder") from error
+        draw_curves(self._log.history, self.folder / CURVES)
+
+    def _restore(self, resume: bool) -> None:
+        path = self.checkpoint
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {path} ({error}); remove it to begin anew") from error
+        if about.get("format") != _FORMAT:
+            raise CheckpointError(f"{path} is no checkpoint of a run; choose another folder")
+        step = int(about["step"])
+        if not resume:
+            raise ConfigError(
+                f"{self.folder} holds a run at step {step}; add --resume to go on, or choose another --out"
+            )
+        facts = json.loads(about["facts"])
+        other = [
+            f"{name} was {facts.get(name)!r} and is {self.facts.get(name)!r}"
+            for name in sorted(facts.keys() | self.facts.keys())
+            if facts.get(name) != self.facts.get(name)
+        ]
+        if other:
+            raise ConfigError(
+                f"{self.folder} holds another run ({'; '.join(other)}); resume with the same, or choose another --out"
+            )
+        total = int(about["total"]) if about["total"] else None
+        if total is not None and self.plan.steps is not None and self.plan.steps != total:
+            raise ConfigError(
+                f"the run in {self.folder} was planned for {total} steps, not {self.plan.steps}, and its learning rate "
+                f"follows that plan; resume it as it is, or begin another with --init"
+            )
+        updates = json.loads(about["updates"])
+        if updates.keys() != self._learners.keys():
+            raise CheckpointError(
+                f"{path} holds {sorted(updates)} but {sorted(self._learners)} learn here; it is of another recipe"
+            )
+        for name, learner in self._learners.items():
+            own = {n.split("/", 1)[1]: t for n, t in tensors.items() if n.split("/", 1)[0] == name}
+            learner.restore(own, updates[name], what=f"{path} ({name})")
+        self.step, self.spent_s = step, float(about["spent_s"])
+        self.total = total if total is not None else self.total
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Generator[list[int]]:
+    """A list that a first SIGINT or SIGTERM is put into; a second one ends the process as it always does.
+
+    In a thread other than the main one signals are somebody else's business.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------- the log, the curves
+
+
+class _Log:
+    """One JSON line a step. What a checkpoint does not know of is forgotten: those steps are made again."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        kept: list[str] = []
+        if path.is_file() and first_step:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the end of a line that a kill cut
+                if entry["step"] < first_step:
+                    kept.append(line)
+                    self._note(entry["step"], entry["numbers"])
+        self._file: TextIO | None = None
+        beside = path.with_suffix(".new")
+        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        beside.replace(path)
+        self._lines: list[str] = []
+
+    def _note(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self.history.setdefault(name, []).append((step, value))
+
+    def write(self, step: int, numbers: Mapping[str, float], *, lr: Mapping[str, float]) -> None:
+        entry = {"step": step, "at": round(time.time(), 3), "lr": lr, "numbers": numbers}
+        self._lines.append(json.dumps(entry) + "\n")
+        self._note(step, numbers)
+        if len(self._lines) >= 50:
+            self.flush()
+
+    def flush(self) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(self._lines)
+        self._lines.clear()
+
+
+_PANEL_HW, _MARGIN = (220, 720), 64
+_PAPER, _INK, _PALE, _LINE = (255, 255, 255), (60, 60, 60), (190, 205, 230), (30, 80, 170)
+
+
+def draw_curves(history: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    """Draw each number over the steps, one panel each: every value pale, their running mean in front.
+
+    A number that is always positive and spans more than a decade is drawn on a logarithmic scale.
+    """
+    shown = {name: points for name, points in history.items() if len(points) > 1}
+    if not shown:
+        return
+    height, width = _PANEL_HW
+    image = Image.new("RGB", (width, height * len(shown)), _PAPER)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(13)
+    for row, (name, points) in enumerate(shown.items()):
+        values = [value for _, value in points]
+        logarithmic = min(values) > 0 and max(values) > 10 * min(values)
+        scale: Callable[[float], float] = math.log10 if logarithmic else float
+        low, high = scale(min(values)), scale(max(values))
+        high = high if high > low else low + 1.0
+        first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+        top, bottom, left, right = row * height + 28, (row + 1) * height - 26, _MARGIN, width - 16
+
+        def place(
+            step: float,
+            value: float,
+            *,
+            x: tuple[float, float] = (left, (right - left) / (last - first)),
+            y: tuple[float, float] = (bottom, (bottom - top) / (high - low)),
+            of: tuple[float, float] = (first, low),
+        ) -> tuple[float, float]:
+            return x[0] + (step - of[0]) * x[1], y[0] - (value - of[1]) * y[1]
+
+        draw.text((left, top - 22), f"{name} ({values[-1]:.4g})" + (", log" if logarithmic else ""), _INK, font)
+        draw.rectangle((left, top, right, bottom), outline=_INK)
+        for level in (low, (low + high) / 2, high):
+            shown_level = 10**level if logarithmic else level
+            draw.text((left - 6, place(first, level)[1]), f"{shown_level:.3g}", _INK, font, anchor="rm")
+        for step in (first, last):
+            draw.text((place(step, low)[0], bottom + 4), str(step), _INK, font, anchor="ma")
+        stride = max(1, len(points) // 2000)
+        thinned = points[::stride]
+        draw.line([place(step, scale(value)) for step, value in thinned], _PALE, 1)
+        mean, smooth = scale(values[0]), list[tuple[float, float]]()
+        keep = 1.0 - 1.0 / max(2.0, len(points) / 40)
+        for step, value in points:
+            mean = keep * mean + (1.0 - keep) * scale(value)
+            smooth.append(place(step, mean))
+        draw.line([*smooth[::stride], smooth[-1]], _LINE, 2)
+    beside = path.with_name(path.stem + ".new.png")
+    try:
+        image.save(beside)
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
