@@ -37,7 +37,7 @@ from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
 from streamdiff.avatar.mouth import MouthLook
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.media.picture import _open as open_picture
+from streamdiff.media.picture import open_picture
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
@@ -301,7 +301,7 @@ def read_photo(path: str | Path) -> tuple[NDArray[np.uint8], str]:
 
     Upright, in sRGB, at most 2048 pixels wide or high.
     """
-    image = open_picture(Path(path))
+    image = open_picture(path)
     image.thumbnail((_MAX_PHOTO_PX, _MAX_PHOTO_PX))
     return np.array(image.convert("RGB"), dtype=np.uint8), hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

@@ -33,7 +33,7 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
     """
     if height <= 0 or width <= 0:
         raise ConfigError(f"a picture has a positive size, got {height}x{width}")
-    image = _open(Path(path))
+    image = open_picture(path)
     cut = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
     return torch.from_numpy(np.array(cut, dtype=np.uint8))
 
@@ -63,7 +63,9 @@ def contact_sheet(frames_THWC: Tensor, path: str | Path, *, columns: int | None 
         raise InputError(f"cannot write the contact sheet {path}: {error}; choose another place") from error
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture of any kind at its own size: upright, opaque, sRGB with 8 bits; errors as `read_image`."""
+    path = Path(path)
     if not path.is_file():
         what = "it is not a file" if path.exists() else "there is no such file"
         raise InputError(f"cannot read a picture from {path}: {what}; check the path")
