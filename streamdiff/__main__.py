@@ -45,6 +45,7 @@ from streamdiff.models.step import Precision, StepOptions
 from streamdiff.observe import JsonLines, Observer, Silent
 from streamdiff.pipeline.transport import World
 from streamdiff.pipeline.watch import Limits
+from streamdiff.training import commands as training_commands
 from streamdiff_kernels import BACKENDS
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     avatar_commands.register(commands, fit=_fit)
+    training_commands.register(commands)
     doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
     doctor_parser.set_defaults(run=run_doctor)
     return root
@@ -246,8 +248,8 @@ def run_generate(args: argparse.Namespace) -> int:
             print(describe(schedule_for(job, num_ranks), found, engine, device=device))
         return 0
     notice = None
-    if job.weights.folder is None:
-        notice = "The tiny preset has random weights: it paints noise. What works here is the engine, not the model."
+    if engine_for(job).weights.folder is None:
+        notice = f"The preset {job.config.name} has random weights: it paints noise; try --preset portrait."
     with _observer(args.trace, rank) as observer, _Bar(notice) as bar:
         made = generate(job, world, progress=bar.update, observer=observer)
     if made is not None:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from streamdiff.config import DiTConfig
+from streamdiff import presets
+from streamdiff.config import DiTConfig, EngineConfig
 from streamdiff.errors import CheckpointError
 from streamdiff.models import vae
 from streamdiff.models.dit import CausalDiT
@@ -108,6 +109,15 @@ def official_dit_name(name: str) -> str:
         if hits:
             return renamed
     return name
+
+
+def shipped(config: EngineConfig) -> Path | None:
+    """The folder of the weights that come with a preset; None when it has none, or its models were changed."""
+    folder = Path(__file__).parent / "weights" / config.name
+    if config.name not in presets.PRESETS or not folder.is_dir():
+        return None
+    original = presets.preset(config.name)
+    return folder if (original.dit, original.vae) == (config.dit, config.vae) else None
 
 
 # The VAE

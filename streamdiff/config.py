@@ -59,6 +59,8 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     audio: AudioInjectionConfig | None = None
+    packs_motion: bool = True
+    """Whether a model with audio has weights for a motion prefix (FramePack)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -203,6 +205,10 @@ class EngineConfig:
             f"height and width must be positive multiples of {step} (VAE {self.vae.spatial_factor} x patch "
             f"{self.dit.patch[1]}), got {self.height}x{self.width}; "
             f"try {max(step, round(self.height / step) * step)}x{max(step, round(self.width / step) * step)}",
+        )
+        _require(
+            not self.motion_latents or self.dit.audio is None or self.dit.packs_motion,
+            f"motion_latents={self.motion_latents}, but the DiT has no weights for a motion prefix; use 0",
         )
         smallest = 8 * self.vae.spatial_factor
         _require(

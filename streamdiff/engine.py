@@ -37,11 +37,14 @@ from streamdiff.pipeline.head import Head
 from streamdiff.pipeline.packet import SetReference
 from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
 from streamdiff.pipeline.serve import run_local
-from streamdiff.pipeline.stage import Chain, DecodeStage, DenoiseStage, Stage
+from streamdiff.pipeline.stage import PRIMING_LATENTS, Chain, DecodeStage, DenoiseStage, Stage
 from streamdiff.session import Session
 
 _LARGEST_RANDOM = 200_000_000
 """Parameters above which random weights are surely a mistake, and an expensive one."""
+
+CODEC_FILE = "codec.safetensors"
+"""Where a folder of small weights keeps its codec; one that has it reads prompts and sound without weights."""
 
 SPEECH_FOLDER = "wav2vec2-large-xlsr-53-english"
 """Where a downloaded Wan2.2-S2V-14B keeps its speech encoder."""
@@ -55,7 +58,8 @@ class Weights:
     """Where the weights come from."""
 
     folder: Path | None = None
-    """A downloaded Wan2.2-S2V-14B; None: random weights, which paint noise."""
+    """A downloaded Wan2.2-S2V-14B, or small weights of `streamdiff.training` (``diffusion_pytorch_model.safetensors``
+    and ``codec.safetensors``). None: those that come with the preset, or else random ones, which paint noise."""
     lora: Path | None = None
     light_decoder: Path | None = None
     """A published TAE-kind decoder (``taew2_1``) instead of the VAE's: rougher, and many times faster."""
@@ -83,16 +87,24 @@ class Engine:
     ) -> None:
         self.config = config
         self.options = options or StepOptions()
-        self.weights = weights or Weights()
+        self.weights = weights = weights or Weights()
+        if weights.folder is None and (shipped := checkpoint.shipped(config)) is not None:
+            self.weights = weights = dataclasses.replace(weights, folder=shipped)
         self.device = torch.device(device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        if self.weights.lora is not None and self.weights.folder is None:
+        if weights.lora is not None and weights.folder is None:
             raise ConfigError("a LoRA needs the checkpoint that it adapts; give --checkpoint as well")
-        if self.weights.folder is None and not self.is_small and not plan_only:
+        if weights.folder is None and not self.is_small and not plan_only:
             raise ConfigError(
                 f"preset {config.name} has {cost.dit_parameters(config.dit) / 1e9:.1f} billion parameters and no "
                 "weights of its own; give --checkpoint with the downloaded Wan2.2-S2V-14B"
             )
+
+    @property
+    def encoder_folder(self) -> Path | None:
+        """Where the weights of the prompt's and the sound's encoders are; None: this model's have none."""
+        folder = self.weights.folder
+        return None if folder is None or (folder / CODEC_FILE).is_file() else folder
 
     @property
     def is_small(self) -> bool:
@@ -170,18 +182,18 @@ class Engine:
 
     @torch.inference_mode()
     def encode_reference(self, image_HWC: Tensor) -> SetReference:
-        """The photograph as a latent, and as the still motion that precedes the stream."""
+        """The photograph as a latent, and as the still motion that precedes the stream and opens the decoder."""
         expected = (self.config.height, self.config.width, 3)
         if tuple(image_HWC.shape) != expected:
             raise ConfigError(f"the reference must be {list(expected)}, got {list(image_HWC.shape)}; resize it")
         encoder = self.encoder()
         photo_BCTHW = from_rgb8(image_HWC[None, None]).to(self.device, self.dtype)
         reference_BCTHW, _ = encoder.encode(photo_BCTHW)
-        motion_BCTHW = None
-        if self.config.motion_latents:
-            still = 1 + (self.config.motion_latents - 1) * self.config.vae.temporal_factor
-            motion_BCTHW, _ = encoder.encode(photo_BCTHW.expand(-1, -1, still, -1, -1))
-        return SetReference(reference_BCTHW.cpu(), None if motion_BCTHW is None else motion_BCTHW.cpu())
+        # Without a motion prefix, the decoder still begins with a face that has long been there.
+        num_latents = self.config.motion_latents or PRIMING_LATENTS
+        still = 1 + (num_latents - 1) * self.config.vae.temporal_factor
+        motion_BCTHW, _ = encoder.encode(photo_BCTHW.expand(-1, -1, still, -1, -1))
+        return SetReference(reference_BCTHW.cpu(), motion_BCTHW.cpu())
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Prompt embedding ``[1, P, C]``, not padded."""
@@ -213,17 +225,17 @@ class Engine:
 
     def text_encoder(self) -> TextEncoder:
         config = self.config.dit
-        if self.weights.folder is not None:
-            return UMT5Text.load(self.weights.folder)
+        if (folder := self.encoder_folder) is not None:
+            return UMT5Text.load(folder)
         return HashedText(config.text_dim, max_tokens=config.text_len)
 
     def audio_encoder(self) -> AudioEncoder:
         audio = self.config.dit.audio
         if audio is None:
             raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
-        if self.weights.folder is not None:
+        if (folder := self.encoder_folder) is not None:
             return Wav2Vec2Features.load(
-                self.weights.folder / SPEECH_FOLDER,
+                folder / SPEECH_FOLDER,
                 device=self.device,
                 hop_frames=self.config.video_frames_per_chunk,
             )
@@ -236,8 +248,9 @@ class Engine:
         return encoder
 
     def _vae(self, half: _Half) -> _Half:
-        if self.weights.folder is not None:
-            checkpoint.load_vae(half, self.weights.folder / "Wan2.1_VAE.pth")
+        if (folder := self.weights.folder) is not None:
+            small = folder / CODEC_FILE
+            checkpoint.load_vae(half, small if small.is_file() else folder / "Wan2.1_VAE.pth")
         else:
             vae.initialise(half, seed=self.weights.seed)
         return self._placed(half)

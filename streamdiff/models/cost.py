@@ -52,7 +52,7 @@ def _audio_parameters(config: DiTConfig, audio: AudioInjectionConfig) -> int:
         + _linear(D, D)
         + D
     )
-    packer = sum(_linear(config.in_dim * volume, D) for volume in (4, 32, 256))
+    packer = sum(_linear(config.in_dim * volume, D) for volume in (4, 32, 256)) if config.packs_motion else 0
     return injectors + encoder + packer + _linear(config.cond_dim * patch, D) + 3 * D
 
 

@@ -335,7 +335,8 @@ class CausalDiT(nn.Module):
             self.trainable_cond_mask = nn.Embedding(3, D)
             self.casual_audio_encoder = CausalAudioEncoder(config.audio, D)
             self.audio_injector = AudioInjector(config, len(config.audio.inject_layers))
-            self.frame_packer = FramePacker(config.in_dim, D)
+            if config.packs_motion:
+                self.frame_packer = FramePacker(config.in_dim, D)
             self.injector_of = {layer: j for j, layer in enumerate(config.audio.inject_layers)}
 
     @property

@@ -56,9 +56,7 @@ class Codec(nn.Module):
         pasts = self.enc.initial_state(height=size[0], width=size[1], num_streams=len(frames_BCTHW)).pasts
         factor, moments = self.config.temporal_factor, []
         for group in frames_BCTHW[:, :, :1], *frames_BCTHW[:, :, 1:].split(factor, dim=2):
-            x_BCTHW, pasts = self.enc.encoder(
-                vae.fold(group, self.config.patch), pasts, first=not moments
-            )
+            x_BCTHW, pasts = self.enc.encoder(vae.fold(group, self.config.patch), pasts, first=not moments)
             moments.append(self.enc.conv1(x_BCTHW))
         mean, log_variance = torch.cat(moments, 2).chunk(2, dim=1)
         return mean, log_variance.clamp(-12.0, 4.0)

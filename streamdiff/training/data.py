@@ -4,7 +4,8 @@
 
 `DrawnClips` makes clip ``i`` from ``(seed, i)`` alone, in any order and on any machine: a head (`faces.Painter`), a
 voice (hibari-tts, or recordings that are given), a mouth that follows the voice, and an action that a prompt names.
-`RecordedClips` reads files of video with sound. Both give `Clip`; `write_shards` puts them on disk, `Shards` reads them.
+`RecordedClips` reads files of video with sound. Both give `Clip`; `write_shards` puts them on disk, `Shards` reads
+them.
 
 The mouth follows the sound by a rule, not by a person: `articulation` opens it by loudness between 0.1 and 3 kHz,
 rounds it where the spectrum is low and draws it wide over hisses. Who learns from it can be judged exactly, on any
@@ -202,12 +203,9 @@ class Voices:
 
 
 def _at_16_khz(samples_S: Floats) -> Floats:
-    from streamdiff.avatar.speech import RATE_HZ as spoken_hz
-    from streamdiff.avatar.speech import Resampler
+    from streamdiff.avatar import speech
 
-    if spoken_hz == RATE_HZ:
-        return samples_S.astype(np.float32)
-    resampler = Resampler(spoken_hz, RATE_HZ)
+    resampler = speech.Resampler(speech.RATE_HZ, RATE_HZ)
     return np.concatenate([resampler.push(samples_S), resampler.finish()]).astype(np.float32)
 
 
@@ -408,7 +406,9 @@ class RecordedClips:
         num_frames: int = NUM_FRAMES,
     ) -> None:  # fmt: skip
         if len(prompts) not in (1, len(files)):
-            raise ConfigError(f"give one prompt for all clips or one for each: {len(files)} files, {len(prompts)} prompts")
+            raise ConfigError(
+                f"give one prompt for all clips or one for each: {len(files)} files, {len(prompts)} prompts"
+            )
         self.size, self.num_frames = size, num_frames
         self._prompts = list(prompts) * (len(files) if len(prompts) == 1 else 1)
         self._files = list(files)

@@ -10,6 +10,7 @@ shoulders, a badge and a hand that can hide it are flat shapes. No photograph an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -275,9 +276,9 @@ class Painter:
         """The wall, hair that falls behind the neck, and the shoulders."""
         size = self.size
         down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]
-        picture = np.broadcast_to(
-            look.wall_23[0] * (1 - down) + look.wall_23[1] * down, (size, size, 3)
-        ).astype(np.float32)
+        picture = np.broadcast_to(look.wall_23[0] * (1 - down) + look.wall_23[1] * down, (size, size, 3)).astype(
+            np.float32
+        )
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size
         for x, y, radius, *colour in look.blobs_N6:
             near = np.exp(-((axis[None, :] - x) ** 2 + (axis[:, None] - y) ** 2) / (2 * radius**2))[..., None]
@@ -393,7 +394,7 @@ def _scalp(neutral_V3: Floats, hairline_cm: float) -> Floats:
 
 def _along(line: tuple[tuple[float, float], ...], x: Floats, y: Floats) -> Floats:
     distance = np.full(len(x), np.inf, np.float32)
-    for a, b in zip(line, line[1:], strict=False):
+    for a, b in itertools.pairwise(line):
         distance = np.minimum(distance, _capsule(x, y, a, b, 0.0))
     return distance
 
