@@ -1,8 +1,9 @@
 """From many steps to few: causal consistency, then self-forcing distribution matching.
 
-Both start from a model trained with diffusion forcing (`streamdiff.training.forcing`), and both let a chunk see earlier
-chunks as the engine does: step j of a chunk attends to what step j of the earlier chunks kept, at the noise level of
-that step.
+The mathematics, without data or command line; the recipes are `streamdiff.training.consistency` and
+`streamdiff.training.matching`. Both start from a model trained with diffusion forcing (`streamdiff.training.forcing`),
+and both let a chunk see earlier chunks as the engine does: step j of a chunk attends to what step j of the earlier
+chunks kept, at the noise level of that step.
 
 - `consistency_loss`: agree with oneself, one step of the teacher further down; no trajectories are stored
   (Causal-Forcing++, causal consistency).
@@ -341,7 +342,13 @@ def conditions(
 
 
 def clip_velocity(
-    dit: CausalDiT, given: Conditions, layout: Layout, lead_Bn: Tensor, *, visit: Visit = directly
+    dit: CausalDiT,
+    given: Conditions,
+    layout: Layout,
+    lead_Bn: Tensor,
+    *,
+    sees_sink_B: Tensor | None = None,
+    visit: Visit = directly,
 ) -> Velocity:
     """Velocity of whole clips with all chunks at one level: a chunk sees earlier chunks as noisy as itself."""
 
@@ -355,6 +362,7 @@ def clip_velocity(
             layout,
             sink=given.sink,
             lead_Bn=lead_Bn,
+            sees_sink_B=sees_sink_B,
             visit=visit,
         )
 

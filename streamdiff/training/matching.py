@@ -1,0 +1,274 @@
+"""Few steps: self-forcing distribution matching, with the history that each step really keeps.
+
+    python -m streamdiff train distil --data latents --teacher runs/forcing/dit.safetensors \\
+        --init runs/consistency/dit.safetensors --out runs/student
+
+In every step the student rolls clips out as the engine serves them, up to one denoising step drawn for all chunks
+(Live Avatar, algorithm 1), and the critic learns to tell noise from data in them. In every fifth step the student moves
+too: the frozen teacher and the critic say, from the same noisy clip, what they take for its data, and the student goes
+from the critic's answer towards the teacher's (DMD2; Self-Forcing). Both see clips causally, with all chunks at one
+level.
+
+What a step draws depends on ``(seed, step)`` alone. Axes: B clips, n chunks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from streamdiff import counter
+from streamdiff.config import EngineConfig
+from streamdiff.errors import ConfigError
+from streamdiff.models.dit import CausalDiT
+from streamdiff.training import commands, distil, forcing, lora, sequence, student
+from streamdiff.training.distil import ClipModel, Cut, ScoreLevels, clip_velocity, conditions, guided
+from streamdiff.training.forcing import Batch, Draws, ForcingConfig, LatentClips
+from streamdiff.training.loop import Part, Trainer
+from streamdiff.training.sequence import Layout, Visit, directly
+from streamdiff.training.student import StudentRun, silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchingConfig:
+    """How student and critic learn from each other."""
+
+    num_chunks: int = 7
+    sparse: bool = False
+    """The student sees the first, the previous and its own chunk (TalkingMachines, 3.2); teacher and critic do not."""
+    guidance: float = 1.0
+    """How far the teacher is led away from what it says without sound and prompt; 0: not at all."""
+    student_every: int = 5
+    """The critic learns in every step, the student in every so many-th."""
+    adaptive_sink: float = 0.0
+    """Share of clips whose sink is a moment of the clip, as after a refresh of the sink; else it is the reference."""
+    critic_lr: float = 1e-4
+    average: float = 0.98
+    levels: ScoreLevels = field(default_factory=ScoreLevels)
+
+    def __post_init__(self) -> None:
+        if self.student_every < 1 or self.guidance < 0 or self.critic_lr <= 0 or not 0 <= self.adaptive_sink <= 1:
+            raise ConfigError(
+                "student_every >= 1, guidance >= 0, critic_lr > 0 and adaptive_sink in 0..1 are needed, got "
+                f"{self.student_every}, {self.guidance}, {self.critic_lr} and {self.adaptive_sink}"
+            )
+
+    @property
+    def draws(self) -> ForcingConfig:
+        """What of the draws of diffusion forcing is used: where the sink stands, and which latent it is."""
+        return ForcingConfig(
+            num_chunks=self.num_chunks,
+            shared=1.0,
+            no_sink=0.0,
+            adaptive_sink=self.adaptive_sink,
+            no_audio=0.0,
+            no_text=0.0,
+        )
+
+    def student_layout(self, config: EngineConfig) -> Layout:
+        """Who sees whom in a rollout."""
+        if self.sparse:
+            return sequence.sparse(self.num_chunks, frames_per_chunk=config.frames_per_chunk)
+        return self.draws.layout(config)
+
+
+class MatchingTask:
+    """What `streamdiff.training.loop` runs: one rollout a step.
+
+    Args:
+        dit: the student; its parameters that require a gradient learn.
+        critic: begins as a copy of the teacher.
+        teacher: knows real clips; never changes.
+    """
+
+    def __init__(
+        self,
+        dit: CausalDiT,
+        critic: CausalDiT,
+        teacher: CausalDiT,
+        clips: LatentClips,
+        config: EngineConfig,
+        settings: MatchingConfig,
+        *,
+        batch: int,
+        lr: float,
+        seed: int,
+        bf16: bool = False,
+        visit: Visit = directly,
+    ) -> None:
+        self.student, self.critic = dit, critic
+        self._teacher = teacher
+        # Constant rates (DMD2): the two chase each other, and where the chase ends is not known before.
+        betas = (0.0, 0.999)
+        self.parts = {
+            "student": Part(module=dit, lr=lr, betas=betas, clip_norm=10.0, average=settings.average, final_lr=1.0),
+            "critic": Part(
+                module=critic, lr=settings.critic_lr, betas=betas, clip_norm=10.0, average=0.0, final_lr=1.0
+            ),
+        }
+        self._clips, self._config, self._settings = clips, config, settings
+        self._layout = settings.student_layout(config)
+        self._whole = settings.draws.layout(config)
+        self._batch, self._seed, self._bf16, self._visit = batch, seed, bf16, visit
+
+    def exit_step(self, step: int) -> int:
+        """The denoising step that the rollouts of a training step leave at."""
+        return counter.integer(0, self._config.num_steps - 1, "exit", self._seed, step)
+
+    def gradients(self, step: int) -> Mapping[str, float]:
+        settings, device = self._settings, self.student.device
+        batch = self._clips.batch(self._batch, settings.num_chunks, seed=self._seed, step=step).to(device)
+        draws = forcing.draw(settings.draws, self._config, tuple(batch.latent_BCTHW.shape), "distil", self._seed, step)
+        sink = forcing._sink_of(batch, draws.adaptive_B.to(device))
+        moves = step % settings.student_every == 0
+
+        # A cast of the weights that autocast keeps must not outlive the mode, with or without gradients, it was made
+        # in: hence one context for each.
+        with torch.set_grad_enabled(moves), self._arithmetic():
+            given = Cut(
+                conditions(self.student, sink, batch.text_BPC, batch.audio_BZEA, self._layout, visit=self._visit)
+            )
+        model = ClipModel(self.student, given.tree, self._layout, draws.lead_Bn, visit=self._visit)
+        exit_step = self.exit_step(step)
+        with self._arithmetic():
+            rollout = distil.roll_out(
+                model,
+                lambda chunk, drawn: self._noise(batch, step, chunk, drawn),
+                sigmas=self._config.sigmas,
+                visible=self._layout.visible,
+                exit_step=exit_step,
+                renoise=self._config.renoise,
+            )
+        data = rollout.data_BCTHW
+        numbers: dict[str, float] = {}
+        if moves:
+            with torch.no_grad(), self._arithmetic():
+                gradient = distil.matching_gradient(
+                    self._real(batch, sink, draws),
+                    self._velocity(self.critic, batch, sink, draws),
+                    data,
+                    self._fresh(data, "student", step),
+                    settings.levels.draw(self._batch, "student", self._seed, step).to(device),
+                )
+            with self._arithmetic():
+                distil.accumulate(model, rollout, gradient)
+            given.go_on()
+            numbers["gap"] = float(gradient.abs().sum())
+        del rollout, model, given
+        with self._arithmetic():
+            loss = distil.critic_loss(
+                self._velocity(self.critic, batch, sink, draws),
+                data,
+                self._fresh(data, "critic", step),
+                settings.levels.draw(self._batch, "critic", self._seed, step).to(device),
+            )
+        loss.backward()
+        return {"loss": float(loss.detach()), **numbers}
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self._bf16)
+
+    def _noise(self, batch: Batch, step: int, chunk: int, drawn: int) -> Tensor:
+        B, C, _, H, W = batch.latent_BCTHW.shape
+        shape = (B, C, self._layout.frames_per_chunk, H, W)
+        return counter.normal(shape, "rollout", self._seed, step, chunk, drawn).to(self.student.device)
+
+    def _fresh(self, data_BCTHW: Tensor, who: str, step: int) -> Tensor:
+        return counter.normal(tuple(data_BCTHW.shape), "score", who, self._seed, step).to(data_BCTHW)
+
+    def _velocity(self, dit: CausalDiT, batch: Batch, sink_BCTHW: Tensor, draws: Draws) -> distil.Velocity:
+        given = conditions(dit, sink_BCTHW, batch.text_BPC, batch.audio_BZEA, self._whole, visit=self._visit)
+        return clip_velocity(dit, given, self._whole, draws.lead_Bn, visit=self._visit)
+
+    def _real(self, batch: Batch, sink_BCTHW: Tensor, draws: Draws) -> distil.Velocity:
+        led = self._velocity(self._teacher, batch, sink_BCTHW, draws)
+        if self._settings.guidance == 0:
+            return led
+        without = silent(batch, self._clips.empty_text_1PC)
+        return guided(led, self._velocity(self._teacher, without, sink_BCTHW, draws), self._settings.guidance)
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``streamdiff train distil``."""
+    student.add_arguments(parser, lr=3e-5)
+    add = parser.add_argument
+    add("--teacher", type=Path, required=True, metavar="FILE", help="weights of recipe forcing, which know real clips")
+    add("--critic-lr", type=float, default=1e-4, help="learning rate of the critic (default: %(default)s)")
+    add("--student-every", type=int, default=5, metavar="N", help="steps between two of the student (default: 5)")
+    add("--guidance", type=float, default=1.0, help="lead the teacher by sound and prompt (default: %(default)s)")
+    add("--adaptive-sink", type=float, default=0.0, metavar="SHARE", help="clips with a moment of theirs as sink")
+    add("--average", type=float, default=0.98, help="kept of the running average in a move (default: %(default)s)")
+    add("--lora", type=int, metavar="RANK", help="train adapters of this rank; written as lora.safetensors too")
+
+
+def models(run: StudentRun, args: argparse.Namespace) -> tuple[CausalDiT, CausalDiT, CausalDiT]:
+    """Student, critic and teacher; with adapters, those that begin alike share their weights."""
+    teacher = run.load(args.teacher).requires_grad_(requires_grad=False)
+    if args.lora is None:
+        dit = run.load(args.init or args.teacher)
+        critic = run.load(args.teacher)
+        return dit, critic, teacher
+    dit = lora.twin(teacher) if args.init is None else run.load(args.init)
+    critic = lora.twin(teacher)
+    lora.adapt(dit, rank=args.lora, seed=counter.seed_of("student", args.seed))
+    lora.adapt(critic, rank=args.lora, seed=counter.seed_of("critic", args.seed))
+    return dit, critic, teacher
+
+
+def run(args: argparse.Namespace) -> int:
+    """Distil a student of few steps."""
+    config = student.served_config(args)
+    settings = MatchingConfig(
+        num_chunks=args.chunks,
+        sparse=args.sparse,
+        guidance=args.guidance,
+        student_every=args.student_every,
+        adaptive_sink=args.adaptive_sink,
+        critic_lr=args.critic_lr,
+        average=args.average,
+    )
+    run = StudentRun(args, config)
+    dit, critic, teacher = models(run, args)
+    task = MatchingTask(
+        dit,
+        critic,
+        teacher,
+        run.clips,
+        config,
+        settings,
+        batch=args.batch,
+        lr=args.lr,
+        seed=args.seed,
+        bf16=args.bf16,
+        visit=run.visit,
+    )
+    facts = {**run.facts(), "settings": settings, "teacher": args.teacher, "lora": args.lora}
+
+    def plain(module: object) -> CausalDiT:
+        made = copy.deepcopy(cast("CausalDiT", module))
+        return lora.merge_(made) if args.lora else made
+
+    def sample(trainer: Trainer) -> None:
+        with trainer.averaged("student") as module:
+            run.sample(plain(module), trainer.step)
+
+    def finish(trainer: Trainer) -> Sequence[Path]:
+        with trainer.averaged("student") as module:
+            written = [run.save(plain(module).state_dict(), trainer)]
+            if args.lora:
+                written.append(args.out / "lora.safetensors")
+                lora.save_lora(module, written[-1])
+        return written
+
+    plan = commands.plan_of(args, budget="15min", warmup_steps=20)
+    return commands.conduct("distil", task, args, plan, facts=facts, sample=sample, finish=finish)
