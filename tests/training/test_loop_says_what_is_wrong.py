@@ -1,0 +1,76 @@
+"""What the loop refuses, in one line that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from loop_case import Regression, run
+from safetensors.torch import load_file
+
+from streamdiff.errors import CheckpointError, ConfigError, StreamdiffError
+from streamdiff.training.loop import CHECKPOINT, Part, Plan, Trainer
+
+
+class Poisoned(Regression):
+    def gradients(self, step: int) -> Mapping[str, float]:
+        numbers = super().gradients(step)
+        if step == 3:
+            gradient = next(self.often.parameters()).grad
+            assert gradient is not None
+            gradient[0, 0] = float("nan")
+        return numbers
+
+
+def test_a_broken_gradient_never_reaches_the_weights(tmp_path: Path) -> None:
+    trainer = Trainer(Poisoned(), tmp_path, Plan(steps=6))
+    with pytest.raises(StreamdiffError, match=r"step 3: gradient_often is nan.*lower --lr"):
+        trainer.train(save_every_s=0.0)
+    assert all(p.isfinite().all() for p in trainer.task.parts["often"].module.parameters())
+    assert all(t.isfinite().all() for t in load_file(tmp_path / CHECKPOINT).values())
+    assert run(tmp_path, 6, resume=True).step == 6
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    with pytest.raises(ConfigError, match="holds a run at step 2; add --resume"):
+        run(tmp_path, 2)
+
+
+def test_a_run_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
+    facts = {"seed": "1", "batch": "8"}
+    Trainer(Regression(), tmp_path, Plan(steps=2), facts=facts).train()
+    with pytest.raises(ConfigError, match=r"another run \(batch was '8' and is '4'\)"):
+        Trainer(Regression(), tmp_path, Plan(steps=2), facts={**facts, "batch": "4"}, resume=True)
+    with pytest.raises(ConfigError, match="planned for 2 steps, not 9"):
+        Trainer(Regression(), tmp_path, Plan(steps=9), facts=facts, resume=True)
+    with pytest.raises(CheckpointError, match=r"misshapen: .*average/0\.weight is \[8, 4\], must be \[9, 4\]"):
+        Trainer(Regression(width=9), tmp_path, Plan(steps=2), facts=facts, resume=True)
+    task = Regression()
+    task.parts = {"often": task.parts["often"]}
+    with pytest.raises(CheckpointError, match="of another recipe"):
+        Trainer(task, tmp_path, Plan(steps=2), facts=facts, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="remove it to begin anew"):
+        run(tmp_path, 2, resume=True)
+
+
+def test_a_plan_or_a_part_that_cannot_work_is_refused() -> None:
+    for wrong in ({}, {"steps": 3, "budget_s": 1.0}, {"steps": 0}, {"budget_s": 0.0}, {"steps": 1, "warmup_steps": 0}):
+        with pytest.raises(ConfigError):
+            Plan(**wrong)
+    with pytest.raises(ConfigError, match="lr > 0"):
+        Part(module=torch.nn.Linear(1, 1), lr=0.0)
+    frozen = torch.nn.Linear(1, 1).requires_grad_(False)
+    task = Regression()
+    task.parts = {"often": Part(module=frozen)}
+    with pytest.raises(ConfigError, match="nothing to learn"):
+        Trainer(task, Path("never made"), Plan(steps=1))
+    assert not Path("never made").exists()
