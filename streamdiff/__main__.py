@@ -46,7 +46,6 @@ from streamdiff.observe import JsonLines, Observer, Silent
 from streamdiff.pipeline.transport import World
 from streamdiff.pipeline.watch import Limits
 from streamdiff.training import commands as training_commands
-from streamdiff.training import commands as training_commands
 from streamdiff_kernels import BACKENDS
 
 if TYPE_CHECKING:
@@ -81,7 +80,6 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     avatar_commands.register(commands, fit=_fit)
-    training_commands.register(commands)
     training_commands.register(commands)
     doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
     doctor_parser.set_defaults(run=run_doctor)
