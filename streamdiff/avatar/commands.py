@@ -1,4 +1,4 @@
-"""What the command line does with an avatar: ``streamdiff talk`` and ``streamdiff avatar create|fit|compile|inspect``.
+"""What the command line does with an avatar: ``streamdiff talk`` and ``streamdiff avatar ...``.
 
 `register` adds the commands to an `argparse` parser; each sets ``run``, a function from the parsed arguments to the
 exit status. Errors leave as `StreamdiffError`.
@@ -62,6 +62,7 @@ def register(commands: Any, *, fit: Fit | None = None) -> None:
     if fit is not None:
         _add_fit(actions, fit)
     _add_compile(actions)
+    _add_voice(actions)
     _add_inspect(actions)
 
 
@@ -142,6 +143,23 @@ def _add_compile(actions: Any) -> None:
     parser.set_defaults(run=run_compile)
 
 
+def _add_voice(actions: Any) -> None:
+    parser = actions.add_parser(
+        "voice",
+        help="give a Kokoro voice the timbre of a recording",
+        description="Search the mixtures of known voices for the one that sounds like a recording. Only the timbre "
+        "half of the style is fitted; rhythm and melody stay those of the voice it begins with. Ask the speaker first.",
+    )
+    parser.add_argument("--recording", type=Path, required=True, help="ten seconds or more of one speaker")
+    parser.add_argument("--model", type=Path, required=True, help="Kokoro-82M as ONNX")
+    parser.add_argument("--voices", type=Path, required=True, help="known voices, an .npz of [510, 1, 256] each")
+    parser.add_argument("--encoder", type=Path, required=True, help="pretrained.pt of Resemblyzer 0.1.4")
+    parser.add_argument("--base", metavar="NAME", help="the voice that gives the prosody (default: the first)")
+    parser.add_argument("--rounds", type=int, default=6, help="of search, 12 sentences each (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="the voice to write (.npz)")
+    parser.set_defaults(run=run_voice)
+
+
 def _add_inspect(actions: Any) -> None:
     inspect = actions.add_parser("inspect", help="say what a bundle holds, as JSON")
     inspect.add_argument("bundle", type=Path, metavar="FILE", help="a bundle or an engine")
@@ -220,6 +238,32 @@ def run_compile(args: argparse.Namespace) -> int:
     _write(
         f"{out}: {engine.name}, {engine.size}x{engine.size}, {'native' if args.native else 'graph'} for {args.device}"
     )
+    return 0
+
+
+def run_voice(args: argparse.Namespace) -> int:
+    """``streamdiff avatar voice``."""
+    from streamdiff.avatar.timbre import GE2EEncoder, fit_voice
+
+    _check_suffix(args.out, ".npz")
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")
+    sound_S = torch.cat([torch.zeros(0), *read_audio(args.recording, RATE_HZ)]).numpy()
+    styles_P256, score = fit_voice(
+        args.model,
+        args.voices,
+        sound_S,
+        RATE_HZ,
+        GE2EEncoder(args.encoder),
+        base=args.base,
+        num_rounds=args.rounds,
+    )
+    arrays: dict[str, Any] = {args.out.stem: styles_P256[:, None]}
+    try:
+        np.savez(args.out, **arrays)
+    except OSError as error:
+        raise InputError(f"cannot write {args.out}: {error}; choose another place") from error
+    _write(f"{args.out}: similarity to the recording {score:.3f}; speak with --voice kokoro:{args.model}:{args.out}")
     return 0
 
 

@@ -455,7 +455,7 @@ class KokoroVoice(_Speaker):
                 raise InputError(f"Kokoro needs {path}, and there is no such file; check the path")
         super().__init__(_Reader(british=british))
         self.speed = speed
-        self.styles_P256 = _styles(Path(voices_path), voice)
+        self.styles_P256 = kokoro_styles(voices_path, voice)
         self.timbre = None if timbre is None else _checked_timbre(timbre)
         model = Path(model_path).read_bytes()
         self._session, self._has_durations = _kokoro_session(model, num_threads)
@@ -526,7 +526,26 @@ def _gives_one_number_per_token(session: Any) -> bool:
     return durations.size == ids.size and float(durations.min()) >= 1
 
 
-def _styles(path: Path, voice: str | None) -> Floats:
+def kokoro_names(path: str | Path) -> list[str]:
+    """The voices in a file of Kokoro styles; errors as `kokoro_styles`."""
+    path = Path(path)
+    if path.suffix != ".npz":
+        return [path.stem]
+    try:
+        with np.load(path) as voices:
+            return list(voices.files)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a file of Kokoro styles: {error}") from error
+
+
+def kokoro_styles(path: str | Path, voice: str | None = None) -> Floats:
+    """The styles ``[P, 256]`` of one voice, by the number of its phonemes; None: the first voice.
+
+    Raises:
+        ConfigError: no such voice in the file.
+        CheckpointError: no file of styles.
+    """
+    path = Path(path)
     try:
         if path.suffix == ".npz":
             with np.load(path) as voices:
@@ -537,9 +556,9 @@ def _styles(path: Path, voice: str | None) -> Floats:
         else:
             styles = np.fromfile(path, np.float32)
         return np.ascontiguousarray(styles, np.float32).reshape(-1, 256)
+    except ConfigError:
+        raise
     except (ValueError, OSError, IndexError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise CheckpointError(f"{path} is not a file of Kokoro styles: {error}") from error
 
 

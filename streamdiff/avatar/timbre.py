@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from streamdiff import counter
 from streamdiff.avatar.kinematics import Floats
-from streamdiff.avatar.speech import KokoroVoice, Resampler
+from streamdiff.avatar.speech import KokoroVoice, Resampler, kokoro_names, kokoro_styles
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 
 _RATE_HZ = 16_000
@@ -30,6 +30,8 @@ _FFT, _HOP, _BANDS = 400, 160, 40
 _PART, _PART_HOP = 160, 77
 """Spectra in a partial utterance, and between two: 1.6 s every 0.77 s."""
 _LEVEL_DBFS = -30.0
+_TYPICAL_PHONEMES = 60
+"""Of a sentence: a voice's style depends a little on how long it speaks."""
 
 
 class SpeakerEncoder(Protocol):
@@ -191,3 +193,28 @@ def adapt_timbre(
         raise
     voice.timbre = best
     return score
+
+
+def fit_voice(
+    model_path: str | Path,
+    voices_path: str | Path,
+    recording_S: Floats,
+    rate_hz: int,
+    encoder: SpeakerEncoder,
+    *,
+    base: str | None = None,
+    num_rounds: int = 6,
+    seed: int = 0,
+) -> tuple[Floats, float]:
+    """The styles ``[P, 256]`` of a new Kokoro voice: the timbre of a recording, the prosody of ``base``.
+
+    Also how similar its speech is to the recording, -1..1. Files and errors as `KokoroVoice`.
+    """
+    voice = KokoroVoice(model_path, voices_path, voice=base)
+    known = [kokoro_styles(voices_path, name) for name in kokoro_names(voices_path)]
+    voices_V256 = np.stack([styles_P256[min(_TYPICAL_PHONEMES, len(styles_P256) - 1)] for styles_P256 in known])
+    score = adapt_timbre(voice, voices_V256, recording_S, rate_hz, encoder, num_rounds=num_rounds, seed=seed)
+    assert voice.timbre is not None
+    styles_P256 = voice.styles_P256.copy()
+    styles_P256[:, :128] = voice.timbre
+    return styles_P256, score

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from streamdiff.avatar.speech import Phoneme
+from streamdiff.avatar import commands, timbre
+from streamdiff.avatar.speech import Phoneme, kokoro_names, kokoro_styles
 from streamdiff.avatar.timbre import GE2EEncoder, adapt_timbre, fit_timbre, mel_spectra
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 
@@ -21,8 +23,8 @@ def test_a_timbre_is_found_among_the_mixtures_of_voices() -> None:
     def similarity(timbre: np.ndarray) -> float:
         return -float(np.square(timbre - wanted).mean())
 
-    timbre, score = fit_timbre(voices_V256, similarity, num_rounds=20)
-    assert timbre.shape == (128,)
+    found, score = fit_timbre(voices_V256, similarity, num_rounds=20)
+    assert found.shape == (128,)
     assert score > 0.1 * max(similarity(v[:128]) for v in voices_V256)
 
 
@@ -35,9 +37,9 @@ def test_the_search_is_never_worse_than_the_best_known_voice() -> None:
         asked.append(timbre)
         return -float(np.abs(timbre - voices_V256[2, :128]).max())
 
-    timbre, score = fit_timbre(voices_V256, similarity, num_rounds=3, population=5)
+    found, score = fit_timbre(voices_V256, similarity, num_rounds=3, population=5)
     assert score == 0.0
-    assert np.array_equal(timbre, voices_V256[2, :128])
+    assert np.array_equal(found, voices_V256[2, :128])
     # Mixtures only: nothing outside the hull is ever asked for.
     low, high = voices_V256[:, :128].min(axis=0), voices_V256[:, :128].max(axis=0)
     assert all((t >= low - 1e-5).all() and (t <= high + 1e-5).all() for t in asked)
@@ -77,6 +79,40 @@ def test_a_voice_is_adapted_to_a_recording() -> None:
     assert score > 0.9999
     assert voice.timbre is not None
     assert voice.timbre[0] == pytest.approx(0.7, abs=0.01)
+
+
+class NamedTone(OneTone):
+    """The same, opened by files as Kokoro is."""
+
+    def __init__(self, model_path: Path, voices_path: Path, *, voice: str | None) -> None:
+        super().__init__()
+        self.styles_P256 = kokoro_styles(voices_path, voice)
+
+
+def test_a_recording_becomes_a_voice_that_the_command_line_can_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voices = {name: np.full((70, 1, 256), level, np.float32) for name, level in (("a", 0.0), ("b", 0.5), ("c", 1.0))}
+    np.savez(tmp_path / "voices.npz", **voices)
+    monkeypatch.setattr(timbre, "KokoroVoice", NamedTone)
+    monkeypatch.setattr(timbre, "GE2EEncoder", lambda _: Level())
+    monkeypatch.setattr(commands, "read_audio", lambda *_: iter([torch.full((24_000,), 0.7)]))
+    parser = argparse.ArgumentParser()
+    commands.register(parser.add_subparsers(required=True))
+    line = f"avatar voice --recording me.wav --model k.onnx --voices {tmp_path}/voices.npz --encoder e.pt --base c"
+    args = parser.parse_args([*line.split(), "--out", str(tmp_path / "me.npz")])
+    assert args.run(args) == 0
+    said = capsys.readouterr().out
+    assert f"kokoro:k.onnx:{tmp_path}/me.npz" in said
+    assert kokoro_names(tmp_path / "me.npz") == ["me"]
+    styles_P256 = kokoro_styles(tmp_path / "me.npz")
+    assert styles_P256.shape == (70, 256)
+    assert styles_P256[:, :128] == pytest.approx(0.7, abs=0.01)
+    assert (styles_P256[:, 128:] == 1.0).all()
+    for wrong in (["--rounds", "0"], ["--out", str(tmp_path / "me.bin")]):
+        args = parser.parse_args([*line.split(), "--out", str(tmp_path / "me.npz"), *wrong])
+        with pytest.raises(ConfigError):
+            args.run(args)
 
 
 def saved_encoder(path: Path) -> Path:
