@@ -106,6 +106,11 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     patch: int = 1
     """Pixels along a side that are folded into channels before the first convolution (Wan2.2 TI2V: 2)."""
+    patch_frames: int = 1
+    """Frames that are folded into channels with them."""
+    projects: bool = False
+    """Whether a patch is also projected linearly, past the convolutions, which then begin and end pointwise: a codec that
+    works from the first step of its training on, as principal components do."""
     latent_mean: tuple[float, ...] = ()
     """Per-channel mean of the latents; the model sees (z - mean) / std. Empty: zeros."""
     latent_std: tuple[float, ...] = ()
@@ -117,7 +122,10 @@ class VAEConfig:
             f"one temporal_downsample flag stands between two levels: expected {len(self.dim_mult) - 1}, "
             f"got {len(self.temporal_downsample)}",
         )
-        _require(self.patch >= 1, f"a patch is at least one pixel, got patch={self.patch}")
+        _require(
+            self.patch >= 1 and self.patch_frames >= 1,
+            f"a patch is at least one pixel of one frame, got patch={self.patch}, patch_frames={self.patch_frames}",
+        )
         for name in ("latent_mean", "latent_std"):
             values = getattr(self, name)
             _require(
@@ -133,7 +141,12 @@ class VAEConfig:
     @property
     def temporal_factor(self) -> int:
         """Video frames per latent frame (after the first)."""
-        return 2 ** sum(self.temporal_downsample)
+        return self.patch_frames * 2 ** sum(self.temporal_downsample)
+
+    @property
+    def patch_channels(self) -> int:
+        """Values of one patch: what the first convolution reads and the last one writes."""
+        return 3 * self.patch_frames * self.patch**2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,7 +124,14 @@ def portrait() -> EngineConfig:
             packs_motion=False,
         ),
         vae=VAEConfig(
-            base_dim=32, z_dim=48, dim_mult=(1, 2, 3), num_res_blocks=1, temporal_downsample=(True, True), patch=4
+            base_dim=96,
+            z_dim=48,
+            dim_mult=(1,),
+            num_res_blocks=1,
+            temporal_downsample=(),
+            patch=16,
+            patch_frames=4,
+            projects=True,
         ),
         memory=MemoryConfig(),
         sigmas=(1.0, 0.9, 0.75, 0.5, 0.0),

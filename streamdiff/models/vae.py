@@ -142,20 +142,28 @@ def channels_last(x_BCTHW: Tensor) -> Tensor:
     return _from_pictures(pictures_FCHW, x_BCTHW.shape[0])
 
 
-def fold(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """Fold squares of ``patch`` pixels into channels, a pixel's column varying slower than its row, as Wan2.2 does."""
-    if patch == 1:
+def fold(x_BCTHW: Tensor, config: VAEConfig) -> Tensor:
+    """Fold patches into channels, a pixel's column varying slower than its row (as Wan2.2 does), its frame slowest.
+
+    A single frame, as opens a stream, stands for all frames of its patches.
+    """
+    p, frames = config.patch, config.patch_frames
+    if p == frames == 1:
         return x_BCTHW
-    squares = x_BCTHW.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
-    return squares.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+    if x_BCTHW.shape[2] == 1:
+        x_BCTHW = x_BCTHW.expand(-1, -1, frames, -1, -1)
+    patches = x_BCTHW.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, frames))
+    return patches.permute(0, 3, 1, 7, 5, 2, 4, 6).flatten(1, 4)
 
 
-def unfold(x_BCTHW: Tensor, patch: int) -> Tensor:
-    """Inverse of `fold`."""
-    if patch == 1:
+def unfold(x_BCTHW: Tensor, config: VAEConfig, *, first: bool) -> Tensor:
+    """Inverse of `fold`; of the patches that open a stream, only the last frame is real."""
+    p, frames = config.patch, config.patch_frames
+    if p == frames == 1:
         return x_BCTHW
-    squares = x_BCTHW.unflatten(1, (-1, patch, patch))
-    return squares.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
+    patches = x_BCTHW.unflatten(1, (frames, -1, p, p)).permute(0, 2, 5, 1, 6, 4, 7, 3)
+    frames_BCTHW = patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return frames_BCTHW[:, :, -1:] if first else frames_BCTHW
 
 
 class CausalConv3d(nn.Conv3d):
@@ -171,6 +179,8 @@ class CausalConv3d(nn.Conv3d):
 
     def stream(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
         """Convolve x as what follows the past on the tape."""
+        if self.past_frames == 0:
+            return self(x_BCTHW)
         joined_BCTHW = torch.cat([tape.recall(), x_BCTHW], 2)
         tape.remember(last_frames(joined_BCTHW, self.past_frames))
         return self(joined_BCTHW)
@@ -226,11 +236,11 @@ class NormedConvs(nn.ModuleDict):
     impl: Impl | None = None
     """Who computes norm and SiLU in one pass, without gradients; None: torch, one operation after the other."""
 
-    def __init__(self, *dims: int) -> None:
+    def __init__(self, *dims: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> None:
         super().__init__()
         for in_dim, out_dim, (norm, conv) in zip(dims, dims[1:], (("0", "2"), ("3", "6")), strict=False):
             self[norm] = RMSNorm(in_dim)
-            self[conv] = CausalConv3d(in_dim, out_dim, (3, 3, 3))
+            self[conv] = CausalConv3d(in_dim, out_dim, kernel)
 
     def pairs(self) -> Iterator[tuple[RMSNorm, CausalConv3d]]:
         members = iter(self.values())
@@ -377,16 +387,41 @@ def _decoder_columns(config: VAEConfig) -> dict[str, list[_Layer]]:
     return {"middle": _middle(config), "upsamples": _upsamples(config)}
 
 
+_CUBE, _POINT = (3, 3, 3), (1, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """What a trunk reads and writes, and how."""
+
+    in_dim: int
+    out_dim: int
+    in_kernel: tuple[int, int, int] = _CUBE
+    out_kernel: tuple[int, int, int] = _CUBE
+    projects: bool = False
+
+
+def _encoder_sides(config: VAEConfig) -> _Sides:
+    kernel = _POINT if config.projects else _CUBE
+    return _Sides(config.patch_channels, 2 * config.z_dim, in_kernel=kernel, projects=config.projects)
+
+
+def _decoder_sides(config: VAEConfig) -> _Sides:
+    kernel = _POINT if config.projects else _CUBE
+    return _Sides(config.z_dim, config.patch_channels, out_kernel=kernel, projects=config.projects)
+
+
 class _Trunk(nn.Module):
     """First convolution, columns of layers, last convolution: the shape that encoder and decoder share."""
 
-    def __init__(self, in_dim: int, out_dim: int, columns: Mapping[str, Sequence[_Layer]]) -> None:
+    def __init__(self, sides: _Sides, columns: Mapping[str, Sequence[_Layer]]) -> None:
         super().__init__()
         plan = [layer for column in columns.values() for layer in column]
-        self.conv1 = CausalConv3d(in_dim, plan[0].in_dim, (3, 3, 3))
+        self.conv1 = CausalConv3d(sides.in_dim, plan[0].in_dim, sides.in_kernel)
         for name, column in columns.items():
             self.add_module(name, nn.ModuleList([layer.build() for layer in column]))
-        self.head = NormedConvs(plan[-1].out_dim, out_dim)
+        self.head = NormedConvs(plan[-1].out_dim, sides.out_dim, kernel=sides.out_kernel)
+        self.projection = CausalConv3d(sides.in_dim, sides.out_dim, _POINT) if sides.projects else None
 
     def layers(self) -> Iterator[nn.Module]:
         """Everything between the first and the last convolution, in order of execution."""
@@ -396,10 +431,12 @@ class _Trunk(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         tape = Tape(pasts, first=first)
-        x_BCTHW = self.conv1.stream(channels_last(x_BCTHW), tape)
+        x_BCTHW = channels_last(x_BCTHW)
+        y_BCTHW = self.conv1.stream(x_BCTHW, tape)
         for layer in self.layers():
-            x_BCTHW = layer(x_BCTHW, tape)
-        return self.head(x_BCTHW, tape), tape.pasts
+            y_BCTHW = layer(y_BCTHW, tape)
+        y_BCTHW = self.head(y_BCTHW, tape)
+        return y_BCTHW if self.projection is None else y_BCTHW + self.projection(x_BCTHW), tape.pasts
 
     def initial_pasts(self, num_streams: int, height: int, width: int) -> tuple[Tensor, ...]:
         """Zeros, as the published model pads; one tensor per layer that looks back, in order of execution."""
@@ -509,7 +546,7 @@ class VAEDecoder(VideoDecoder):
         _check_widths(config)
         self.config = config
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = _Trunk(config.z_dim, 3 * config.patch**2, _decoder_columns(config))
+        self.decoder = _Trunk(_decoder_sides(config), _decoder_columns(config))
 
     def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
         return DecoderState(0, self.decoder.initial_pasts(num_streams, latent_h, latent_w))
@@ -519,7 +556,7 @@ class VAEDecoder(VideoDecoder):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x_BC1HW = self.conv2(channels_last(z_BC1HW))
         frames_BCTHW, pasts = self.decoder(x_BC1HW, pasts, first=first)
-        return unfold(frames_BCTHW, self.config.patch).clamp(-1.0, 1.0), pasts
+        return unfold(frames_BCTHW, self.config, first=first).clamp(-1.0, 1.0), pasts
 
 
 class VAEEncoder(nn.Module):
@@ -532,7 +569,7 @@ class VAEEncoder(nn.Module):
         super().__init__()
         _check_widths(config)
         self.config = config
-        self.encoder = _Trunk(3 * config.patch**2, config.z_dim * 2, _encoder_columns(config))
+        self.encoder = _Trunk(_encoder_sides(config), _encoder_columns(config))
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
 
     def initial_state(self, *, height: int, width: int, num_streams: int = 1) -> EncoderState:
@@ -581,7 +618,7 @@ class VAEEncoder(nn.Module):
         self, frames_BCTHW: Tensor, pasts: tuple[Tensor, ...], *, first: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The frames of one latent frame, to the mean of its posterior in the VAE's own scale."""
-        x_BCTHW, pasts = self.encoder(fold(frames_BCTHW, self.config.patch), pasts, first=first)
+        x_BCTHW, pasts = self.encoder(fold(frames_BCTHW, self.config), pasts, first=first)
         return self.conv1(x_BCTHW)[:, : self.config.z_dim], pasts
 
 
@@ -700,15 +737,17 @@ class _Conv:
 
 
 def _convolutions(
-    in_dim: int, out_dim: int, plan: Sequence[_Layer], size: tuple[int, int, int], *, first: bool
+    sides: _Sides, plan: Sequence[_Layer], size: tuple[int, int, int], *, first: bool
 ) -> Iterator[_Conv]:
     """Every convolution of a trunk for one latent frame; ``size`` is (frames, height, width) of its input."""
     t, h, w = size
 
-    def cube(in_dim: int, out_dim: int) -> _Conv:
-        return _Conv(in_dim, out_dim, 27, (t + 2) * h * w, t * h * w)
+    def cube(in_dim: int, out_dim: int, kernel: tuple[int, int, int] = _CUBE) -> _Conv:
+        return _Conv(in_dim, out_dim, math.prod(kernel), (t + kernel[0] - 1) * h * w, t * h * w)
 
-    yield cube(in_dim, plan[0].in_dim)
+    if sides.projects:
+        yield cube(sides.in_dim, sides.out_dim, _POINT)
+    yield cube(sides.in_dim, plan[0].in_dim, sides.in_kernel)
     for layer in plan:
         match layer.kind:
             case "residual":
@@ -731,7 +770,7 @@ def _convolutions(
                 if layer.time and not first:
                     yield _Conv(layer.out_dim, layer.out_dim, 3, (t + 1) * h * w, t // 2 * h * w)
                     t = t // 2
-    yield cube(plan[-1].out_dim, out_dim)
+    yield cube(plan[-1].out_dim, sides.out_dim, sides.out_kernel)
 
 
 def _half(
@@ -741,12 +780,12 @@ def _half(
     if half == "decoder":
         plan = [layer for column in _decoder_columns(config).values() for layer in column]
         outer = _Conv(config.z_dim, config.z_dim, 1, pixels, pixels)
-        return [outer, *_convolutions(config.z_dim, 3 * config.patch**2, plan, (1, latent_h, latent_w), first=first)]
+        return [outer, *_convolutions(_decoder_sides(config), plan, (1, latent_h, latent_w), first=first)]
     plan = [layer for column in _encoder_columns(config).values() for layer in column]
     outer = _Conv(2 * config.z_dim, 2 * config.z_dim, 1, pixels, pixels)
     factor = config.spatial_factor // config.patch
-    size = (1 if first else config.temporal_factor, latent_h * factor, latent_w * factor)
-    return [*_convolutions(3 * config.patch**2, 2 * config.z_dim, plan, size, first=first), outer]
+    size = (1 if first else config.temporal_factor // config.patch_frames, latent_h * factor, latent_w * factor)
+    return [*_convolutions(_encoder_sides(config), plan, size, first=first), outer]
 
 
 def vae_flops(
