@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from streamdiff.models.audio import SPEECH_HZ, AudioChunk, chunks
 from streamdiff.models.step import StepOptions
 from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
 from streamdiff.observe import Observer
+from streamdiff.pipeline.delivery import Delivery
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.schedule import Schedule, plan
+from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, plan
 from streamdiff.pipeline.serve import run_local, serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
@@ -214,7 +216,10 @@ def _silence(rate_hz: int) -> Iterator[Tensor]:
 
 
 class _Film:
-    """The end of the line: frames and their sound go to the file as they come, the rest of the last chunk is cut."""
+    """The end of the line: frames and their sound go to the file as they come, the rest of the last chunk is cut.
+
+    Frames are encoded while the next ones are made, in a thread.
+    """
 
     def __init__(self, job: Job, num_frames: int, progress: Progress | None) -> None:
         self._job = job
@@ -231,12 +236,17 @@ class _Film:
             rate_hz=SPEECH_HZ,
             metadata={"title": job.prompt},
         )
+        self._delivery = Delivery(self._write, depth=QUEUE_DEPTH, patience_s=job.limits.outside_s)
 
     def start(self) -> None:
         """The line is ready: count time from here."""
         self._start_s = time.monotonic()
 
     def show(self, packet: Packet) -> None:
+        """Leave a chunk to the file; raises what went wrong with one before it."""
+        self._delivery.put(packet)
+
+    def _write(self, packet: Packet) -> None:
         assert packet.frames_THWC is not None
         assert packet.sound_S is not None
         frames_THWC = packet.frames_THWC[: self._num_frames - self._writer.num_frames]
@@ -258,7 +268,14 @@ class _Film:
         )
 
     def __enter__(self) -> _Film:
+        self._delivery.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._writer.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._delivery.__exit__(kind, error, trace)
+        finally:
+            if self._delivery.is_over:  # a file that somebody still writes to cannot be closed
+                self._writer.close()
