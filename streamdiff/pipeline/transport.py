@@ -34,7 +34,7 @@ from streamdiff.pipeline import wire
 from streamdiff.pipeline.link import POLL_S, Activity, Check, Doing, LineLink, Returned, local_links
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Edge, Schedule, render_around
-from streamdiff.pipeline.watch import Failure, Limits, Report, Watch, first_line
+from streamdiff.pipeline.watch import Failure, Limits, Report, Watch, first_line, lost_at_start
 
 T = TypeVar("T")
 Payload = Literal["gloo", "nccl"]
@@ -46,6 +46,8 @@ _FOREVER = timedelta(days=365)
 for hours between two sentences; broken connections show at once, and the watch ends all other waits."""
 _STOPPED_FROM_OUTSIDE_S = 2.5
 """A launcher stops all ranks when one dies: how long to look for that one before leaving."""
+_DEAD_AFTER_S = 1.0
+"""Silence that counts as death by then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +221,11 @@ class Group:
         failure = watch.failure
         stopped = not isinstance(error, Exception)
         if failure is None and stopped and not isinstance(error, KeyboardInterrupt):
-            failure = watch.wait_for_verdict(_STOPPED_FROM_OUTSIDE_S, silence_s=1.0)
+            failure = watch.wait_for_verdict(_STOPPED_FROM_OUTSIDE_S, silence_s=_DEAD_AFTER_S)
+            others = {rank: report for rank, report in watch.reports().items() if rank != self._world.rank}
+            if failure is None and (lost := lost_at_start(others, silence_s=_DEAD_AFTER_S)) is not None:
+                watch.propose(lost)
+                failure = watch.wait_for_verdict(2.0)
         if failure is None:
             what = "was told to stop" if stopped else f"failed: {type(error).__name__}: {first_line(error)}"
             self._fail(watch, what)

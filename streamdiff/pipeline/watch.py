@@ -168,6 +168,29 @@ def diagnose(reports: Mapping[int, Report], limits: Limits, *, silence_s: float)
     return None
 
 
+def lost_at_start(reports: Mapping[int, Report], *, silence_s: float) -> Failure | None:
+    """Who may have died, when a launcher stops all ranks and some were still starting; None when all were heard.
+
+    Loading can be silent too, so silence alone is no verdict: this is asked when somebody is likely to be dead.
+    """
+    lost: dict[int, str] = {}
+    for rank, report in reports.items():
+        beat = report.beat
+        if beat is None:
+            lost[rank] = "never joined"
+        elif beat.doing is Doing.STARTING and not beat.gone and report.age_s > silence_s:
+            lost[rank] = f"gave no sign of life for {report.age_s:.1f} s while it was starting"
+    if len(lost) == 1:
+        ((rank, what),) = lost.items()
+        return Failure(
+            rank, -1, f"{what} when all were told to stop: it had died, or was stopped first; look there"
+        )
+    if lost:
+        words = ", ".join(f"rank {rank} {what}" for rank, what in lost.items())
+        return Failure(None, -1, f"all were told to stop while starting ({words}): one of these died; see their output")
+    return None
+
+
 class Watch:
     """One rank's eye on the others. Start it before the models load, stop it last.
 

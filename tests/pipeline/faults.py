@@ -52,6 +52,15 @@ def stream_forever(world: World, log: Path, deadline_s: float) -> None:
         serve(SleepingStage(0.02), group.link(source=endless_source(), deliver=Log(log)))
 
 
+def load_forever(world: World, log: Path) -> None:
+    signal.signal(signal.SIGTERM, stop_by_exception)
+    with Group(world, layout(world.size), limits=Limits(deadline_s=20)):
+        time.sleep(0.5)  # for a first sign of life
+        with log.open("a") as file:
+            file.write(f"{world.rank}\n")
+        time.sleep(1000)
+
+
 class Trouble:
     """Does ``what`` when it is given ``chunk``."""
 

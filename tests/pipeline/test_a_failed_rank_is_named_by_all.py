@@ -62,6 +62,19 @@ def test_a_launcher_that_stops_the_others_does_not_hide_the_dead_one(tmp_path: P
         assert_all_name(ranks.wait(10, without=[2]), 2, "")
 
 
+@pytest.mark.parametrize("culprit", [1, 2])
+def test_a_launcher_that_stops_starting_ranks_does_not_hide_the_dead_one(culprit: int, tmp_path: Path) -> None:
+    """Loading may be silent for long; told to stop, the others look who was."""
+    log = tmp_path / "log"
+    with Ranks(faults.load_forever, 3, (log,)) as ranks:
+        wait_for_line(log, 3)
+        ranks.signal(culprit, signal.SIGKILL)
+        others = [rank for rank in range(3) if rank != culprit]
+        for rank in others:
+            ranks.signal(rank, signal.SIGTERM)
+        assert_all_name(ranks.wait(15, without=[culprit]), culprit, "while it was starting")
+
+
 def test_an_interrupted_rank(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Ranks(faults.stream_forever, 3, (log, DEADLINE_S)) as ranks:

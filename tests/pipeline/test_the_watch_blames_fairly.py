@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from streamdiff.errors import ConfigError
 from streamdiff.pipeline.link import Doing
-from streamdiff.pipeline.watch import Beat, Limits, Report, diagnose
+from streamdiff.pipeline.watch import Beat, Limits, Report, diagnose, lost_at_start
 
 LIMITS = Limits(deadline_s=4.0, startup_s=60.0, outside_s=30.0)
 WAITS = [Doing.WAITING, Doing.SENDING, Doing.READY, Doing.DONE]
@@ -86,6 +86,31 @@ def test_silence_is_noticed_within_the_deadline(deadline_s: float) -> None:
     limits = Limits(deadline_s=deadline_s)
     assert limits.silence_s + 2 * limits.poll_s <= deadline_s
     assert limits.silence_s >= 5 * limits.poll_s, "a few late heartbeats are not a death"
+
+
+def test_the_one_silent_rank_that_was_starting_is_named_when_all_are_stopped() -> None:
+    reports = {0: report(Doing.STARTING, age_s=0.2), 1: report(Doing.READY), 2: report(Doing.STARTING, age_s=3.0)}
+    found = lost_at_start(reports, silence_s=1.0)
+    assert found is not None
+    assert found.rank == 2
+    assert "3.0 s while it was starting" in found.what
+    absent = lost_at_start({0: report(Doing.STARTING), 1: Report(None, 0.0)}, silence_s=1.0)
+    assert absent is not None
+    assert absent.rank == 1
+    assert "never joined" in absent.what
+
+
+def test_of_several_silent_ones_none_is_picked() -> None:
+    found = lost_at_start({0: Report(None, 0.0), 1: report(Doing.STARTING, age_s=3.0)}, silence_s=1.0)
+    assert found is not None
+    assert found.rank is None
+    assert "rank 0 never joined, rank 1 gave no sign of life" in found.what
+
+
+@given(st.lists(st.one_of(waiting, working, outside, stuck), max_size=8))
+def test_once_all_have_started_nobody_is_guessed(reports: list[Report]) -> None:
+    started = [one for one in reports if one.beat is not None and one.beat.doing is not Doing.STARTING]
+    assert lost_at_start(dict(enumerate(started)), silence_s=1.0) is None
 
 
 @pytest.mark.parametrize("name", ["deadline_s", "startup_s", "outside_s"])
