@@ -1,7 +1,7 @@
 """What the command line trains: ``streamdiff train RECIPE``.
 
-A recipe is a module with ``add_arguments(parser)`` and ``run(args)``; it is imported when it is asked for. Those that
-learn share their options (`add_training_arguments`) and the way a run is shown and stopped (`conduct`).
+A recipe is a function that adds options to a parser and one that runs; its module is imported when it is asked for.
+Those that learn share their options (`add_training_arguments`) and the way a run is shown and stopped (`conduct`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,28 +29,39 @@ from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.training.loop import Plan, Task, Trainer
 
-RECIPES: Mapping[str, tuple[str, str]] = {
-    "data": ("streamdiff.training.data", "draw talking heads with known truth"),
-    "codec": ("streamdiff.training.codec", "a small causal video codec"),
-    "encode": ("streamdiff.training.encode", "clips to latents, with a trained codec"),
-    "forcing": ("streamdiff.training.forcing", "the video model: flow matching with diffusion forcing"),
-    "consistency": ("streamdiff.training.consistency", "fewer steps: causal consistency"),
-    "distil": ("streamdiff.training.matching", "few steps: self-forcing distribution matching"),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Where a recipe is written: a module with one function that adds its options and one that runs it."""
+
+    what: str
+    module: str
+    add_arguments: str = "add_arguments"
+    run: str = "run"
+
+    def load(self) -> tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]:
+        module = importlib.import_module(f"streamdiff.training.{self.module}")
+        return getattr(module, self.add_arguments), getattr(module, self.run)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "data": Recipe(what="draw talking heads with known truth", module="data"),
+    "codec": Recipe(what="a small causal video codec", module="codec"),
+    "encode": Recipe(
+        what="clips to latents, with a trained codec",
+        module="codec",
+        add_arguments="add_encode_arguments",
+        run="run_encode",
+    ),
+    "forcing": Recipe(what="the video model: flow matching with diffusion forcing", module="forcing"),
+    "consistency": Recipe(what="fewer steps: causal consistency", module="consistency"),
+    "distil": Recipe(what="few steps: self-forcing distribution matching", module="matching"),
 }
-"""Name -> module, and what it makes."""
-
-
-class Recipe(Protocol):
-    """What a recipe's module has."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, args: argparse.Namespace) -> int: ...
 
 
 def register(commands: Any) -> None:
     """Add ``train`` to the sub-commands of a parser (what ``add_subparsers`` returned)."""
-    listed = "\n".join(f"  {name:<13}{what}" for name, (_, what) in RECIPES.items())
+    listed = "\n".join(f"  {name:<13}{recipe.what}" for name, recipe in RECIPES.items())
     train = commands.add_parser(
         "train",
         help="train the video model, step by step",
@@ -65,13 +77,13 @@ def run_train(args: argparse.Namespace) -> int:
     """``streamdiff train``."""
     if args.recipe not in RECIPES:
         raise ConfigError(f"there is no recipe {args.recipe!r}; choose from {', '.join(RECIPES)}")
-    module, what = RECIPES[args.recipe]
-    recipe = cast("Recipe", importlib.import_module(module))
+    recipe = RECIPES[args.recipe]
+    add_arguments, run = recipe.load()
     parser = argparse.ArgumentParser(
-        prog=f"streamdiff train {args.recipe}", description=what[0].upper() + what[1:] + "."
+        prog=f"streamdiff train {args.recipe}", description=recipe.what[0].upper() + recipe.what[1:] + "."
     )
-    recipe.add_arguments(parser)
-    return recipe.run(parser.parse_args(args.arguments))
+    add_arguments(parser)
+    return run(parser.parse_args(args.arguments))
 
 
 # -------------------------------------------------------------------------------------------- what recipes have alike

@@ -321,7 +321,9 @@ class Trainer:
                 if on_sample is not None and not asked and (done or now - sampled_at >= sample_every_s):
                     on_sample(self.step)
                     sampled_at = time.monotonic()
+                    self._log.flush()
                 self.spent_s += time.monotonic() - now
+        draw_curves(self._log.history, self.folder / CURVES)
         return Outcome(self.step, self.total, asked[0] if asked else None)
 
     def _learn(self) -> dict[str, float]:
