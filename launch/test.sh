@@ -15,5 +15,5 @@ install dev -e ".[avatar,avatar-eval,demo,encoders]" --group dev
 export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
 poe check
 if [ "${1:-}" = --all ]; then
-    pytest -m "slow and not gpu and not multigpu"
+    pytest -m "slow and not gpu and not multigpu" --durations=15
 fi

@@ -98,6 +98,11 @@ def test_a_short_long_stream() -> None:
 
 
 @pytest.mark.slow
+def test_minutes_of_the_tiny_preset() -> None:
+    run_long(presets.tiny(), 400)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_two_thousand_chunks_of_the_tiny_preset() -> None:
     run_long(presets.tiny(), 2000)
