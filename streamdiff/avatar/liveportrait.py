@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from streamdiff.avatar.identity import IdentityBundle
 from streamdiff.avatar.kinematics import KinematicSpec, lp70
+from streamdiff.avatar.render import as_motion
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 
 NUM_POINTS = 21
@@ -462,11 +463,7 @@ class LivePortraitRenderer:
     @torch.inference_mode()
     def render(self, motion_AE: Tensor | NDArray[np.float32]) -> Tensor:
         """Frames ``[A, 512, 512, 3]``, uint8 sRGB, on the renderer's device."""
-        if motion_AE.ndim != 2 or motion_AE.shape[1] != self.spec.num_coefs:
-            raise InputError(f"motion of {self.spec.name!r} is [A, {self.spec.num_coefs}], got {list(motion_AE.shape)}")
-        if isinstance(motion_AE, np.ndarray):
-            motion_AE = torch.from_numpy(np.array(motion_AE, np.float32))
-        motion = motion_AE.float().to(self.device)
+        motion = as_motion(motion_AE, self.spec).to(self.device)
         frames = torch.empty(len(motion), 512, 512, 3, dtype=torch.uint8, device=self.device)
         part = self.spec.part
         for frame, coefs in zip(frames, motion.split(1), strict=True):

@@ -656,6 +656,11 @@ class MotionStream:
         if self._plan_from + len(self._plan_AE) > self.next_frame + after:
             self._stale = True
 
+    def skip(self, num_frames: int) -> None:
+        """Forget the cues of the next frames: what comes after them comes now."""
+        self._ahead = self._ahead[slice(num_frames, None)]
+        self._stale = True
+
     def rewind(self, num_frames: int) -> None:
         """Take back the last frames, at most `MAX_REWIND`, because nobody has seen them; their cues lie
         ahead again.

@@ -57,6 +57,8 @@ _FADE_SAMPLES = RATE_HZ // 100
 _NAP_S = 0.25
 _PATIENCE = 6
 """Times 10 ms that live sound may be late before a frame of silence takes its place."""
+_HUSHED = 0.01
+"""Peak of a frame of sound that nobody misses: -40 dBFS."""
 _NEVER = 1 << 62
 
 StateName: TypeAlias = Literal["idle", "listening", "speaking", "fading"]
@@ -185,6 +187,8 @@ class Metrics:
     dropped_frames: int = 0
     late_frames: int = 0
     """Frames taken more than one frame after their time (real time only)."""
+    skipped_frames: int = 0
+    """Frames of silence left out of live sound, to make up for late ones."""
     longest_queue: int = 0
     """Most frames ever found between motion and the caller."""
     voice_ms: float | None = None
@@ -280,6 +284,14 @@ class _Score:
             ]
         return cues
 
+    @property
+    def is_hushed(self) -> bool:
+        """Whether the next frame and the one after it are silent parts of live sound that still goes on."""
+        if self._segment is None or not self._segment.live or len(self.frames) < 2:
+            return False
+        first, second = self.frames[0], self.frames[1]
+        return not first.end and bool(max(np.abs(first.audio_S).max(), np.abs(second.audio_S).max()) < _HUSHED)
+
     def after_silence(self) -> None:
         """Frames without sound were shown: the next sound begins in silence."""
         if not self.frames and not len(self._pending_S):
@@ -334,6 +346,7 @@ class AvatarStream:
         self._cut_to: int | None = None
         self._settle = False
         self._interrupted_s: float | None = None
+        self._owed_s = 0.0
         self._heard: Segment | None = None
         self._num_segments = 0
         self._segments: deque[Segment] = deque()
@@ -371,6 +384,8 @@ class AvatarStream:
 
     def push_audio(self, samples: NDArray[Any] | bytes, rate_hz: int = RATE_HZ, *, last: bool = False) -> Segment:
         """Give sound from outside, in order; ``last`` ends its segment.
+
+        In real time, pauses of a segment that still goes on are shortened by as much as frames were late.
 
         Raises:
             InputError: no waveform (see `ExternalAudio.push`), or more than 60 s of sound waiting.
@@ -581,6 +596,8 @@ class AvatarStream:
             # Sound cannot be taken back: the clock moves, the lips stay with the voice.
             self.metrics.late_frames += 1
             self._clock_s += now_s - due_s
+            with self._wake:
+                self._owed_s += now_s - due_s
 
     def _speech(self) -> None:
         """Turn text into chunks, a little ahead of the picture."""
@@ -669,6 +686,7 @@ class AvatarStream:
             if state != waiting:
                 waiting = state
                 motion.revise(Cues.silence(0), after=len(score.frames))
+            self._make_up(score, shortest)
             # While sound is still coming, what follows is not silence but unknown.
             wanted = shortest if score.is_open else longest
             if motion.num_cued < wanted:
@@ -679,6 +697,17 @@ class AvatarStream:
             if sounding.segment is None:
                 score.after_silence()
             self._put(motion_E, sounding, take, epoch, waiting)
+
+    def _make_up(self, score: _Score, shortest: int) -> None:
+        """Leave silence out of live sound for as long as frames were late: else one stall would delay it for ever."""
+        with self._wake:
+            while self._owed_s >= 1 / FPS and len(score.frames) > shortest and score.is_hushed:
+                score.frames.popleft()
+                self._motion.skip(1)
+                self._owed_s -= 1 / FPS
+                self.metrics.skipped_frames += 1
+            if len(score.frames) <= shortest:
+                self._owed_s = 0.0
 
     def _must_turn(self) -> bool:
         """Whether motion has better to do than wait for room: it is cut, or words overtake idling (lock held)."""

@@ -188,3 +188,46 @@ def test_the_async_face_says_the_same() -> None:
     expected_S = voice_sound("Hello my friend. How are you?")
     assert np.array_equal(heard(frames, segment)[: len(expected_S)], expected_S)
     assert engine.size == (16, 16)
+
+
+def paused(num_frames: int = 60) -> np.ndarray:
+    """Words, a pause from frame 20 to frame 50, and words."""
+    sound_S = np.random.default_rng(3).uniform(0.1, 0.5, num_frames * 960).astype(np.float32)
+    sound_S[20 * 960 : 50 * 960] = 0.0
+    return sound_S
+
+
+@pytest.mark.parametrize("stall_s", [0.0, 0.6])
+def test_live_sound_makes_up_for_a_stall_in_its_next_pause(stall_s: float) -> None:
+    sound_S = paused()
+    with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion(), realtime=True) as stream:
+        frames = [stream.next_frame(20) for _ in range(4)]
+        segment = stream.push_audio(sound_S[: 30 * 960])
+        while segment.num_shown < 10:
+            frames.append(stream.next_frame(20))
+        time.sleep(stall_s)
+        stream.push_audio(sound_S[30 * 960 :])
+        while segment.num_shown < 40 - int(stall_s * 25):
+            frames.append(stream.next_frame(20))
+        stream.flush()
+        frames += until_done(stream, segment)
+        skipped = stream.metrics.skipped_frames
+    heard_S = heard(frames, segment)
+    # Words come whole; of the pause, what was lost by the stall is left out, and no more.
+    assert np.array_equal(heard_S[heard_S != 0], sound_S[sound_S != 0])
+    assert len(heard_S) == len(sound_S) - 960 * skipped
+    if stall_s:
+        assert stall_s * 25 - 4 <= skipped <= 28
+    elif stream.metrics.late_frames == 0:
+        assert skipped == 0
+
+
+def test_silence_that_was_pushed_whole_is_heard_whole() -> None:
+    sound_S = paused()
+    with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion(), realtime=True) as stream:
+        stream.next_frame(20)
+        segment = stream.push_audio(sound_S, last=True)
+        frames = [stream.next_frame(20) for _ in range(8)]
+        time.sleep(0.4)
+        frames += until_done(stream, segment)
+    assert np.array_equal(heard(frames, segment), sound_S)
