@@ -7,6 +7,7 @@ Those that learn share their options (`add_training_arguments`) and the way a ru
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import re
@@ -121,7 +122,25 @@ def preset_of(args: argparse.Namespace) -> EngineConfig:
     torch.set_num_threads(args.threads)
     # Numbers too small to be normal cost a CPU a hundred times the others.
     torch.set_flush_denormal(True)
+    _keep_memory()
     return presets.preset(args.preset)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def _keep_memory() -> None:
+    """Keep what was freed, where the C library is glibc: a step frees and asks for the same tensors again.
+
+    Otherwise each large one goes back to the kernel and comes anew, zeroed page by page: a tenth of a step of the
+    portrait preset (0.70 s of CPU time, against 0.63 s; 26,000 page faults, against 200).
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
+        libc.mallopt(option, value)
 
 
 def duration_s(text: str) -> float:
