@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -163,9 +164,16 @@ def _bytes_per_value(device: str) -> int:
     return 2 if device.startswith("cuda") else 4
 
 
-def _kept_layers(options: StepOptions) -> int | None:
+class _EightBits(TypedDict):
     """As `cost.rank_bytes` takes it."""
-    return options.kept_layers if options.precision is Precision.FP8 else None
+
+    kept_layers: int | None
+    eight_bit_history: bool
+
+
+def _eight_bits(options: StepOptions) -> _EightBits:
+    kept_layers = options.kept_layers if options.precision is Precision.FP8 else None
+    return {"kept_layers": kept_layers, "eight_bit_history": options.history is Precision.FP8}
 
 
 def role_bytes(
@@ -180,7 +188,7 @@ def role_bytes(
             config,
             num_steps=len(role.steps),
             bytes_per_value=bytes_per_value,
-            kept_layers=_kept_layers(options or StepOptions()),
+            **_eight_bits(options or StepOptions()),
         ).total
     frame = config.height * config.width * bytes_per_value
     if role.decodes:
@@ -245,7 +253,7 @@ def describe(schedule: Schedule, found: Forecast, engine: Engine, *, device: str
             config,
             num_steps=max(1, len(role.steps)),
             bytes_per_value=bytes_per_value,
-            kept_layers=_kept_layers(engine.options),
+            **_eight_bits(engine.options),
         )
         dit = [_size(parts.weights), _size(parts.history + parts.pristine_sink)] if role.steps else ["-", "-"]
         lines.append(

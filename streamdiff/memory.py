@@ -12,6 +12,8 @@ positions, so a chunk attends to one dense prefix of that buffer: no concatenati
 - The sink's keys are kept un-rotated in a pristine copy and rotated from it into the buffer for every chunk. Rotating
   the rotated keys again would lose a little each time: 5 % after 100 chunks in bfloat16, 52 % after 1000.
 - A slot that is overwritten is first copied to a spill, so that ``slack_chunks`` chunks can be taken back.
+- Keys and values may lie in eight bits (e4m3) with one scale per token and head: half the memory. The pristine sink
+  does not, so that turning it rounds once.
 
 What is where is decided with integers in `Ring`; `StepMemory` moves the tensors.
 
@@ -30,7 +32,7 @@ from torch import Tensor
 from streamdiff import counter
 from streamdiff.errors import MemoryOrderError
 from streamdiff.rope import Rotation
-from streamdiff_kernels import Impl, rotate_sink_
+from streamdiff_kernels import Impl, quantise_rows, rotate_sink_
 
 
 def sink_lead(*, seed: int, stream: int, chunk: int, low: int, high: int) -> int:
@@ -206,6 +208,9 @@ class StepMemory:
 
     Where the current chunk goes and how much is filled is known twice: on the host as integers, and on the device
     (``slot_index``, ``length``), so that a captured step can follow the ring without the host.
+
+    ``eight_bits``: keys and values are float8_e4m3fn, and ``key_scale_ZBMN`` and ``value_scale_ZBMN`` hold the float32
+    scales that make numbers of them; only a served step reads and writes such a history.
     """
 
     def __init__(
@@ -216,6 +221,7 @@ class StepMemory:
         window_chunks: int,
         slack_chunks: int = 0,
         impl: Impl = Impl.TORCH,
+        eight_bits: bool = False,
     ) -> None:
         like = sink.values_ZBSNK
         Z, B, S, N, K = like.shape
@@ -228,22 +234,37 @@ class StepMemory:
         self._sink = sink
         self._impl = impl
         num_tokens = S + window_chunks * chunk_tokens
-        self.keys_ZBMNK = torch.zeros((Z, B, num_tokens, N, K), dtype=like.dtype, device=like.device)
+        dtype = torch.float8_e4m3fn if eight_bits else like.dtype
+        self.keys_ZBMNK = torch.zeros((Z, B, num_tokens, N, K), dtype=dtype, device=like.device)
         self.values_ZBMNK = torch.zeros_like(self.keys_ZBMNK)
-        spill_shape = (slack_chunks, Z, B, chunk_tokens, N, K)
-        self._spilled_keys = torch.zeros(spill_shape, dtype=like.dtype, device=like.device)
-        self._spilled_values = torch.zeros_like(self._spilled_keys)
+        self.key_scale_ZBMN: Tensor | None = None
+        self.value_scale_ZBMN: Tensor | None = None
+        self._rings = [self.keys_ZBMNK, self.values_ZBMNK]
+        """All that has a row per token."""
+        if eight_bits:
+            self.key_scale_ZBMN = torch.zeros((Z, B, num_tokens, N), dtype=torch.float32, device=like.device)
+            self.value_scale_ZBMN = torch.zeros_like(self.key_scale_ZBMN)
+            self._rings += [self.key_scale_ZBMN, self.value_scale_ZBMN]
+        self._spills = [ring.new_zeros((slack_chunks, Z, B, chunk_tokens, *ring.shape[3:])) for ring in self._rings]
 
     @property
     def num_bytes(self) -> int:
-        return 2 * (self.keys_ZBMNK.nbytes + self._spilled_keys.nbytes)
+        return sum(buffer.nbytes for buffer in (*self._rings, *self._spills))
+
+    @property
+    def eight_bits(self) -> bool:
+        return self.key_scale_ZBMN is not None
 
     def take_sink(self, still: Rotation | None) -> None:
         """Bring the sink in after it was computed anew: all its values, and the keys that keep their position.
 
         The keys that move follow with every `turn_sink`.
         """
-        self.values_ZBMNK[:, :, : self.sink_tokens].copy_(self._sink.values_ZBSNK)
+        values_ZBSNK = self._sink.values_ZBSNK
+        if self.value_scale_ZBMN is not None:
+            values_ZBSNK, scale_ZBSN = quantise_rows(values_ZBSNK, impl=self._impl)
+            self.value_scale_ZBMN[:, :, : self.sink_tokens].copy_(scale_ZBSN)
+        self.values_ZBMNK[:, :, : self.sink_tokens].copy_(values_ZBSNK)
         if still is not None:
             self._turn(self._sink.still_keys_ZBSNK, still, first_row=self._sink.moving_tokens)
 
@@ -258,6 +279,7 @@ class StepMemory:
             rotation.sin_LF,
             self.keys_ZBMNK.flatten(0, 1),
             first_row=first_row,
+            key_scale_BMN=None if self.key_scale_ZBMN is None else self.key_scale_ZBMN.flatten(0, 1),
             impl=self._impl,
         )
 
@@ -266,8 +288,8 @@ class StepMemory:
         slot = self.ring.admit(chunk)
         if slot.evicted is not None and self.ring.slack:
             spill, rows = slot.evicted % self.ring.slack, self._rows(slot.index)
-            self._spilled_keys[spill].copy_(self.keys_ZBMNK[:, :, rows])
-            self._spilled_values[spill].copy_(self.values_ZBMNK[:, :, rows])
+            for ring, kept in zip(self._rings, self._spills, strict=True):
+                kept[spill].copy_(ring[:, :, rows])
         self._point(slot.index, slot.filled)
         return slot
 
@@ -292,12 +314,13 @@ class StepMemory:
         try:
             yield
         finally:
-            for buffer in (self.keys_ZBMNK, self.values_ZBMNK):
-                buffer[:, :, self._rows(0)].zero_()
+            for ring in self._rings:
+                ring[:, :, self._rows(0)].zero_()
             self._point(0, 0)
 
     def views(self, slot: Slot) -> list[LayerMemory]:
-        """The chunk's place in every layer, for a model in plain torch."""
+        """The chunk's place in every layer, for a model in plain torch, which does not read eight bits."""
+        assert not self.eight_bits
         rows, visible = self._rows(slot.index), self.sink_tokens + slot.filled * self.chunk_tokens
         return [
             LayerMemory(
@@ -313,8 +336,8 @@ class StepMemory:
         """Forget ``chunk`` and all after it, bringing back what they displaced."""
         for restore in self.ring.rewind(chunk):
             rows = self._rows(restore.slot)
-            self.keys_ZBMNK[:, :, rows].copy_(self._spilled_keys[restore.spill])
-            self.values_ZBMNK[:, :, rows].copy_(self._spilled_values[restore.spill])
+            for ring, kept in zip(self._rings, self._spills, strict=True):
+                ring[:, :, rows].copy_(kept[restore.spill])
 
     def clear(self) -> None:
         """Forget every chunk; the sink stays."""
@@ -324,7 +347,7 @@ class StepMemory:
         """As if new: nothing is remembered, and nothing is left of what was."""
         self.clear()
         self._point(0, 0)
-        for buffer in (self.keys_ZBMNK, self.values_ZBMNK, self._spilled_keys, self._spilled_values):
+        for buffer in (*self._rings, *self._spills):
             buffer.zero_()
 
     def _rows(self, slot: int) -> slice:

@@ -17,7 +17,15 @@ from streamdiff_kernels.ops import attend
 logger = logging.getLogger(__name__)
 
 
-def resolve_backend(name: str, q_BLNK: Tensor, keys_BMNK: Tensor, values_BMNK: Tensor) -> str:
+def resolve_backend(
+    name: str,
+    q_BLNK: Tensor,
+    keys_BMNK: Tensor,
+    values_BMNK: Tensor,
+    *,
+    key_scale_BMN: Tensor | None = None,
+    value_scale_BMN: Tensor | None = None,
+) -> str:
     """The name of a backend that can run on such tensors; call it once, when the stage is built.
 
     A name is checked (`BackendUnavailable` says what is missing). ``auto`` measures a call over the whole
@@ -25,7 +33,9 @@ def resolve_backend(name: str, q_BLNK: Tensor, keys_BMNK: Tensor, values_BMNK: T
     """
     if name != "auto":
         return backend_named(name, device=q_BLNK.device, dtype=q_BLNK.dtype, head_dim=q_BLNK.shape[-1]).name
-    times_ms = measure_backends(q_BLNK, keys_BMNK, values_BMNK)
+    times_ms = measure_backends(
+        q_BLNK, keys_BMNK, values_BMNK, key_scale_BMN=key_scale_BMN, value_scale_BMN=value_scale_BMN
+    )
     best = min(times_ms, key=times_ms.__getitem__)
     if math.isinf(times_ms[best]):
         raise BackendUnavailable("no attention backend ran on these tensors; name one to see its error")
@@ -38,6 +48,8 @@ def measure_backends(
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
     *,
+    key_scale_BMN: Tensor | None = None,
+    value_scale_BMN: Tensor | None = None,
     num_runs: int = 5,
     candidates: Sequence[str] | None = None,
 ) -> dict[str, float]:
@@ -52,7 +64,15 @@ def measure_backends(
     for name in candidates:
 
         def once(backend: str = name) -> None:
-            attend(q_BLNK, keys_BMNK, values_BMNK, num_rows, backend=backend)
+            attend(
+                q_BLNK,
+                keys_BMNK,
+                values_BMNK,
+                num_rows,
+                backend=backend,
+                key_scale_BMN=key_scale_BMN,
+                value_scale_BMN=value_scale_BMN,
+            )
 
         try:
             times_ms[name] = _median_ms(once, device, num_runs)

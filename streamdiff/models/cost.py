@@ -135,21 +135,28 @@ class RankBytes:
 
 
 def rank_bytes(
-    config: EngineConfig, *, num_steps: int, bytes_per_value: int, kept_layers: int | None = None
+    config: EngineConfig,
+    *,
+    num_steps: int,
+    bytes_per_value: int,
+    kept_layers: int | None = None,
+    eight_bit_history: bool = False,
 ) -> RankBytes:
     """Memory of a rank that owns ``num_steps`` steps; 2 bytes per value for bfloat16, 4 for float32.
 
     ``kept_layers``: the layers between so many at each end serve their linears in eight bits; None: no layer does.
+    ``eight_bit_history``: keys and values of every step lie in eight bits, with a float32 scale per token and head.
     """
     dit = config.dit
     L, S = config.chunk_tokens, sink_tokens(config)
     kv_per_token = 2 * dit.num_layers * dit.dim * bytes_per_value
+    remembered_per_token = 2 * dit.num_layers * (dit.dim + 4 * dit.num_heads) if eight_bit_history else kv_per_token
     remembered = S + (config.memory.window_chunks + config.memory.slack_chunks) * L
     # The stream, its normed copies in this layer and the next, a branch, and the hidden layer before and after GELU.
     activations = L * bytes_per_value * (4 * dit.dim + 2 * dit.ffn_dim)
     return RankBytes(
         weights=dit_parameters(dit) * bytes_per_value - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
-        history=num_steps * remembered * kv_per_token,
+        history=num_steps * remembered * remembered_per_token,
         pristine_sink=S * kv_per_token,
         prompt=dit.text_len * kv_per_token,
         activations=activations,

@@ -69,6 +69,8 @@ class StepOptions:
     precision: Precision = Precision.WEIGHTS
     kept_layers: int = 1
     """With fp8: how many layers at each end of the model keep the precision of their weights."""
+    history: Precision = Precision.WEIGHTS
+    """Of the keys and values that are remembered; fp8 takes half the memory, and on CUDA the attention ``triton``."""
     graph: bool = True
     """Replay CUDA graphs; no effect on a CPU."""
     compile: bool = False
@@ -88,6 +90,8 @@ class StepOptions:
         """The backend to ask for; not yet whether it can run."""
         if self.attention is not None:
             return self.attention
+        if device.type == "cuda" and self.history is Precision.FP8:
+            return "triton"  # the others would widen the whole history at every call
         ready = kernels.available_backends(device=device, dtype=dtype, head_dim=head_dim)
         if device.type == "cpu" and ready["onednn"] is None:
             return "onednn"
@@ -303,6 +307,8 @@ class _Fused:
             sin_LR=rotation.sin_LF,
             keys_BMNK=ring.keys_BMNK,
             values_BMNK=ring.values_BMNK,
+            key_scale_BMN=ring.key_scale_BMN,
+            value_scale_BMN=ring.value_scale_BMN,
             slot=ring.slot,
             ring_start=ring.sink_tokens,
             eps=eps,
@@ -349,8 +355,18 @@ class _Traced:
         q_BLNK, k_BLNK = reference.qk_norm_rope(q_BLD, k_BLD, *weights, rotation.cos_LF, rotation.sin_LF, eps)
         L = q_BLD.shape[1]
         rows_L = ring.sink_tokens + ring.slot * L + torch.arange(L, device=q_BLD.device)
-        ring.keys_BMNK.index_copy_(1, rows_L, k_BLNK.to(ring.keys_BMNK.dtype))
-        ring.values_BMNK.index_copy_(1, rows_L, v_BLD.unflatten(-1, k_BLNK.shape[-2:]))
+        v_BLNK = v_BLD.unflatten(-1, k_BLNK.shape[-2:])
+        for rows_BMNK, scales_BMN, x_BLNK in (
+            (ring.keys_BMNK, ring.key_scale_BMN, k_BLNK),
+            (ring.values_BMNK, ring.value_scale_BMN, v_BLNK),
+        ):
+            if scales_BMN is None:
+                rows_BMNK.index_copy_(1, rows_L, x_BLNK.to(rows_BMNK.dtype))
+            else:
+                x8_BLNK, scale_BLN = reference.quantise_rows(x_BLNK.float())
+                # The bits are what moves: no index_copy_ takes eight-bit floats.
+                rows_BMNK.view(torch.uint8).index_copy_(1, rows_L, x8_BLNK.view(torch.uint8))
+                scales_BMN.index_copy_(1, rows_L, scale_BLN)
         return q_BLNK.to(q_BLD.dtype)
 
     def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -415,6 +431,8 @@ class _Ring:
 
     keys_BMNK: Tensor
     values_BMNK: Tensor
+    key_scale_BMN: Tensor | None
+    value_scale_BMN: Tensor | None
     slot: Tensor
     sink_tokens: int
     length: Tensor | int
@@ -424,7 +442,15 @@ class _Ring:
 def _attend(between: _Between, eps: float, h: Activation, layer: _Layer, rotation: Rotation, ring: _Ring) -> Tensor:
     """Self-attention over the history. What is used once has no name here, so that its memory is free at once."""
     q_BLNK = between.place(layer.qkv(h), layer, rotation, ring, eps)
-    y_BLNK = kernels.attend(q_BLNK, ring.keys_BMNK, ring.values_BMNK, ring.length, backend=ring.backend)
+    y_BLNK = kernels.attend(
+        q_BLNK,
+        ring.keys_BMNK,
+        ring.values_BMNK,
+        ring.length,
+        backend=ring.backend,
+        key_scale_BMN=ring.key_scale_BMN,
+        value_scale_BMN=ring.value_scale_BMN,
+    )
     return layer.o(between.enter(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
 
 
@@ -576,9 +602,18 @@ class ServedWeights:
         keys_BMNK, values_BMNK = memory.keys_ZBMNK[0], memory.values_ZBMNK[0]
         shape = keys_BMNK.shape
         if shape not in self._backends:
-            name = self.options.resolved_attention(keys_BMNK.device, keys_BMNK.dtype, shape[-1])
-            q_BLNK = keys_BMNK[:, : memory.chunk_tokens]
-            self._backends[shape] = kernels.resolve_backend(name, q_BLNK, keys_BMNK, values_BMNK)
+            name = self.options.resolved_attention(keys_BMNK.device, self.dit.dtype, shape[-1])
+            q_BLNK = torch.zeros(
+                (shape[0], memory.chunk_tokens, *shape[2:]), dtype=self.dit.dtype, device=keys_BMNK.device
+            )
+            self._backends[shape] = kernels.resolve_backend(
+                name,
+                q_BLNK,
+                keys_BMNK,
+                values_BMNK,
+                key_scale_BMN=None if memory.key_scale_ZBMN is None else memory.key_scale_ZBMN[0],
+                value_scale_BMN=None if memory.value_scale_ZBMN is None else memory.value_scale_ZBMN[0],
+            )
             for layer in self.layers:
                 layer.text.backend = self._backends[shape]
         return self._backends[shape]
@@ -659,10 +694,10 @@ class ServedStep:
         self._backend = weights.backend(memory)
         # A function, not a method: one compilation serves all steps.
         self._block = torch.compile(_block, fullgraph=True) if options.compile else _block
-        self._rings = [
-            (keys_BMNK, values_BMNK)
-            for keys_BMNK, values_BMNK in zip(memory.keys_ZBMNK, memory.values_ZBMNK, strict=True)
-        ]
+        none = [None] * memory.keys_ZBMNK.shape[0]
+        key_scales = none if memory.key_scale_ZBMN is None else memory.key_scale_ZBMN
+        value_scales = none if memory.value_scale_ZBMN is None else memory.value_scale_ZBMN
+        self._rings = list(zip(memory.keys_ZBMNK, memory.values_ZBMNK, key_scales, value_scales, strict=True))
         self._captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
 
     def __call__(
@@ -705,6 +740,8 @@ class ServedStep:
     @property
     def _follows_length(self) -> bool:
         """Whether attention reads the fill level where a graph can follow it."""
+        if self._memory.eight_bits:
+            return self._backend == "triton"  # the others widen what they read, and must know how much
         # The reference could read it, but would make the host wait.
         return kernels.BACKENDS[self._backend].counts_on_device and self._backend != "reference"
 

@@ -21,7 +21,7 @@ from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
 from streamdiff.models.served_decoder import ServedDecoder
-from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
+from streamdiff.models.step import Precision, ServedStep, ServedWeights, StepOptions
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
@@ -119,6 +119,7 @@ class DenoiseStage:
                     window_chunks=config.memory.window_chunks,
                     slack_chunks=config.memory.slack_chunks,
                     impl=impl,
+                    eight_bits=options.history is Precision.FP8,
                 )
                 served = ServedStep(weights, dit.modulation(config.sigmas[i]), memory, options)
                 self._steps.append(_Step(i, config.sigmas[i], config.sigmas[i + 1], memory, served))

@@ -100,14 +100,19 @@ class Case:
         dit.prefill_sink(self.reference, self.motion, self.text, dit.modulation(0.0), sink, position=30)
         return sink
 
-    def memory(self) -> StepMemory:
+    def memory(self, *, eight_bits: bool = False) -> StepMemory:
         """A new history, poisoned where nothing was written."""
         config = self.config
         memory = StepMemory(
-            self.sink, chunk_tokens=config.chunk_tokens, window_chunks=config.memory.window_chunks, slack_chunks=1
+            self.sink,
+            chunk_tokens=config.chunk_tokens,
+            window_chunks=config.memory.window_chunks,
+            slack_chunks=1,
+            eight_bits=eight_bits,
         )
-        memory.keys_ZBMNK.fill_(float("nan"))
-        memory.values_ZBMNK.fill_(float("nan"))
+        for ring in (memory.keys_ZBMNK, memory.values_ZBMNK, memory.key_scale_ZBMN, memory.value_scale_ZBMN):
+            if ring is not None:
+                ring.fill_(float("nan"))
         memory.take_sink(self.dit.motion_rotation(config.latent_hw) if self.motion is not None else None)
         return memory
 
