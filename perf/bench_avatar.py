@@ -6,9 +6,9 @@
     python perf/bench_avatar.py --only sustained --size 512
 
 One thread per stage (``torch.set_num_threads(1)``). Wall-clock rows suffer from whatever else the machine does, so its
-load is noted, and CPU time per frame stands beside frames per second. Rows that need packages say so: identity
-(``dlib-bin``) and words (``faster-whisper``), both in the extra ``avatar-eval``. The last line is one JSON object;
-``| python perf/table.py --keep avatar`` keeps it.
+load and our priority are noted, and CPU time per frame stands beside frames per second. Rows that need packages say so:
+identity (``dlib-bin``) and words (``faster-whisper``), both in the extra ``avatar-eval``. The last line is one JSON
+object; ``| python perf/table.py --keep avatar`` keeps it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import resource
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import machine_card
+from PIL import Image, ImageFilter
 
 from streamdiff import demo
 from streamdiff.avatar.identity import create_bundle
@@ -38,6 +40,7 @@ from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame
 from streamdiff.avatar.render import WarpRenderer
 from streamdiff.avatar.speech import RATE_HZ, HibariVoice
 from streamdiff.errors import BackendError, InputError, StreamdiffError
+from streamdiff.media import read_audio
 
 SENTENCES = tuple(
     line.strip()
@@ -104,7 +107,7 @@ TEXTS = (
     "Please call Stella and ask her to bring these things from the store.",
     "The quick brown fox jumps over the lazy dog, and then it runs away home.",
     "If you want to know what happened yesterday, you will have to ask him yourself.",
-    "There are many things in this old house that nobody has looked at for thirty years, I think.",
+    "There are many things in this old house that nobody has looked at for thirty years, I should say so.",
 )
 
 
@@ -126,6 +129,15 @@ def resident_mib() -> float:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def priority() -> str:
+    """How nice this process is; on Linux also its session, whose share counts first where sessions are grouped."""
+    try:
+        group = " of " + Path("/proc/self/autogroup").read_text(encoding="ascii").split(" ", 1)[1].strip()
+    except (OSError, IndexError):
+        group = ""
+    return f"nice {os.nice(0)}{group}"
 
 
 @dataclass
@@ -523,6 +535,12 @@ def bench_wrong_input(bench: Bench) -> dict[str, Any]:
     def photo(picture: Any) -> Callable[[], object]:
         return lambda: create_bundle(picture, 256, landmarker=bench.landmarker) and "made"
 
+    def broken() -> object:
+        with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+            file.write(b"RIFF\x24\x00\x00\x00WAVEfmt " + rng.bytes(400))
+            file.flush()
+            return sum(1 for _ in read_audio(file.name, RATE_HZ)) and "read"
+
     reference = bench.renderer.bundle.reference_3HW.permute(1, 2, 0).contiguous().numpy()
     noise = rng.integers(0, 255, (300, 300, 3), dtype=np.uint8)
     cases: dict[str, Callable[[], object]] = {
@@ -534,21 +552,25 @@ def bench_wrong_input(bench: Bench) -> dict[str, Any]:
         "no face": photo(noise),
         "two faces": photo(np.concatenate([reference, reference], axis=1)),
         "a tiny photo": photo(reference[::8, ::8].copy()),
+        "a drawing": photo(np.array(Image.fromarray(reference).filter(ImageFilter.CONTOUR))),
+        "a broken WAV": broken,
         "8 kHz": push(rng.uniform(-0.1, 0.1, 8_000).astype(np.float32), 8_000),
         "192 kHz": push(rng.uniform(-0.1, 0.1, 192_000).astype(np.float32), 192_000),
         "4 kHz": push(np.zeros(100, np.float32), 4_000),
         "NaN": push(np.full(100, np.nan, np.float32), 16_000),
         "empty sound": push(np.zeros(0, np.float32), 16_000),
     }
-    results: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
+    errors, slowest_s = 0, 0.0
     for name, call in cases.items():
         began = time.monotonic()
         try:
-            outcome = str(call())
+            outcomes[name] = str(call())
         except StreamdiffError as error:
-            outcome = f"{type(error).__name__}: {str(error)[:60]}"
-        results[name] = f"{outcome} ({time.monotonic() - began:.2f} s)"
-    return results
+            outcomes[name] = f"{type(error).__name__}: {str(error)[:60]}"
+            errors += 1
+        slowest_s = max(slowest_s, time.monotonic() - began)
+    return {"inputs": len(cases), "errors": errors, "slowest_s": round(slowest_s, 2), "outcomes": outcomes}
 
 
 ROWS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -590,7 +612,7 @@ def main() -> None:
         "card": machine_card(torch.device("cpu")),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
-        "nice": os.nice(0),
+        "priority": priority(),
     }
     for name in chosen:
         report[name] = ROWS[name](bench)

@@ -94,6 +94,13 @@ class FitReport:
     landmark_error_px: float
     """Mean distance of lip and eye landmarks from where the solved coefficients put them."""
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_frames} frames, landmarks within {self.landmark_error_px:.2f} px; {self.steps} steps; on "
+            f"{self.num_held_out} frames held out, error {self.error_warp:.2f} -> {self.error_fitted:.2f} of 255, "
+            f"around the mouth {self.mouth_error_warp:.2f} -> {self.mouth_error_fitted:.2f}"
+        )
+
 
 def read_clip(path: str | Path, landmarker: Landmarker, *, max_frames: int = 1500) -> Clip:
     """Decode a video and find its face in every frame; at most ``max_frames``, evenly taken from its beginning.
