@@ -120,8 +120,6 @@ def preset_of(args: argparse.Namespace) -> EngineConfig:
     if args.batch < 1 or args.lr <= 0:
         raise ConfigError(f"--batch must be at least 1 and --lr above 0, got {args.batch} and {args.lr}")
     torch.set_num_threads(args.threads)
-    # Numbers too small to be normal cost a CPU a hundred times the others.
-    torch.set_flush_denormal(True)
     _keep_memory()
     return presets.preset(args.preset)
 
@@ -226,8 +224,13 @@ def conduct(
         assert sample is not None
         sample(trainer)
 
-    with bar:
-        outcome = trainer.train(on_step=on_step, on_sample=None if sample is None else on_sample)
+    # Numbers too small to be normal cost a CPU a hundred times the others.
+    torch.set_flush_denormal(True)
+    try:
+        with bar:
+            outcome = trainer.train(on_step=on_step, on_sample=None if sample is None else on_sample)
+    finally:
+        torch.set_flush_denormal(False)
     if outcome.stopped_by is not None:
         again = [*sys.argv[1:], *([] if args.resume else ["--resume"])]
         sys.stderr.write(
