@@ -216,8 +216,13 @@ def compare(rig: Rig) -> dict[str, Any]:
 
 def memory_of(rig: Rig, precision: str, options: StepOptions) -> dict[str, Any]:
     """Peak of an eager chunk, in which every allocation is seen, against `cost.rank_bytes`."""
-    kept = options.kept_layers if precision == "fp8" else None
-    need = cost.rank_bytes(rig.config, num_steps=1, bytes_per_value=2, kept_layers=kept).total
+    need = cost.rank_bytes(
+        rig.config,
+        num_steps=1,
+        bytes_per_value=2,
+        kept_layers=options.kept_layers if precision == "fp8" else None,
+        eight_bit_history=options.history is Precision.FP8,
+    ).total
     found: dict[str, Any] = {"cost_gib": need / 2**30}
     if rig.device.type == "cuda":
         with rig.eagerly():
@@ -294,10 +299,12 @@ def bench(
     compiled: bool,
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """Rows of one rank, with graph and without, and a velocity to compare precisions by."""
-    options = StepOptions(precision=PRECISIONS[precision], attention=args.attention, compile=compiled)
+    history = PRECISIONS[args.history]
+    options = StepOptions(precision=PRECISIONS[precision], attention=args.attention, compile=compiled, history=history)
     rig = Rig(config, device, options)
     facts: dict[str, Any] = {
-        "precision": precision,
+        # A name of its own: what is remembered in eight bits is no result for the step that is asked for.
+        "precision": precision if history is Precision.WEIGHTS else f"{precision}, history {args.history}",
         "layers": config.dit.num_layers,
         "attention": rig.stage._steps[0].velocity._backend,
         "warm_s": rig.seconds(rig.stage.warm),
@@ -351,7 +358,7 @@ def extrapolated(
         short[key] + (whole - short["layers"]) * (short[key] - shorter[key]) / (short["layers"] - shorter["layers"])
         for key in ("step_ms", "chunk_ms")
     )
-    floor = floor_ms(config, ceilings, eight_bits=precision == "fp8")
+    floor = floor_ms(config, ceilings, eight_bits=precision.startswith("fp8"))
     return {
         "precision": precision,
         "way": short["way"],
@@ -403,6 +410,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, help="chunks attended to, the own one included (default: 4)")
     parser.add_argument("--layers", type=int, help="default: as many as fit")
     parser.add_argument("--attention", default="auto", help="backend, or auto: the fastest (default)")
+    parser.add_argument("--history", choices=list(PRECISIONS), default="bf16", help="what is remembered in")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile instead of our kernels")
     parser.add_argument("--tiny", action="store_true", help="a toy model: what runs here runs there")
     parser.add_argument("--assume", choices=sorted(ASSUMED), help="use known ceilings instead of measuring")

@@ -38,7 +38,7 @@ def listed() -> tuple[list[str], list[str]]:
 def test_it_lists_its_parts() -> None:
     default, more = listed()
     assert {"tests", "kernels", "stage-bf16", "stage-fp8", "decoder", "roofline"} <= set(default)
-    assert {"stage-sparse", "stage-compiled"} <= set(more)
+    assert {"stage-sparse", "stage-history", "stage-compiled"} <= set(more)
     assert not set(default) & set(more)
 
 
@@ -73,7 +73,7 @@ def test_results_of_a_rehearsal_are_thrown_away() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs the coreutils")
 def test_every_part_runs_on_toy_shapes(tmp_path: Path) -> None:
-    parts = [*listed()[0], "stage-sparse"]  # what is compiled takes minutes and is tested elsewhere
+    parts = [*listed()[0], "stage-sparse", "stage-history"]  # what is compiled takes minutes and is tested elsewhere
     done = gpu_all("--tiny", "--out", str(tmp_path), *parts, timeout_s=580)
     assert done.returncode == 0, done.stdout[-3000:]
     summary = done.stdout.partition("== summary\n")[2].splitlines()
