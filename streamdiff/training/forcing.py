@@ -91,7 +91,8 @@ class LatentClips:
     """Encoded clips on disk: ``latents.safetensors``, as ``streamdiff train encode`` writes it.
 
     Tensors ``latent`` [N, C, T, H, W] and ``reference`` [N, C, H, W] (float16, normalised), ``audio`` [N, Z, E, A]
-    (float16, A video frames, T * A / T aligned), ``prompt`` [N] (index into the metadata's JSON list ``prompts``).
+    (float16; A = T * temporal_factor video frames, those of the first latent frame first), ``prompt`` [N] (index into
+    the JSON list ``prompts`` of the metadata).
     Clips are read when they are drawn; the file stays on disk.
 
     Args:
