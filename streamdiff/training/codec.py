@@ -7,8 +7,8 @@ The codec is `streamdiff.models.vae` at small size, encoder and decoder together
 folded into channels, causal convolutions that stream, and past them a linear projection. It begins as the principal
 components of patches (`principal_start`), which alone reach what convolutions from random weights need hours for; the
 convolutions then learn what is left. Loss: squared and absolute error of pixels and absolute error of their differences
-to the neighbours, heavier around the mouth; the posterior's divergence from a unit normal, so lightly that it only keeps
-latents in bounds.
+to the neighbours, heavier around the mouth; the posterior's divergence from a unit normal, so lightly that it only
+keeps latents in bounds.
 
 Channels are scaled by their deviation to the power 0.7, not 1: the first components, which carry most of the picture,
 stay larger than the last, and a video model that errs by the same amount everywhere errs less where it is seen.
@@ -18,10 +18,11 @@ Axes: B clips, C channels, T frames, H height, W width, N clips on disk, Z hidde
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +30,23 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from streamdiff import counter
+from streamdiff import counter, presets
 from streamdiff.config import VAEConfig
 from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models import vae
 from streamdiff.models.audio import LogMelFeatures
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
+from streamdiff.training import commands
 from streamdiff.training.data import ALL_PROMPTS, FPS, FRAME_SAMPLES, Shards
+from streamdiff.training.loop import Part, Trainer
 
 logger = logging.getLogger(__name__)
 
 DIVERGENCE = 1e-4
 SQUARES, EDGES = 20.0, 0.5
-"""Weights of the squared error and of the differences between neighbouring pixels, beside that of the absolute error."""
+"""Weights of squared error and of differences between neighbouring pixels, beside that of the absolute error."""
 _SCALE_POWER = 0.7
 _FIRST_LOG_VARIANCE = -6.0
 
@@ -204,3 +208,113 @@ def encode_clips(codec: Codec, shards: Shards, encoder: LogMelFeatures, *, progr
         "prompt": torch.tensor(prompts),
     }
     return tensors, {"prompts": json.dumps(list(texts))}
+
+
+# --- the commands
+
+
+class CodecTask:
+    """What `streamdiff.training.loop` runs: one batch a step."""
+
+    def __init__(self, codec: Codec, shards: Shards, *, batch: int, latents: int, lr: float, seed: int) -> None:
+        self.codec = codec
+        self.parts = {"codec": Part(module=codec, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, average=0.995)}
+        self._shards, self._batch, self._latents, self._seed = shards, batch, latents, seed
+
+    def frames(self, step: int) -> Tensor:
+        """The batch of a step."""
+        factor = self.codec.config.temporal_factor
+        frames = codec_batch(
+            self._shards, step, seed=self._seed, size=self._batch, latents=self._latents, factor=factor
+        )
+        return frames.to(self.codec.enc.conv1.weight.device)
+
+    def gradients(self, step: int) -> Mapping[str, float]:
+        frames_BCTHW = self.frames(step)
+        cells = frames_BCTHW.shape[3] // self.codec.config.spatial_factor
+        shape = (len(frames_BCTHW), self.codec.config.z_dim, self._latents, cells, cells)
+        noise = counter.normal(shape, "codec noise", self._seed, step).to(frames_BCTHW.device)
+        loss, facts = codec_loss(self.codec, frames_BCTHW, noise)
+        loss.backward()
+        return {"loss": float(loss.detach()), **facts}
+
+    @torch.no_grad()
+    def held_out_psnr_db(self) -> float:
+        """Of whole clips at the end of the shards."""
+        errors: list[Tensor] = []
+        for index in range(max(0, len(self._shards) - 8), len(self._shards)):
+            frames = from_rgb8(self._shards.frames(index)[None]).to(self.codec.enc.conv1.weight.device)
+            drawn = self.codec.decode(self.codec.posterior(frames)[0]).clamp(-1, 1)
+            errors.append(F.mse_loss(drawn, frames))
+        return float(-10 * torch.log10(torch.stack(errors).mean() / 4))
+
+
+_START_BATCHES = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``streamdiff train codec``."""
+    commands.add_training_arguments(parser, data="folder of clips (streamdiff train data)", batch=6, lr=4e-4)
+    parser.add_argument("--latents", type=int, default=5, help="latent frames of a clip (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the codec."""
+    config = commands.preset_of(args)
+    shards = Shards(args.data)
+    if shards.size != config.height or shards.size != config.width:
+        raise ConfigError(
+            f"the clips are {shards.size} pixels wide, the preset {config.name} shows {config.width}x{config.height}; "
+            "draw clips of that size, or choose another preset"
+        )
+    codec = Codec(config.vae, seed=args.seed).to(args.device)
+    task = CodecTask(codec, shards, batch=args.batch, latents=args.latents, lr=args.lr, seed=args.seed)
+    if args.init is not None:
+        codec = load_codec(args.init, config.vae)
+    elif config.vae.projects and not args.resume:
+        first = torch.cat([task.frames(-1 - number) for number in range(_START_BATCHES)])
+        logger.info("principal components alone: %.1f dB", principal_start(codec, first))
+
+    def sample(trainer: Trainer) -> None:
+        with trainer.averaged("codec"):
+            trainer.note({"held_out_psnr_db": task.held_out_psnr_db()})
+
+    def finish(trainer: Trainer) -> list[Path]:
+        path = args.out / "codec.safetensors"
+        with trainer.averaged("codec"):
+            facts = {**trainer.facts, "steps": trainer.step, "held_out_psnr_db": round(task.held_out_psnr_db(), 2)}
+            save_codec(codec, path, facts=facts)
+        return [path]
+
+    facts = {"preset": config.name, "seed": args.seed, "batch": args.batch, "latents": args.latents, "lr": args.lr,
+             "clips": len(shards)}  # fmt: skip
+    plan = commands.plan_of(args, budget="10min", warmup_steps=50)
+    return commands.conduct("codec", task, args, plan, facts=facts, sample=sample, finish=finish)
+
+
+def add_encode_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``streamdiff train encode``."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of clips (streamdiff train data)")
+    add("--codec", type=Path, required=True, metavar="FILE", help="trained codec (streamdiff train codec)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for latents.safetensors")
+    add("--preset", default="portrait", choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """Encode clips for the video model."""
+    config = presets.preset(args.preset)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    audio = config.dit.audio
+    if audio is None:
+        raise ConfigError(f"preset {config.name} does not listen; choose one that does, such as portrait")
+    codec, shards = load_codec(args.codec, config.vae), Shards(args.data)
+    with tqdm(total=len(shards), unit="clip", disable=None) as bar:
+        encoder = LogMelFeatures(num_bands=audio.feature_dim // 2 - 1)
+        tensors, facts = encode_clips(codec, shards, encoder, progress=bar.update)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "latents.safetensors"
+    save_file(tensors, path, metadata={**facts, "config": config.name})
+    logger.info("wrote %s: %d clips", path, len(shards))
+    return 0
