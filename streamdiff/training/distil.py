@@ -271,14 +271,14 @@ def accumulate(model: ChunkModel[_R], rollout: Rollout[_R], gradient_BCTHW: Tens
         rollout.entered.pop()
 
 
-def _mapped(tree: _T, function: Callable[[Tensor], Tensor]) -> _T:
+def mapped(tree: _T, function: Callable[[Tensor], Tensor]) -> _T:
     """The same tuples and dataclasses with other tensors."""
     if isinstance(tree, Tensor):
         return cast("_T", function(tree))
     if isinstance(tree, tuple):
-        return cast("_T", tuple(_mapped(part, function) for part in cast("tuple[object, ...]", tree)))
+        return cast("_T", tuple(mapped(part, function) for part in cast("tuple[object, ...]", tree)))
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        parts = {field.name: _mapped(getattr(tree, field.name), function) for field in dataclasses.fields(tree)}
+        parts = {field.name: mapped(getattr(tree, field.name), function) for field in dataclasses.fields(tree)}
         return cast("_T", dataclasses.replace(cast("Any", tree), **parts))
     return tree
 
@@ -301,7 +301,7 @@ class Cut(Generic[_T]):
             self._after.append(x.detach().requires_grad_())
             return self._after[-1]
 
-        self.tree: _T = _mapped(tree, leaf)
+        self.tree: _T = mapped(tree, leaf)
 
     def go_on(self) -> None:
         """Take the gathered gradients back to the weights."""

@@ -81,12 +81,19 @@ def adapt(
         layer = LoRALinear(base, rank=rank, alpha=alpha, dtype=dtype)
         if not layer.weight.is_meta:
             with torch.no_grad():
-                drawn = counter.normal((rank, layer.in_features), "lora", seed, name)
-                layer.lora_A.weight.copy_(drawn * layer.in_features**-0.5)
-                layer.lora_B.weight.zero_()
+                for factor in ("lora_A.weight", "lora_B.weight"):
+                    own = layer.get_parameter(factor)
+                    own.copy_(fresh_factor(f"{name}.{factor}", tuple(own.shape), seed=seed))
         dit.set_submodule(name, layer)
         factors += [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
     return factors
+
+
+def fresh_factor(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """What a factor is before it learns, float32: A drawn by the seed and its name, B zero."""
+    if name.endswith("lora_B.weight"):
+        return torch.zeros(shape)
+    return counter.normal(shape, "lora", seed, name) * shape[1] ** -0.5
 
 
 def twin(dit: CausalDiT) -> CausalDiT:
