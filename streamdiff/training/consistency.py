@@ -152,6 +152,7 @@ class ConsistencyTask:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train consistency``."""
     student.add_arguments(parser, lr=1e-4)
+    parser.epilog = "--init must be given: the weights of recipe forcing are both teacher and beginning of the student."
     add = parser.add_argument
     add("--grid", type=int, default=48, metavar="N", help="levels of the teacher's path (default: %(default)s)")
     add("--guidance", type=float, default=0.0, help="lead the teacher by sound and prompt (default: %(default)s)")

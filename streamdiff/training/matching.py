@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from streamdiff import counter
@@ -49,15 +50,20 @@ class MatchingConfig:
     """The critic learns in every step, the student in every so many-th."""
     adaptive_sink: float = 0.0
     """Share of clips whose sink is a moment of the clip, as after a refresh of the sink; else it is the reference."""
+    regression: float = 0.0
+    """Weight of the distance of the student's data from real data, from which its noisy clips were made
+    (TalkingMachines, 3.3); it holds colours and faces that the scores alone let drift."""
     critic_lr: float = 1e-4
     average: float = 0.98
     levels: ScoreLevels = field(default_factory=ScoreLevels)
 
     def __post_init__(self) -> None:
-        if self.student_every < 1 or self.guidance < 0 or self.critic_lr <= 0 or not 0 <= self.adaptive_sink <= 1:
+        weights = (self.guidance, self.regression)
+        if self.student_every < 1 or min(weights) < 0 or self.critic_lr <= 0 or not 0 <= self.adaptive_sink <= 1:
             raise ConfigError(
-                "student_every >= 1, guidance >= 0, critic_lr > 0 and adaptive_sink in 0..1 are needed, got "
-                f"{self.student_every}, {self.guidance}, {self.critic_lr} and {self.adaptive_sink}"
+                "student_every >= 1, guidance >= 0, regression >= 0, critic_lr > 0 and adaptive_sink in 0..1 are "
+                f"needed, got {self.student_every}, {self.guidance}, {self.regression}, {self.critic_lr} and "
+                f"{self.adaptive_sink}"
             )
 
     @property
@@ -161,6 +167,11 @@ class MatchingTask:
                 distil.accumulate(model, rollout, gradient)
             given.go_on()
             numbers["gap"] = float(gradient.abs().sum())
+            if settings.regression:
+                with self._arithmetic():
+                    distance = self._distance(batch, sink, draws, step)
+                (settings.regression * distance).backward()
+                numbers["distance"] = float(distance.detach())
         del rollout, model, given
         with self._arithmetic():
             loss = distil.critic_loss(
@@ -171,6 +182,17 @@ class MatchingTask:
             )
         loss.backward()
         return {"loss": float(loss.detach()), **numbers}
+
+    def _distance(self, batch: Batch, sink_BCTHW: Tensor, draws: Draws, step: int) -> Tensor:
+        """Of what the student takes for the data of real clips, made noisy to a served level, from that data."""
+        data = batch.latent_BCTHW
+        drawn = (
+            counter.integer(0, self._config.num_steps - 1, "regression", self._seed, step, b) for b in range(len(data))
+        )
+        sigma_B = torch.tensor([self._config.sigmas[i] for i in drawn], device=data.device)
+        noisy = distil.at_level(data, self._fresh(data, "regression", step), sigma_B)
+        velocity = self._velocity(self.student, batch, sink_BCTHW, draws, self._layout)
+        return F.mse_loss(distil.data_of(noisy, velocity(noisy, sigma_B), sigma_B), data)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.student.device.type, torch.bfloat16, enabled=self._bf16)
@@ -183,9 +205,12 @@ class MatchingTask:
     def _fresh(self, data_BCTHW: Tensor, who: str, step: int) -> Tensor:
         return counter.normal(tuple(data_BCTHW.shape), "score", who, self._seed, step).to(data_BCTHW)
 
-    def _velocity(self, dit: CausalDiT, batch: Batch, sink_BCTHW: Tensor, draws: Draws) -> distil.Velocity:
-        given = conditions(dit, sink_BCTHW, batch.text_BPC, batch.audio_BZEA, self._whole, visit=self._visit)
-        return clip_velocity(dit, given, self._whole, draws.lead_Bn, visit=self._visit)
+    def _velocity(
+        self, dit: CausalDiT, batch: Batch, sink_BCTHW: Tensor, draws: Draws, layout: Layout | None = None
+    ) -> distil.Velocity:
+        layout = self._whole if layout is None else layout
+        given = conditions(dit, sink_BCTHW, batch.text_BPC, batch.audio_BZEA, layout, visit=self._visit)
+        return clip_velocity(dit, given, layout, draws.lead_Bn, visit=self._visit)
 
     def _real(self, batch: Batch, sink_BCTHW: Tensor, draws: Draws) -> distil.Velocity:
         led = self._velocity(self._teacher, batch, sink_BCTHW, draws)
@@ -201,12 +226,18 @@ class MatchingTask:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train distil``."""
     student.add_arguments(parser, lr=3e-5)
+    parser.epilog = (
+        "The student begins with --init, weights of recipe consistency, or else with those of --teacher. Loss is the "
+        "critic's; gap is how far teacher and critic disagree about the student's clips, and need not fall. Judge by "
+        "the samples, and stop early: lip sync is learned first, and colours fade afterwards."
+    )
     add = parser.add_argument
     add("--teacher", type=Path, required=True, metavar="FILE", help="weights of recipe forcing, which know real clips")
     add("--critic-lr", type=float, default=1e-4, help="learning rate of the critic (default: %(default)s)")
     add("--student-every", type=int, default=5, metavar="N", help="steps between two of the student (default: 5)")
     add("--guidance", type=float, default=1.0, help="lead the teacher by sound and prompt (default: %(default)s)")
     add("--adaptive-sink", type=float, default=0.0, metavar="SHARE", help="clips with a moment of theirs as sink")
+    add("--regression", type=float, default=0.0, metavar="WEIGHT", help="stay near real clips (default: %(default)s)")
     add("--average", type=float, default=0.98, help="kept of the running average in a move (default: %(default)s)")
     add("--lora", type=int, metavar="RANK", help="train adapters of this rank; written as lora.safetensors too")
 
@@ -234,6 +265,7 @@ def run(args: argparse.Namespace) -> int:
         guidance=args.guidance,
         student_every=args.student_every,
         adaptive_sink=args.adaptive_sink,
+        regression=args.regression,
         critic_lr=args.critic_lr,
         average=args.average,
     )

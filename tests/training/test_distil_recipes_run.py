@@ -159,6 +159,18 @@ def test_bf16_gives_nearly_the_gradients_of_float32(data: Path) -> None:
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.95
 
 
+def test_regression_adds_its_gradient_to_the_students(data: Path) -> None:
+    found = []
+    for weight in (0.0, 0.5, 1.0):
+        task = matching_task(data, regression=weight)
+        numbers = task.gradients(0)
+        assert ("distance" in numbers) == (weight > 0)
+        found.append([p.grad.clone() for p in task.student.parameters() if p.grad is not None])
+    for none, half, whole in zip(*found, strict=True):
+        torch.testing.assert_close(half - none, 0.5 * (whole - none), atol=1e-5, rtol=1e-3)
+    assert max((whole - none).abs().max() for none, _, whole in zip(*found, strict=True)) > 1e-3
+
+
 def test_exits_are_drawn_evenly_and_by_name(data: Path) -> None:
     task = matching_task(data)
     drawn = [task.exit_step(step) for step in range(400)]
