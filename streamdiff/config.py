@@ -61,6 +61,9 @@ class DiTConfig:
     audio: AudioInjectionConfig | None = None
     packs_motion: bool = True
     """Whether a model with audio has weights for a motion prefix (FramePack)."""
+    predicts_data: bool = False
+    """Whether the last layer says the data, from which the velocity follows, or (Wan) the velocity itself. Data lie on
+    few dimensions, noise on all: a model no wider than its patches cannot pass noise through (Li and He 2025)."""
 
     def __post_init__(self) -> None:
         _require(

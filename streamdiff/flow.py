@@ -65,6 +65,16 @@ def euler_step(x_BCTHW: Tensor, velocity_BCTHW: Tensor, *, sigma: float, sigma_n
     return x_BCTHW + (sigma_next - sigma) * velocity_BCTHW
 
 
+SMALLEST_SIGMA = 0.05
+"""Below this noise level, an error of predicted data is not divided by less: nothing is served there."""
+
+
+def velocity_to(x_BCTHW: Tensor, data_BCTHW: Tensor, sigma: float | Tensor) -> Tensor:
+    """The velocity at a noise level of a path that ends in these data."""
+    floor = max(sigma, SMALLEST_SIGMA) if isinstance(sigma, float) else sigma.clamp_min(SMALLEST_SIGMA)
+    return (x_BCTHW - data_BCTHW) / floor
+
+
 def renoise_step(
     x_BCTHW: Tensor, velocity_BCTHW: Tensor, noise_BCTHW: Tensor, *, sigma: float, sigma_next: float
 ) -> Tensor:

@@ -122,6 +122,7 @@ def portrait() -> EngineConfig:
             out_dim=48,
             audio=AudioInjectionConfig(feature_dim=64, num_features=3, num_tokens=4, inject_layers=(0, 2, 4)),
             packs_motion=False,
+            predicts_data=True,
         ),
         vae=VAEConfig(
             base_dim=96,

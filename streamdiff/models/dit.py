@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from streamdiff import counter
 from streamdiff.config import AudioInjectionConfig, DiTConfig
 from streamdiff.errors import ConfigError
+from streamdiff.flow import velocity_to
 from streamdiff.memory import LayerMemory, SinkMemory
 from streamdiff.rope import Rotation, grid_rotation, join, rotate, spread
 
@@ -46,6 +47,7 @@ class Modulation:
     """Per layer: shift, scale and gate of self-attention, then of the feed-forward."""
     head_2D: Tensor
     """Shift and scale of the output head."""
+    sigma: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -359,7 +361,9 @@ class CausalDiT(nn.Module):
         projected_6D = self.time_projection(embedded_1D).float().view(6, self.config.dim)
         layers = torch.stack([block.modulation[0].float() for block in self.blocks])
         return Modulation(
-            layers_Z6D=layers + projected_6D, head_2D=self.head.modulation[0].float() + embedded_1D.float()
+            layers_Z6D=layers + projected_6D,
+            head_2D=self.head.modulation[0].float() + embedded_1D.float(),
+            sigma=sigma,
         )
 
     def text_condition(self, text_BPC: Tensor) -> TextCondition:
@@ -491,7 +495,8 @@ class CausalDiT(nn.Module):
             )
             if layer in self.injector_of and audio is not None:
                 x_BLD = self._inject(x_BLD, audio, self.injector_of[layer])
-        return self.unpatchify(self.head(x_BLD, modulation.head_2D), T, H, W)
+        said_BCTHW = self.unpatchify(self.head(x_BLD, modulation.head_2D), T, H, W)
+        return self.velocity(latent_BCTHW, said_BCTHW, modulation.sigma)
 
     def embed_video(self, latent_BCTHW: Tensor) -> Tensor:
         """Tokens of a chunk ``[B, L, D]``, marked as video."""
@@ -502,6 +507,10 @@ class CausalDiT(nn.Module):
         bias_D = self.cond_encoder.bias
         assert bias_D is not None
         return x_BLD + bias_D + self._token_kind(0)
+
+    def velocity(self, latent_BCTHW: Tensor, said_BCTHW: Tensor, sigma: float | Tensor) -> Tensor:
+        """The velocity that the last layer's words mean, see `DiTConfig.predicts_data`."""
+        return velocity_to(latent_BCTHW.float(), said_BCTHW, sigma) if self.config.predicts_data else said_BCTHW
 
     def unpatchify(self, patches_BLD: Tensor, T: int, H: int, W: int) -> Tensor:
         """Patches ``[B, L, C * patch]`` back to a latent ``[B, C, T, H, W]``, float32."""

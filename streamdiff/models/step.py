@@ -690,6 +690,7 @@ class ServedStep:
         self._within: _Between = _Traced() if options.compile else self._between
         self._eps = weights.dit.config.eps
         self._constants = [_Constants(*(row[None] for row in rows)) for rows in modulation.layers_Z6D]
+        self._sigma = modulation.sigma
         self._head_shift_1D, self._head_scale_1D = modulation.head_2D[:1], modulation.head_2D[1:]
         self._backend = weights.backend(memory)
         # A function, not a method: one compilation serves all steps.
@@ -784,7 +785,8 @@ class ServedStep:
         scale, shift = self._head_scale_1D, self._head_shift_1D
         _, h = between.close(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False)
         assert isinstance(h, Tensor)
-        return weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
+        said_BCTHW = weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
+        return weights.dit.velocity(latent_BCTHW, said_BCTHW, self._sigma)
 
     def _hear(
         self, x_BLD: Tensor, y_BLD: Tensor, gate_1D: Tensor, query: _Query, audio: AudioCondition, injector: int

@@ -46,6 +46,8 @@ from streamdiff.training.sequence import Layout, Visit, directly, sequence_veloc
 
 LATENTS = "latents.safetensors"
 
+_LEAST_SIGMA = 0.3
+
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
@@ -319,6 +321,9 @@ def forcing_loss(
         visit=visit,
     )
     error = (velocity - (noise - latent)).square()
+    if dit.config.predicts_data:
+        # Read as a velocity, an error of the data counts by 1 / sigma^2: without a bound, nearly clean chunks decide.
+        error = error * (sigma.clamp_min(flow.SMALLEST_SIGMA) / sigma.clamp_min(_LEAST_SIGMA)).square()
     return error.unflatten(2, (n, -1)).mean(dim=(1, 3, 4, 5))
 
 

@@ -347,7 +347,9 @@ def sequence_velocity(
 
         x_BnLD = visit(block, run, x_BnLD)
     patches_BnLC = dit.head(x_BnLD, levels.head(dit))
-    return dit.unpatchify(patches_BnLC.flatten(1, 2), frames, H, W)
+    said_BCTHW = dit.unpatchify(patches_BnLC.flatten(1, 2), frames, H, W)
+    sigma_B1T11 = sigma_Bn.repeat_interleave(layout.frames_per_chunk, 1)[:, None, :, None, None]
+    return dit.velocity(latent_BCTHW, said_BCTHW, sigma_B1T11.to(said_BCTHW))
 
 
 def _sink_turns(
@@ -460,4 +462,6 @@ def chunk_velocity(
         keys.append(own_k.squeeze(1))
         values.append(own_v.squeeze(1))
     patches_BnLC = dit.head(x_BnLD, levels.head(dit))
-    return dit.unpatchify(patches_BnLC.flatten(1, 2), T, H, W), Remembered(tuple(keys), tuple(values))
+    said_BCTHW = dit.unpatchify(patches_BnLC.flatten(1, 2), T, H, W)
+    velocity_BCTHW = dit.velocity(latent_BCTHW, said_BCTHW, sigma_B[:, None, None, None, None].to(said_BCTHW))
+    return velocity_BCTHW, Remembered(tuple(keys), tuple(values))
