@@ -35,7 +35,7 @@ with contextlib.suppress(ValueError):  # not the main thread: signals are somebo
 import torch
 from tqdm import tqdm
 
-from streamdiff import __version__, demo, doctor, flow, presets
+from streamdiff import __version__, checkpoint, demo, doctor, flow, presets
 from streamdiff.avatar import commands as avatar_commands
 from streamdiff.engine import Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
@@ -104,7 +104,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--audio", type=Path, help="voice, any sound file (default: the demo's, 4 s of it)")
     add("--prompt", default="A person is talking to the camera.", help="what happens (default: %(default)r)")
     add("--out", type=Path, default=Path("video.mp4"), help="the MP4 to write (default: %(default)s)")
-    add("--preset", default="tiny", choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
+    add("--preset", default="portrait", choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
     add("--checkpoint", type=Path, metavar="DIR", help="folder of the downloaded Wan2.2-S2V-14B")
     add("--lora", type=Path, metavar="FILE", help="liveavatar.safetensors, merged while loading")
     add("--light-decoder", type=Path, metavar="FILE", help="decode with a published taew2_1: rougher, much faster")
@@ -174,14 +174,14 @@ def job_from(args: argparse.Namespace, world: World | None) -> Job:
     if args.steps is not None and args.steps != config.num_steps:
         if not 1 <= args.steps <= 50:
             raise ConfigError(f"--steps must lie in 1..50, got {args.steps}; 4 is what the model was made for")
-        config = dataclasses.replace(config, sigmas=flow.published_grid(args.steps))
+        config = dataclasses.replace(config, sigmas=flow.regridded(config.sigmas, args.steps))
     if args.size is not None:
         width, height = _size(args.size)
         config = dataclasses.replace(config, width=width, height=height)
     demo_audio = args.audio is None
     return Job(
         config=config,
-        image=args.image if args.image is not None else demo.demo_image(),
+        image=args.image or checkpoint.shipped_face(config) or demo.demo_image(),
         audio=args.audio if args.audio is not None else demo.demo_audio(),
         out=args.out,
         prompt=args.prompt,

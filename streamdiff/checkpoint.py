@@ -120,6 +120,13 @@ def shipped(config: EngineConfig) -> Path | None:
     return folder if (original.dit, original.vae) == (config.dit, config.vae) else None
 
 
+def shipped_face(config: EngineConfig) -> Path | None:
+    """A face that the weights of a preset come with; None when they come without, or there are none."""
+    folder = shipped(config)
+    face = None if folder is None else folder / "face.png"
+    return face if face is not None and face.is_file() else None
+
+
 # The VAE
 
 

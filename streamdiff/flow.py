@@ -50,6 +50,18 @@ def published_grid(num_steps: int, shift: float = 3.0) -> tuple[float, ...]:
     return (*(shifted(s, shift) for s in spread), 0.0)
 
 
+def regridded(sigmas: tuple[float, ...], num_steps: int) -> tuple[float, ...]:
+    """A grid of the same kind with another number of steps: shifted once if this one is, else as published.
+
+    >>> regridded((1.0, 0.9, 0.75, 0.5, 0.0), 2)
+    (1.0, 0.75, 0.0)
+    """
+    given = len(sigmas) - 1
+    if sigmas == shifted_grid(given):
+        return shifted_grid(num_steps)
+    return published_grid(num_steps)
+
+
 def initial_noise(shape: tuple[int, ...], *, seed: int, stream: int, chunk: int) -> Tensor:
     """Noise that a chunk starts from; float32 on the CPU, keyed by (seed, stream, chunk, step 0)."""
     return counter.normal(shape, "noise", seed, stream, chunk, 0)

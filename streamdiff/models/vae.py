@@ -736,9 +736,7 @@ class _Conv:
         return self.in_dim * self.in_pixels + self.out_dim * self.out_pixels + weights
 
 
-def _convolutions(
-    sides: _Sides, plan: Sequence[_Layer], size: tuple[int, int, int], *, first: bool
-) -> Iterator[_Conv]:
+def _convolutions(sides: _Sides, plan: Sequence[_Layer], size: tuple[int, int, int], *, first: bool) -> Iterator[_Conv]:
     """Every convolution of a trunk for one latent frame; ``size`` is (frames, height, width) of its input."""
     t, h, w = size
 

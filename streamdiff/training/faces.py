@@ -329,7 +329,7 @@ class Painter:
         """An open palm that rises from below until it hides the badge."""
         px, py = _BADGE_CM[0] + 0.6, TOP_CM + HEIGHT_CM + 6.0 - (6.0 + TOP_CM + HEIGHT_CM - _BADGE_CM[1]) * raised
         palm = np.maximum(np.abs(x_cm - px) - 1.7, np.abs(y_cm - py) - 1.6) - 0.7
-        parts = [palm]
+        parts: list[_Array] = [palm]
         for lean, length in ((-1.75, 3.6), (-0.6, 4.2), (0.55, 4.0), (1.7, 3.2)):
             parts.append(_capsule(x_cm, y_cm, (px + lean, py - 1.5), (px + lean * 1.25, py - 1.5 - length), 0.55))
         parts.append(_capsule(x_cm, y_cm, (px - 2.0, py + 0.8), (px - 3.9, py - 1.4), 0.6))

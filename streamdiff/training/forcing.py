@@ -460,6 +460,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--chunks", type=int, default=7, help="chunks of a clip (default: %(default)s)")
     add("--shared-only", action="store_true", help="one noise level a clip, and see the first and previous chunk only")
+    add("--served", type=float, default=0.15, metavar="SHARE",
+        help="noise levels drawn from the preset's own steps; the others lie anywhere (default: %(default)s)")  # fmt: skip
     add("--held-out", type=int, default=16, metavar="N", help="clips kept to judge by (default: %(default)s)")
     add("--bf16", action="store_true", help="multiply in bfloat16: about 1.7 times as fast on a CPU that has it")
     add("--recompute", action="store_true", help="keep one layer of activations: less memory, a third more work")
@@ -469,7 +471,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train the video model."""
     config = commands.preset_of(args)
-    settings = ForcingConfig(num_chunks=args.chunks, sparse=args.shared_only)
+    settings = ForcingConfig(num_chunks=args.chunks, sparse=args.shared_only, served=args.served)
     encoder = HashedText(config.dit.text_dim, max_tokens=config.dit.text_len)
     clips = LatentClips(args.data, config, encoder, held_out=args.held_out)
     codec = None if args.codec is None else load_codec(args.codec, config.vae)
