@@ -138,10 +138,19 @@ def consistency_loss(
     return F.mse_loss(data_of(noisy_BCTHW, student(noisy_BCTHW, sigma_B), sigma_B), target_BCTHW)
 
 
-def critic_loss(critic: Velocity, data_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """Flow matching on generated clips: the critic learns what the student makes now."""
+def critic_loss(
+    critic: Velocity, data_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor, *, floor: float = 0.0
+) -> Tensor:
+    """Flow matching on generated clips: the critic learns what the student makes now.
+
+    An error of velocity is one of data, divided by the level; below ``floor`` it is divided by the floor. What is best
+    at each level stays best, but rare low levels no longer drown the others: in 30 steps with 4 clips on a young
+    critic, the four that drew a level below 0.07 had losses of 19 to 119, the others 1.4 to 6.4.
+    """
     noisy_BCTHW = at_level(data_BCTHW, noise_BCTHW, sigma_B)
-    return F.mse_loss(critic(noisy_BCTHW, sigma_B), noise_BCTHW - data_BCTHW)
+    error_B = (critic(noisy_BCTHW, sigma_B) - (noise_BCTHW - data_BCTHW)).square().flatten(1).mean(1)
+    weight_B = (sigma_B / sigma_B.clamp_min(floor)).square() if floor else torch.ones_like(sigma_B)
+    return (weight_B.to(error_B) * error_B).mean()
 
 
 @torch.no_grad()

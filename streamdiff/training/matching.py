@@ -54,6 +54,8 @@ class MatchingConfig:
     """Weight of the distance of the student's data from real data, from which its noisy clips were made
     (TalkingMachines, 3.3); it holds colours and faces that the scores alone let drift."""
     critic_lr: float = 1e-4
+    critic_floor: float = 0.25
+    """Level below which the critic's errors weigh no more than at it (`distil.critic_loss`)."""
     average: float = 0.98
     levels: ScoreLevels = field(default_factory=ScoreLevels)
 
@@ -179,6 +181,7 @@ class MatchingTask:
                 data,
                 self._fresh(data, "critic", step),
                 settings.levels.draw(self._batch, "critic", self._seed, step).to(device),
+                floor=settings.critic_floor,
             )
         loss.backward()
         return {"loss": float(loss.detach()), **numbers}

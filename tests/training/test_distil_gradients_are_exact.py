@@ -261,6 +261,8 @@ def test_the_critic_learns_velocities() -> None:
     sigma_B = torch.tensor([0.25, 0.5])
     assert critic_loss(lambda x, s: torch.full_like(x, 2.0), data, noise, sigma_B) == 0.0
     assert critic_loss(lambda x, s: x, data, noise, sigma_B) == pytest.approx((0.5**2 + 0.0) / 2)
+    # Below the floor an error of data weighs the same at every level.
+    assert critic_loss(lambda x, s: x, data, noise, sigma_B, floor=0.5) == pytest.approx((0.5**2 * 0.5**2 + 0.0) / 2)
 
 
 def test_a_step_that_does_not_exist_is_refused() -> None:
