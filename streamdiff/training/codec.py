@@ -92,10 +92,31 @@ def attention_map(size: int) -> Tensor:
     return 1 + face + 3 * mouth
 
 
-def codec_loss(codec: Codec, frames_BCTHW: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one batch and what it is made of. ``noise``: standard normal, shaped like the latents."""
-    mean, log_variance = codec.posterior(frames_BCTHW)
-    drawn = codec.decode(mean + (0.5 * log_variance).exp() * noise)
+def disturbance(shape: tuple[int, ...], largest: float, *key: int | str) -> Tensor:
+    """Errors such as a video model makes, up to ``largest``: of each latent value, and of each of its patches of 2x2.
+
+    What neighbouring patches disagree on is seen as tiles; a decoder that has met it smooths it away.
+    """
+    B, C, T, H, W = shape
+    each = counter.normal(shape, "disturb", *key)
+    patches = counter.normal((B, C, T, (H + 1) // 2, (W + 1) // 2), "disturb patches", *key)
+    patches = patches.repeat_interleave(2, 3).repeat_interleave(2, 4)[..., :H, :W]
+    generator = torch.Generator().manual_seed(counter.seed_of("disturb how much", *key))
+    amount = largest * torch.rand(B, 1, 1, 1, 1, generator=generator)
+    return amount * (0.6 * each + 0.8 * patches)
+
+
+def codec_loss(
+    codec: Codec, frames_BCTHW: Tensor, noise: Tensor, disturbed: Tensor | None = None
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one batch and what it is made of.
+
+    ``noise``: standard normal, shaped like the latents. ``disturbed``: what is added to the latents instead; then the
+    encoder does not learn.
+    """
+    with torch.set_grad_enabled(disturbed is None):
+        mean, log_variance = codec.posterior(frames_BCTHW)
+    drawn = codec.decode(mean + ((0.5 * log_variance).exp() * noise if disturbed is None else disturbed))
     weight_HW = attention_map(frames_BCTHW.shape[3]).to(frames_BCTHW)
     error = (drawn - frames_BCTHW) * weight_HW
     pixels = error.abs().mean()
@@ -216,10 +237,23 @@ def encode_clips(codec: Codec, shards: Shards, encoder: LogMelFeatures, *, progr
 class CodecTask:
     """What `streamdiff.training.loop` runs: one batch a step."""
 
-    def __init__(self, codec: Codec, shards: Shards, *, batch: int, latents: int, lr: float, seed: int) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        shards: Shards,
+        *,
+        batch: int,
+        latents: int,
+        lr: float,
+        seed: int,
+        disturb: float | None = None,
+    ) -> None:
         self.codec = codec
+        if disturb is not None:
+            codec.enc.requires_grad_(False)
         self.parts = {"codec": Part(module=codec, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, average=0.995)}
         self._shards, self._batch, self._latents, self._seed = shards, batch, latents, seed
+        self._disturb = disturb
 
     def frames(self, step: int) -> Tensor:
         """The batch of a step."""
@@ -234,7 +268,10 @@ class CodecTask:
         cells = frames_BCTHW.shape[3] // self.codec.config.spatial_factor
         shape = (len(frames_BCTHW), self.codec.config.z_dim, self._latents, cells, cells)
         noise = counter.normal(shape, "codec noise", self._seed, step).to(frames_BCTHW.device)
-        loss, facts = codec_loss(self.codec, frames_BCTHW, noise)
+        disturbed = None
+        if self._disturb is not None:
+            disturbed = disturbance(shape, self._disturb, self._seed, step).to(noise)
+        loss, facts = codec_loss(self.codec, frames_BCTHW, noise, disturbed)
         loss.backward()
         return {"loss": float(loss.detach()), **facts}
 
@@ -255,7 +292,10 @@ _START_BATCHES = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train codec``."""
     commands.add_training_arguments(parser, data="folder of clips (streamdiff train data)", batch=6, lr=4e-4)
-    parser.add_argument("--latents", type=int, default=5, help="latent frames of a clip (default: %(default)s)")
+    add = parser.add_argument
+    add("--latents", type=int, default=5, help="latent frames of a clip (default: %(default)s)")
+    add("--disturb", type=float, metavar="SIZE",
+        help="teach the decoder alone, with --init, to bear errors of this size in its latents, such as 0.5")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -267,11 +307,16 @@ def run(args: argparse.Namespace) -> int:
             f"the clips are {shards.size} pixels wide, the preset {config.name} shows {config.width}x{config.height}; "
             "draw clips of that size, or choose another preset"
         )
-    codec = Codec(config.vae, seed=args.seed).to(args.device)
-    task = CodecTask(codec, shards, batch=args.batch, latents=args.latents, lr=args.lr, seed=args.seed)
-    if args.init is not None:
-        codec = load_codec(args.init, config.vae)
-    elif config.vae.projects and not args.resume:
+    if args.disturb is not None and (args.init is None or args.disturb <= 0):
+        raise ConfigError(
+            "--disturb teaches a trained codec's decoder: give that codec with --init, and a size above 0"
+        )
+    codec = Codec(config.vae, seed=args.seed) if args.init is None else load_codec(args.init, config.vae)
+    codec.requires_grad_(True).to(args.device)
+    task = CodecTask(
+        codec, shards, batch=args.batch, latents=args.latents, lr=args.lr, seed=args.seed, disturb=args.disturb
+    )
+    if args.init is None and config.vae.projects and not args.resume:
         first = torch.cat([task.frames(-1 - number) for number in range(_START_BATCHES)])
         logger.info("principal components alone: %.1f dB", principal_start(codec, first))
 
@@ -287,7 +332,7 @@ def run(args: argparse.Namespace) -> int:
         return [path]
 
     facts = {"preset": config.name, "seed": args.seed, "batch": args.batch, "latents": args.latents, "lr": args.lr,
-             "clips": len(shards)}  # fmt: skip
+             "clips": len(shards), "init": args.init, "disturb": args.disturb}  # fmt: skip
     plan = commands.plan_of(args, budget="10min", warmup_steps=50)
     return commands.conduct("codec", task, args, plan, facts=facts, sample=sample, finish=finish)
 
