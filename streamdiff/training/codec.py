@@ -295,7 +295,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--latents", type=int, default=5, help="latent frames of a clip (default: %(default)s)")
     add("--disturb", type=float, metavar="SIZE",
-        help="teach the decoder alone, with --init, to bear errors of this size in its latents, such as 0.5")  # fmt: skip
+        help="teach the decoder of --init, and it alone, to bear errors of this size in its latents")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
