@@ -182,9 +182,7 @@ def lost_at_start(reports: Mapping[int, Report], *, silence_s: float) -> Failure
             lost[rank] = f"gave no sign of life for {report.age_s:.1f} s while it was starting"
     if len(lost) == 1:
         ((rank, what),) = lost.items()
-        return Failure(
-            rank, -1, f"{what} when all were told to stop: it had died, or was stopped first; look there"
-        )
+        return Failure(rank, -1, f"{what} when all were told to stop: it had died, or was stopped first; look there")
     if lost:
         words = ", ".join(f"rank {rank} {what}" for rank, what in lost.items())
         return Failure(None, -1, f"all were told to stop while starting ({words}): one of these died; see their output")
