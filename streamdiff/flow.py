@@ -83,7 +83,7 @@ SMALLEST_SIGMA = 0.05
 
 def velocity_to(x_BCTHW: Tensor, data_BCTHW: Tensor, sigma: float | Tensor) -> Tensor:
     """The velocity at a noise level of a path that ends in these data."""
-    floor = max(sigma, SMALLEST_SIGMA) if isinstance(sigma, float) else sigma.clamp_min(SMALLEST_SIGMA)
+    floor = sigma.clamp_min(SMALLEST_SIGMA) if isinstance(sigma, Tensor) else max(sigma, SMALLEST_SIGMA)
     return (x_BCTHW - data_BCTHW) / floor
 
 

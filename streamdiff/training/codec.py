@@ -167,27 +167,33 @@ def principal_start(codec: Codec, frames_BCTHW: Tensor) -> float:
     assert dec.projection is not None
     for trunk in (enc, dec):
         *_, (_, last) = trunk.head.pairs()
-        torch.nn.init.zeros_(last.weight)
-        torch.nn.init.zeros_(last.bias)
+        last.weight.zero_()
+        _bias(last).zero_()
     for conv in (codec.enc.conv1, codec.dec.conv2):
         conv.weight.copy_(torch.eye(len(conv.weight)).view_as(conv.weight))
-        conv.bias.zero_()
-    torch.nn.init.zeros_(enc.projection.weight)
+        _bias(conv).zero_()
+    enc.projection.weight.zero_()
     enc.projection.weight[:z, :, 0, 0, 0] = basis_CZ.T / std_Z.unsqueeze(1)
-    enc.projection.bias[:z] = -(mean_C @ basis_CZ) / std_Z
-    enc.projection.bias[z:] = _FIRST_LOG_VARIANCE
+    offset_Z = _bias(enc.projection)
+    offset_Z[:z] = -(mean_C @ basis_CZ) / std_Z
+    offset_Z[z:] = _FIRST_LOG_VARIANCE
     dec.projection.weight[:, :, 0, 0, 0] = basis_CZ * std_Z
-    dec.projection.bias.copy_(mean_C)
+    _bias(dec.projection).copy_(mean_C)
     drawn = codec.decode(codec.posterior(frames_BCTHW[:8])[0]).clamp(-1, 1)
     return float(-10 * torch.log10(F.mse_loss(drawn, frames_BCTHW[:8]) / 4))
 
 
-def save_codec(codec: Codec, path: Path, *, facts: dict[str, object]) -> None:
+def _bias(conv: nn.Conv3d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def save_codec(codec: Codec, path: Path, *, facts: Mapping[str, object]) -> None:
     """Both halves in one fp16 file, under the names of the published VAE; the config goes along."""
     tensors = {name: value.half().contiguous() for half in (codec.enc, codec.dec)
                for name, value in half.state_dict().items()}  # fmt: skip
     config = {name: value for name, value in dataclasses.asdict(codec.config).items() if value != ()}
-    save_file(tensors, path, metadata={"vae": json.dumps(config), "facts": json.dumps(facts)})
+    save_file(tensors, path, metadata={"vae": json.dumps(config), "facts": json.dumps(dict(facts))})
 
 
 def load_codec(path: Path, config: VAEConfig) -> Codec:

@@ -443,6 +443,7 @@ class RecordedClips:
 def _pictures(path: Path, size: int) -> Iterator[Picture]:
     """Frames of a video at 25 a second, the middle square of each, scaled."""
     import av
+    import av.error
     from PIL import Image
 
     try:
@@ -451,7 +452,7 @@ def _pictures(path: Path, size: int) -> Iterator[Picture]:
                 raise InputError(f"{path} has no picture; give a video file")
             due = 0
             for frame in container.decode(container.streams.video[0]):
-                at = 0.0 if frame.time is None else frame.time
+                at = frame.time
                 if at * FPS + 1e-3 < due:
                     continue
                 picture = frame.to_image()
@@ -462,7 +463,7 @@ def _pictures(path: Path, size: int) -> Iterator[Picture]:
                 while due <= at * FPS + 1e-3:
                     yield shown
                     due += 1
-    except av.FFmpegError as error:
+    except av.error.FFmpegError as error:
         raise InputError(f"{path} cannot be read as video: {error}") from error
 
 

@@ -461,7 +461,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chunks", type=int, default=7, help="chunks of a clip (default: %(default)s)")
     add("--shared-only", action="store_true", help="one noise level a clip, and see the first and previous chunk only")
     add("--served", type=float, default=0.15, metavar="SHARE",
-        help="noise levels drawn from the preset's own steps; the others lie anywhere (default: %(default)s)")  # fmt: skip
+        help="noise levels that are the preset's own, not just any (default: %(default)s)")  # fmt: skip
     add("--held-out", type=int, default=16, metavar="N", help="clips kept to judge by (default: %(default)s)")
     add("--bf16", action="store_true", help="multiply in bfloat16: about 1.7 times as fast on a CPU that has it")
     add("--recompute", action="store_true", help="keep one layer of activations: less memory, a third more work")
