@@ -112,8 +112,8 @@ class VAEConfig:
     patch_frames: int = 1
     """Frames that are folded into channels with them."""
     projects: bool = False
-    """Whether a patch is also projected linearly, past the convolutions, which then begin and end pointwise: a codec that
-    works from the first step of its training on, as principal components do."""
+    """Whether a patch is also projected linearly, past the convolutions, which then begin and end pointwise: a codec
+    that works from the first step of its training on, as principal components do."""
     latent_mean: tuple[float, ...] = ()
     """Per-channel mean of the latents; the model sees (z - mean) / std. Empty: zeros."""
     latent_std: tuple[float, ...] = ()
