@@ -144,8 +144,8 @@ def critic_loss(
     """Flow matching on generated clips: the critic learns what the student makes now.
 
     An error of velocity is one of data, divided by the level; below ``floor`` it is divided by the floor. What is best
-    at each level stays best, but rare low levels no longer drown the others: in 30 steps with 4 clips on a young
-    critic, the four that drew a level below 0.07 had losses of 19 to 119, the others 1.4 to 6.4.
+    at each level stays best, but clips at rare low levels, of which a young critic is as wrong as of others, no longer
+    count for hundreds of them.
     """
     noisy_BCTHW = at_level(data_BCTHW, noise_BCTHW, sigma_B)
     error_B = (critic(noisy_BCTHW, sigma_B) - (noise_BCTHW - data_BCTHW)).square().flatten(1).mean(1)
