@@ -242,6 +242,123 @@ def _not_measured() -> Found:
     return Found("not measured", None, "no GPU was at hand")
 
 
+def _avatar(
+    row: str, say: Callable[[dict[str, Any]], tuple[str, bool | None]], *, size: int = 256, minutes: float = 0
+) -> Callable[[Sequence[Result]], Found | None]:
+    """A row of the avatar's bench, from the newest run that has it: rows are measured in runs of their own."""
+
+    def find(results: Sequence[Result]) -> Found | None:
+        runs = [r for r in results if r.get("bench") == "avatar" and row in r and r.get("size") == size]
+        runs = [r for r in runs if r[row].get("minutes", 0) >= minutes]
+        if not runs:
+            return None
+        text, met = say(runs[-1][row])
+        return Found(text, met, f"{machine(runs[-1])}, {runs[-1]['cores']} cores, load {runs[-1]['load']:.1f}")
+
+    return find
+
+
+def _voice(row: dict[str, Any]) -> tuple[str, bool]:
+    ms = row["ms"]
+    return f"{ms['median']:.0f} ms, {ms['p95']:.0f} ms ({ms['count']} calls)", ms["median"] <= 40 and ms["p95"] <= 80
+
+
+def _p95(key: str, goal_ms: float) -> Callable[[dict[str, Any]], tuple[str, bool]]:
+    def say(row: dict[str, Any]) -> tuple[str, bool]:
+        ms = row[key]
+        return f"{ms['p95']:.0f} ms (median {ms['median']:.0f}, {ms['count']} times)", ms["p95"] <= goal_ms
+
+    return say
+
+
+def _by_the_clock(row: dict[str, Any]) -> tuple[str, bool]:
+    share = row["late_frames"] / row["frames"]
+    text = f"{row['fps']:.2f} FPS, {row['late_frames']} of {row['frames']} frames late, {row['cores']:.2f} cores"
+    return text, row["fps"] >= 24.9 and share <= 0.001 and row["cores"] <= 1
+
+
+def _as_fast_as_it_goes(row: dict[str, Any]) -> tuple[str, None]:
+    return f"{row['fps']:.0f} FPS, {row['cpu_ms_per_frame']:.1f} ms of CPU a frame", None
+
+
+def _lips(row: dict[str, Any]) -> tuple[str, bool]:
+    text = f"r {row['r']:.2f}, peak at lag {row['lag_frames']} ({row['frames']} frames)"
+    return text, row["r"] >= 0.85 and row["lag_frames"] == 0
+
+
+def _sound_to_lips(row: dict[str, Any]) -> tuple[str, bool]:
+    lag = row["loudness_to_lips_lag_frames"]
+    return f"{lag} frames (loudness to opening, r {row['loudness_to_lips_r']:.2f})", abs(lag) <= 1
+
+
+def _same_pixels(row: dict[str, Any]) -> tuple[str, bool]:
+    same = row["probe_identical"]
+    return f"{'identical' if same else 'different'} after {row['minutes']} min", same
+
+
+def _likeness(row: dict[str, Any]) -> tuple[str, bool | None]:
+    if row.get("cosine_min") is None:
+        return "not measured", None
+    text = f"lowest minute {row['cosine_lowest_minute']:.3f}, lowest picture {row['cosine_min']:.3f}, distance at most"
+    return f"{text} {row['distance_max']:.2f} (0.6 is another person)", row["cosine_lowest_minute"] >= 0.8
+
+
+def _flat_memory(row: dict[str, Any]) -> tuple[str, bool]:
+    memory = row["memory_mib"]
+    half = len(memory) // 2
+    grown = sum(memory[half:]) / len(memory[half:]) - sum(memory[1 : half + 1]) / half if half else 0.0
+    text = f"{grown:+.1f} MiB from one half to the other, at most {row['longest_queue']} frames waiting"
+    return text, grown < 5 and row["longest_queue"] <= 3
+
+
+def _seams(row: dict[str, Any]) -> tuple[str, bool]:
+    return f"{row['jerk_ratio']:.2f}", row["jerk_ratio"] <= 1.2
+
+
+def _turns(row: dict[str, Any]) -> tuple[str, bool]:
+    begin, end = row["speed_begin_over_p95"], row["speed_end_over_p95"]
+    return f"{begin:.2f} and {end:.2f} of the 95th percentile elsewhere", max(begin, end) <= 1
+
+
+def _interruption(row: dict[str, Any]) -> tuple[str, bool]:
+    silent, rest, stale = row["silent_after_ms_of_sound"], row["rest_after_ms"], row["stale_frames"]
+    text = f"silent after {silent} ms of sound, at rest after {rest} ms, {stale} stale frames"
+    return text, silent <= 40 and rest <= 160 and not stale
+
+
+def _words(row: dict[str, Any]) -> tuple[str, bool | None]:
+    if row.get("wer") is None:
+        return "not measured", None
+    return f"{row['wer']:.1%} of {row['words']} words ({row['by']})", row["wer"] <= 0.05
+
+
+def _wrong_input(row: dict[str, Any]) -> tuple[str, bool]:
+    sensible = row["inputs"] - row["errors"]
+    text = f"{row['errors']} clear errors, {sensible} sensible results, the slowest after {row['slowest_s']:.1f} s"
+    return text, row["slowest_s"] < 30
+
+
+AVATAR = "python perf/bench_avatar.py"
+AVATAR_ROWS = (
+    ("text to first voice, 12-100 characters: median, p95", "<= 40 ms, <= 80 ms", "voice", _voice, {}),
+    ("text to first speaking frame, p95", "<= 120 ms", "first_frame", _p95("realtime_ms", 120), {}),
+    ("live sound to picture, look-ahead and compute, p95", "<= 150 ms", "live", _p95("ms", 150), {}),
+    ("talking by the clock for 10 min, 256x256", ">= 25 FPS, <= 1 core", "paced --minutes 10", _by_the_clock, {}),
+    ("the same without a clock, 256x256", "reported", "sustained", _as_fast_as_it_goes, {}),
+    ("the same without a clock, 512x512", "reported", "sustained --size 512", _as_fast_as_it_goes, {"size": 512}),
+    ("lips, commanded against read back", "r >= 0.85 at lag 0", "lips", _lips, {}),
+    ("sound to lips", "within 1 frame", "lips", _sound_to_lips, {}),
+    ("pixels of a probe at the start and after 30 min", "identical", "identity --minutes 30", _same_pixels, {}),
+    ("likeness to the photo, every minute of 30", "cosine >= 0.80", "identity --minutes 30", _likeness, {}),
+    ("memory over 30 min; queues", "flat; <= 3 frames", "memory --minutes 30", _flat_memory, {}),
+    ("jerk where windows meet over jerk elsewhere", "<= 1.2", "seams", _seams, {}),
+    ("speed where speech begins and ends", "continuous", "seams", _turns, {}),
+    ("interruption", "40 ms, 160 ms, none", "interruption", _interruption, {}),
+    ("words of the voice that a recogniser mishears, 50 sentences", "<= 5 %", "words", _words, {}),
+    ("wrong input: 15 kinds", "no hang", "wrong_input", _wrong_input, {}),
+)
+
+
 STAGE = "python perf/bench_stage.py"
 ROWS = (
     Row(
@@ -284,6 +401,15 @@ ROWS = (
         _predicted_decode,
     ),
     Row("decode 12 frames, light", "<= 8 ms", "python perf/bench_decoder.py", _decode("tae", 8), _not_measured),
+    *(
+        Row(
+            f"avatar: {what}",
+            goal,
+            f"{AVATAR} --only {call}",
+            _avatar(call.split()[0], say, minutes=float(call.partition("--minutes ")[2] or 0), **settings),
+        )
+        for what, goal, call, say, settings in AVATAR_ROWS
+    ),
 )
 
 

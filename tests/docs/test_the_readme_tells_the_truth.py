@@ -26,15 +26,30 @@ def commands() -> list[str]:
     return [line.split("   #")[0].strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def test_the_python_example_runs() -> None:
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (0, r"0 \(12, 128, 128, 3\) 7680"),
+        (1, r"\(256, 256, 3\) 960 InterruptReport\(epoch=1, segment_id=1, played_s=1\."),
+    ],
+)
+def test_the_python_examples_run(number: int, says: str) -> None:
     pytest.importorskip("matplotlib", reason="the demo's photograph comes with it")
-    (example,) = blocks("python")
+    if number == 1:
+        pytest.importorskip("hibari", reason="the voice comes with it")
+    examples = blocks("python")
+    assert len(examples) == 2
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     result = subprocess.run(
-        [sys.executable, "-c", example], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", examples[number]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert re.match(r"0 \(12, 128, 128, 3\) 7680", result.stdout)
+    assert re.match(says, result.stdout)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if "streamdiff" in c])
