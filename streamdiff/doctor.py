@@ -77,7 +77,7 @@ def _cuda() -> Iterator[Finding]:
             if torch.version.cuda is None
             else "torch has CUDA but sees no device; check the driver with nvidia-smi"
         )
-        yield Finding(Verdict.NOTE, "gpu", f"none: {why}. The tiny preset and the tests run on the CPU")
+        yield Finding(Verdict.NOTE, "gpu", f"none: {why}. The portrait preset and the tests run on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)

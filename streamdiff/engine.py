@@ -3,7 +3,7 @@
 Only the head loads encoders, only DiT ranks load the DiT, only the decoding rank loads the VAE's decoder; what they
 have to know of each other travels in packets.
 
-    engine = Engine(presets.tiny())
+    engine = Engine(presets.portrait())
     async with engine.open(image_HWC, "a person is talking") as session:
         session.push_audio(samples_S)
         async for shown in session:
@@ -232,7 +232,7 @@ class Engine:
     def audio_encoder(self) -> AudioEncoder:
         audio = self.config.dit.audio
         if audio is None:
-            raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
+            raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as portrait")
         if (folder := self.encoder_folder) is not None:
             return Wav2Vec2Features.load(
                 folder / SPEECH_FOLDER,

@@ -68,7 +68,7 @@ class Job:
                 f"--seconds must be a positive number, got {self.seconds}; leave it out for the whole voice"
             )
         if self.config.dit.audio is None:
-            raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as tiny")
+            raise ConfigError(f"preset {self.config.name} does not listen; choose one that does, such as portrait")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
