@@ -82,10 +82,10 @@ def test_a_voice_of_nan(inputs: dict[str, str], tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--size", "130x128", "multiples of 16"),
+        ("--size", "130x128", "multiples of 32"),
         ("--size", "0x0", "positive multiples"),
         ("--size", "large", "384x704"),
-        ("--size", "32x32", "at least 64x64"),
+        ("--size", "16x16", "try 32x32"),
         ("--steps", "0", "1..50"),
         ("--steps", "1000", "1..50"),
         ("--seconds", "-1", "positive"),
