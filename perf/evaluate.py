@@ -106,10 +106,9 @@ from streamdiff.training.data import (
     opening_cm,
 )
 from streamdiff.training.faces import Build, Look, Painter, badge_box
-from streamdiff.training.probe import Probe, Reading, load_probe
+from streamdiff.training.probe import TRUTH_SPREAD, Probe, Reading, load_probe
 
 RESULTS = Path(__file__).with_name("results")
-PICTURES = RESULTS / "pictures"
 
 FIRST_NUMBER = 1_000_000
 """Number of the first person to judge by; training uses small ones."""
@@ -410,7 +409,7 @@ class Crowd:
 
     def add(self, reading: Reading) -> None:
         self.frames.append(reading.features_NF.numpy())
-        self.windows.append(windows(reading.truth_NE.numpy() / reading.truth_NE.numpy().std(0).mean()))
+        self.windows.append(windows(reading.truth_NE.numpy() / np.array(TRUTH_SPREAD)))
 
     def apart(self, other: Crowd) -> tuple[float, float]:
         pairs = ((self.frames, other.frames), (self.windows, other.windows))
@@ -496,8 +495,8 @@ def quality(args: argparse.Namespace, hand: Stagehand, probe: Probe, models: Seq
         }
         add(model.name, [f.frames_THWC for f in films], **speed)
         if position == 0:
-            sheet([f.frames_THWC for f in films[:4]], takes[:4], PICTURES / "portrait.png")
-            _sync_plot(films[0].frames_THWC, takes[0], probe, PICTURES / "sync.png")
+            sheet([f.frames_THWC for f in films[:4]], takes[:4], args.out / "pictures" / "portrait.png")
+            _sync_plot(films[0].frames_THWC, takes[0], probe, args.out / "pictures" / "sync.png")
     return rows
 
 
@@ -538,6 +537,8 @@ _MOVED: Mapping[str, Callable[[Reading], Array]] = {
     "hand": lambda r: rolling(r.column("hand").numpy(), 3),
 }
 _BEFORE_CHUNKS, _ACTION_CHUNKS = 8, 14
+_OBEYED = 0.3
+"""Share of the truth's way that counts as an answer."""
 
 
 def prompt_responses(args: argparse.Namespace, hand: Stagehand, probe: Probe, model: Model) -> list[dict[str, Any]]:
@@ -561,24 +562,26 @@ def prompt_responses(args: argparse.Namespace, hand: Stagehand, probe: Probe, mo
             values = track(reading)
             # Half a window of a rolling spread looks ahead of its frame; both ends are cut where they would see over.
             found[name].append(response(values[start + 36 : stop], switch - start - 36, before=48, steady=72))
-            back = response(values[switch + 72 : stop + 84], stop - switch - 72, before=48, steady=36)
-            found["plain"].append((back[0], back[1] / (abs(found[name][-1][1]) + 1e-6)))
             truth = hand.take(number, 4.0, take=3, action=name)
             calm = hand.take(number, 4.0, take=3)
             read = [track(probe.read(torch.from_numpy(t.frames_THWC))) for t in (truth, calm)]
             goal[name].append(float(read[0][12:-12].mean() - read[1][12:-12].mean()))
+            way = found[name][-1][1]
+            if way / goal[name][-1] > _OBEYED:
+                frames, back = response(values[switch + 72 : stop + 84], stop - switch - 72, before=48, steady=36)
+                found["plain"].append((frames, -back / way))
     rows: list[dict[str, Any]] = []
     for name, answers in found.items():
-        full = float(np.mean(goal[name])) if name in goal else -1.0
+        full = float(np.mean(goal[name])) if name in goal else 1.0
         shares = [way / full for _, way in answers]
-        times = [t for (t, _), share in zip(answers, shares, strict=True) if t is not None and share > 0.3]
+        times = [t for (t, _), share in zip(answers, shares, strict=True) if t is not None and share > _OBEYED]
         rows.append({
             "prompt": name,
             "frames": float(np.median(times)) if times else None,
             "frames_low": min(times, default=None),
             "frames_high": max(times, default=None),
             "obeyed": f"{len(times)} of {len(answers)}",
-            "share_of_truth": float(np.mean(shares)),
+            "share_of_truth": float(np.mean(shares)) if shares else None,
         })  # fmt: skip
     return rows
 
@@ -589,8 +592,8 @@ def object_recovery(args: argparse.Namespace, hand: Stagehand, probe: Probe, mod
     numbers = hand.people(args.identities, badge=True)
     photos = {n: hand.photo(n) for n in numbers}
     box = badge_box(128)
-    for variant in ("full", "no-adaptive", "no-sink"):
-        engine = model.engine(adaptive_sink=False if variant == "no-adaptive" else None)
+    for variant in ("full", "no-sink"):
+        engine = model.engine()
         chunk_s = engine.config.chunk_s
         for hidden_s in (0, 1, 3, 10):
             up = _BEFORE_CHUNKS, _BEFORE_CHUNKS + (2 + math.ceil(hidden_s / chunk_s) if hidden_s else 0)
@@ -671,7 +674,7 @@ class LongRun:
         reading = self.probe.read(torch.from_numpy(frames))
         due = [s for s in _SHOWN_AT_S if s <= end_s and s not in self.shown]
         for s in due:
-            self.shown[s] = frames[-1]
+            self.shown[s] = frames[-1].copy()
         grey = frames.mean(3, dtype=np.float32)
         self.looks.append({
             "s": end_s,
@@ -829,7 +832,8 @@ def run_long(args: argparse.Namespace, hand: Stagehand, probe: Probe, model: Mod
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(result) + "\n")
         partial.replace(path)
-        np.savez_compressed(args.work / f"shown-{args.variant}.npz", **{f"{s:g}": f for s, f in run.shown.items()})
+        shown = {f"{s:g}": torch.from_numpy(frame) for s, frame in run.shown.items()}
+        save_file(shown, args.work / f"shown-{args.variant}.safetensors")
         sys.stderr.write(f"{args.variant}: {facts['seconds']:.0f} s of video in {cpu_s:.0f} s of processor time\n")
 
     long_run(engine, args.variant, photo_HWC=hand.photo(number), loop_S=loop_S, opening_T=hand.opening(loop_S),
@@ -868,18 +872,19 @@ def draw_long(out: Path, work: Path) -> list[dict[str, Any]]:
         )
         for name, title in titles.items()
     ]
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    draw_panels(panels, PICTURES / "long.png", unit="seconds of video")
-    strips = {v: dict(np.load(p)) for v in found if (p := work / f"shown-{v}.npz").is_file()}
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    draw_panels(panels, pictures / "long.png", unit="seconds of video")
+    strips = {v: load_file(p) for v in found if (p := work / f"shown-{v}.safetensors").is_file()}
     if strips:
         size, gap = 96, 3
         canvas = Image.new("RGB", (len(_SHOWN_AT_S) * (size + gap), len(strips) * (size + gap)), (255, 255, 255))
         for row, frames in enumerate(strips.values()):
             for column, s in enumerate(_SHOWN_AT_S):
                 if f"{s:g}" in frames:
-                    tile = Image.fromarray(frames[f"{s:g}"]).resize((size, size), Image.Resampling.LANCZOS)
+                    tile = Image.fromarray(frames[f"{s:g}"].numpy()).resize((size, size), Image.Resampling.LANCZOS)
                     canvas.paste(tile, (column * (size + gap), row * (size + gap)))
-        small_png(canvas, PICTURES / "long-frames.png", limit_bytes=200_000)
+        small_png(canvas, pictures / "long-frames.png", limit_bytes=200_000)
     return [result["rows"][0] for result in found.values()]
 
 
@@ -896,7 +901,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--probe", type=Path, metavar="FILE", help="weights of the reading network (default: the shipped ones)")
     add("--identities", type=int, default=4, help="how many persons (default: %(default)s)")
     add("--seconds", type=float, default=60.0, help="speech of each person (default: %(default)s)")
-    add("--only", default="quality,prompts,objects", help="parts to run (default: %(default)s)")
+    add("--only", default="quality,prompts,objects", metavar="PARTS",
+        help="parts to run; rows and parts that are not run stay in the result (default: %(default)s)")  # fmt: skip
     add("--long", type=float, metavar="SECONDS", help="one long run instead")
     add("--variant", choices=VARIANTS, default="full", help="of the long run")
     add("--draw", action="store_true", help="draw the long runs that are there")
@@ -929,17 +935,24 @@ def main() -> int:
     known = ("quality", "prompts", "objects")
     if unknown := set(parts) - set(known):
         raise ConfigError(f"--only takes {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    rows = quality(args, hand, probe, models) if "quality" in parts else []
+    path = args.out / "evaluate.json"
+    known_before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     facts: dict[str, Any] = {"seconds": args.seconds, "identities": args.identities, "seed": args.seed}
+    card = machine_card(torch.device("cpu"))
+    rows = quality(args, hand, probe, models) if "quality" in parts else []
+    rows = [row | {"commit": card["commit"]} for row in rows]
+    fresh = {row["row"] for row in rows}
+    # What was not judged anew stays: rows by their name, parts whole.
+    rows += [row for row in known_before.get("rows", []) if row["row"] not in fresh]
     if "prompts" in parts:
         facts["prompts"] = prompt_responses(args, hand, probe, models[0])
-        show(facts["prompts"])
     if "objects" in parts:
         facts["objects"] = object_recovery(args, hand, probe, models[0])
-        show(facts["objects"])
-    name = "evaluate" if parts == list(known) else "evaluate-" + "-".join(parts)
-    report(name, f"{args.identities} unseen persons, {args.seconds:g} s of unseen speech each", rows,
-           machine_card(torch.device("cpu")), columns=_COLUMNS, save=args.out / f"{name}.json", **facts)  # fmt: skip
+    for part in ("prompts", "objects"):
+        facts.setdefault(part, known_before.get(part, []))
+        show(facts[part])
+    title = f"{args.identities} unseen persons, {args.seconds:g} s of unseen speech each"
+    report("evaluate", title, rows, card, columns=_COLUMNS, save=path, **facts)
     return 0
 
 

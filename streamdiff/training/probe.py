@@ -56,7 +56,7 @@ IDENTITY = (
 """What makes a person: the skull's main modes, hair, and colours as a screen shows them."""
 
 # Spread of every column in drawn clips (320 of them): errors of all columns weigh alike.
-_TRUTH_SPREAD = (0.76, 0.14, 0.17, 0.072, 0.17, 0.041, 0.34, 0.14, 0.32, 0.37, 0.5)
+TRUTH_SPREAD = (0.76, 0.14, 0.17, 0.072, 0.17, 0.041, 0.34, 0.14, 0.32, 0.37, 0.5)
 _IDENTITY_SPREAD = (*([0.9] * _MODES), 0.65, 0.4, 0.3, 0.36, *([0.2] * 12))
 _WEIGHT = {"opening_cm": 4.0, "round": 0.5, "gaze_x": 0.5, "gaze_y": 0.5}
 _IDENTITY_WEIGHT = 0.5
@@ -114,7 +114,7 @@ class Probe(nn.Module):
             )
         answers, features = zip(*(self(_pictures(part)) for part in frames_NHWC.split(batch)), strict=True)
         answer_NE = torch.cat(answers)
-        truth_NE = answer_NE[:, : len(TRUTH)] * torch.tensor(_TRUTH_SPREAD)
+        truth_NE = answer_NE[:, : len(TRUTH)] * torch.tensor(TRUTH_SPREAD)
         return Reading(truth_NE, answer_NE[:, len(TRUTH) :].clone(), torch.cat(features).clone())
 
 
@@ -211,7 +211,7 @@ class KnownFaces:
                 picture = _worn(picture, generator)
             truth, identity = self.targets(clip, t)
             frames.append(picture)
-            truths.append(truth / torch.tensor(_TRUTH_SPREAD))
+            truths.append(truth / torch.tensor(TRUTH_SPREAD))
             identities.append(identity)
         return torch.cat(frames), torch.stack(truths), torch.stack(identities)
 
@@ -244,7 +244,7 @@ def probe_loss(answer_NE: Tensor, truth_NE: Tensor, identity_NE: Tensor) -> tupl
     error_NE = F.smooth_l1_loss(answer_NE[:, : len(TRUTH)], truth_NE, reduction="none", beta=1.0)
     weight_NE = torch.tensor([_WEIGHT.get(name, 1.0) for name in TRUTH]).expand_as(error_NE).clone()
     hand, badge = TRUTH.index("hand"), TRUTH.index("badge")
-    weight_NE[:, badge] *= (truth_NE[:, hand] * _TRUTH_SPREAD[hand] < 0.1).float()
+    weight_NE[:, badge] *= (truth_NE[:, hand] * TRUTH_SPREAD[hand] < 0.1).float()
     seen = (error_NE * weight_NE).mean()
     return seen, F.smooth_l1_loss(answer_NE[:, len(TRUTH) :], identity_NE, beta=0.3)
 

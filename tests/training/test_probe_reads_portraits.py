@@ -57,7 +57,7 @@ def test_a_frame_is_taught_with_its_own_truth(shards: Shards, monkeypatch: pytes
     monkeypatch.setattr(probing, "_worn", lambda picture, _: picture)
     faces = KnownFaces(shards, num_modes=MODES, first=70)
     frames, truth, identity = faces.batch(40, "some", 3)
-    spread = probing._TRUTH_SPREAD
+    spread = probing.TRUTH_SPREAD
     for picture, seen, who in zip(frames, truth, identity, strict=True):
         clip = round((float(picture[0, 0, 0]) + 1) * 127.5 / 10)
         t = round((float(picture[1, 0, 0]) + 1) * 127.5 / 50)
