@@ -950,7 +950,8 @@ def main() -> int:
         facts["objects"] = object_recovery(args, hand, probe, models[0])
     for part in ("prompts", "objects"):
         facts.setdefault(part, known_before.get(part, []))
-        show(facts[part])
+        if facts[part]:
+            show(facts[part])
     title = f"{args.identities} unseen persons, {args.seconds:g} s of unseen speech each"
     report("evaluate", title, rows, card, columns=_COLUMNS, save=path, **facts)
     return 0
