@@ -614,7 +614,7 @@ def object_recovery(args: argparse.Namespace, hand: Stagehand, probe: Probe, mod
             mean, low, high = interval(changes)
             rows.append({
                 "variant": variant,
-                "hidden_s": hidden_s,
+                "hidden_s": hidden_s, "persons": len(numbers),
                 "colour_change": mean,
                 "low": low,
                 "high": high,
@@ -937,7 +937,8 @@ def main() -> int:
         raise ConfigError(f"--only takes {', '.join(known)}, got {', '.join(sorted(unknown))}")
     path = args.out / "evaluate.json"
     known_before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    facts: dict[str, Any] = {"seconds": args.seconds, "identities": args.identities, "seed": args.seed}
+    asked: dict[str, Any] = {"seconds": args.seconds, "identities": args.identities, "seed": args.seed}
+    facts = asked if "quality" in parts else {name: known_before.get(name, asked[name]) for name in asked}
     card = machine_card(torch.device("cpu"))
     rows = quality(args, hand, probe, models) if "quality" in parts else []
     rows = [row | {"commit": card["commit"]} for row in rows]
