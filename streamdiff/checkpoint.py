@@ -114,7 +114,7 @@ def official_dit_name(name: str) -> str:
 def shipped(config: EngineConfig) -> Path | None:
     """The folder of the weights that come with a preset; None when it has none, or its models were changed."""
     folder = Path(__file__).parent / "weights" / config.name
-    if config.name not in presets.PRESETS or not folder.is_dir():
+    if config.name not in presets.PRESETS or not any(folder.glob("diffusion_pytorch_model*.safetensors")):
         return None
     original = presets.preset(config.name)
     return folder if (original.dit, original.vae) == (config.dit, config.vae) else None
