@@ -96,7 +96,7 @@ def test_a_voice_of_nan(inputs: dict[str, str], tmp_path: Path, capsys: pytest.C
         ("--device", "abacus", "cpu"),
         ("--threads", "0", "at least 1"),
         ("--checkpoint", "nowhere", "nowhere"),
-        ("--lora", "nowhere.safetensors", "--checkpoint"),
+        ("--lora", "nowhere.safetensors", "cannot read nowhere.safetensors"),
         ("--preset", "live_avatar_14b", "--checkpoint"),
         ("--out", "no/such/folder/film.mp4", "no/such/folder"),
         ("--out", "film.gif", ".mp4"),
