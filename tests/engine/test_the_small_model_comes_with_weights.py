@@ -13,6 +13,7 @@ from torch import Tensor
 
 from streamdiff import checkpoint, presets
 from streamdiff.engine import Engine, Weights
+from streamdiff.errors import ConfigError
 from streamdiff.media import read_image
 
 _RATE_HZ = 16_000
@@ -79,3 +80,10 @@ def test_it_draws_the_face_it_was_shown() -> None:
 def test_ranks_change_nothing(num_ranks: int) -> None:
     engine = Engine(presets.portrait())
     assert torch.equal(_film(engine, num_ranks), _film(engine, 1))
+
+
+def test_an_adapter_needs_something_to_adapt(tmp_path: Path) -> None:
+    adapter = Weights(lora=tmp_path / "adapter.safetensors")
+    with pytest.raises(ConfigError, match="give --checkpoint"):
+        Engine(presets.tiny(), weights=adapter)
+    assert Engine(presets.portrait(), weights=adapter).weights.folder is not None
