@@ -168,10 +168,11 @@ def interpolate(fragments: Fragments, triangles_R3: Ints, values_VC: Floats) -> 
 def vertex_normals(vertices_V3: Floats, triangles_R3: Ints) -> Floats:
     """Unit normals ``[V, 3]`` that point out of the surface, area weighted."""
     a, b, c = (vertices_V3[triangles_R3[:, k]] for k in range(3))
-    cross = np.cross(b - a, c - a)
-    normals = np.zeros_like(vertices_V3)
+    cross = torch.from_numpy(np.cross(b - a, c - a))
+    total = torch.zeros(len(vertices_V3), 3, dtype=cross.dtype)
     for k in range(3):
-        np.add.at(normals, triangles_R3[:, k], cross)
+        total.index_add_(0, torch.from_numpy(triangles_R3[:, k]), cross)
+    normals = total.numpy()
     return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
 
 

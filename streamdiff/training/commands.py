@@ -103,7 +103,7 @@ def add_training_arguments(
     add("--batch", type=int, default=batch, metavar="N", help="clips in a step (default: %(default)s)")
     add("--lr", type=float, default=lr, help="highest learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
-    add("--init", type=Path, metavar="FILE", help="weights to begin with (default: random)")
+    add("--init", type=Path, metavar="FILE", help="weights to begin with (default: random, or the teacher's)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads; other numbers, other bits (default: %(default)s)")

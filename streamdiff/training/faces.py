@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from streamdiff.avatar import head3d
@@ -236,7 +235,7 @@ class Painter:
         pixel_P = np.flatnonzero(fragments.triangle_HW.reshape(-1) >= 0)
         corners_P3 = self._triangles[fragments.triangle_HW.reshape(-1)[pixel_P]]
         weights_P31 = fragments.weights_HW3.reshape(-1, 3)[pixel_P][..., None]
-        normals_V3 = _normals(vertices, self._triangles)
+        normals_V3 = head3d.vertex_normals(vertices, self._triangles)
         normals_P3 = (normals_V3[corners_P3] * weights_P31).sum(1)
         normals_P3 /= np.maximum(np.linalg.norm(normals_P3, axis=1, keepdims=True), 1e-6)
         values = np.concatenate([self._classes_VC, self._dark_V[:, None]], 1)
@@ -361,18 +360,6 @@ def _capsule(x: _Array, y: _Array, a: tuple[float, float], b: tuple[float, float
     dx, dy = b[0] - a[0], b[1] - a[1]
     along = np.clip(((x - a[0]) * dx + (y - a[1]) * dy) / (dx * dx + dy * dy), 0, 1)
     return np.hypot(x - a[0] - along * dx, y - a[1] - along * dy) - radius
-
-
-def _normals(vertices_V3: Floats, triangles_R3: NDArray[np.int64]) -> Floats:
-    """As `head3d.vertex_normals`, unnormalised and quicker: it is done for every frame."""
-    corners = vertices_V3[triangles_R3]
-    cross = torch.from_numpy(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]))
-    total = torch.zeros(len(vertices_V3), 3, dtype=cross.dtype)
-    index = torch.from_numpy(triangles_R3)
-    for k in range(3):
-        total.index_add_(0, index[:, k], cross)
-    normals = total.numpy()
-    return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-9)
 
 
 def _scalp(neutral_V3: Floats, hairline_cm: float) -> Floats:

@@ -213,7 +213,7 @@ def _attend(q_BLNK: Tensor, k_BMNK: Tensor, v_BMNK: Tensor, seen_BM: Tensor | No
     q_BNLK, k_BNMK, v_BNMK = (x.to(dtype).transpose(1, 2) for x in (q_BLNK, k_BMNK, v_BMNK))
     with torch.autocast(v_BMNK.device.type, enabled=False):
         y_BNLK = F.scaled_dot_product_attention(q_BNLK, k_BNMK, v_BNMK, attn_mask=mask_B11M)
-    return y_BNLK.transpose(1, 2).flatten(2)
+    return y_BNLK.transpose(1, 2).flatten(2).to(v_BMNK.dtype)
 
 
 def _layer(
