@@ -376,7 +376,7 @@ class CleanHistory(DenoiseStage):
         assert self._text is not None
         own = self._own_rotation(packet.chunk * self._config.frames_per_chunk)
         self._clean_step(done.latent_BCTHW, own, self._text, self._hear(packet))
-        start = memory.sink_tokens + packet.chunk % memory.ring.window * memory.chunk_tokens
+        start = memory.sink_tokens + memory.ring.slot_of(packet.chunk) * memory.chunk_tokens
         rows = slice(start, start + memory.chunk_tokens)
         for other in self._steps[1:]:
             other.memory.keys_ZBMNK[:, :, rows].copy_(memory.keys_ZBMNK[:, :, rows])

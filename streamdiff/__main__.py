@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from streamdiff import __version__, checkpoint, demo, doctor, flow, presets
 from streamdiff.avatar import commands as avatar_commands
+from streamdiff.config import sparse
 from streamdiff.engine import Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.forecast import describe, forecast
@@ -109,6 +110,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     add("--lora", type=Path, metavar="FILE", help="liveavatar.safetensors, merged while loading")
     add("--light-decoder", type=Path, metavar="FILE", help="decode with a published taew2_1: rougher, much faster")
     add("--steps", type=int, help="denoising steps (default: the preset's)")
+    add("--sparse", action="store_true", help="see the first, the previous and the own chunk only: weights trained so")
     add("--seconds", type=float, help="length of the video (default: the voice's)")
     add("--size", metavar="WxH", help="picture size in pixels (default: the preset's)")
     add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
@@ -175,6 +177,8 @@ def job_from(args: argparse.Namespace, world: World | None) -> Job:
         if not 1 <= args.steps <= 50:
             raise ConfigError(f"--steps must lie in 1..50, got {args.steps}; 4 is what the model was made for")
         config = dataclasses.replace(config, sigmas=flow.regridded(config.sigmas, args.steps))
+    if args.sparse:
+        config = sparse(config)
     if args.size is not None:
         width, height = _size(args.size)
         config = dataclasses.replace(config, width=width, height=height)

@@ -6,6 +6,7 @@ variants use `dataclasses.replace`.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from streamdiff.errors import ConfigError
@@ -158,6 +159,12 @@ class MemoryConfig:
 
     window_chunks: int = 4
     """Chunks that a chunk attends to, itself included (Live Avatar: 4)."""
+    keeps_first: bool = False
+    """Whether the first chunk never leaves the window. With ``window_chunks=3`` a chunk sees the first, the previous
+    and itself (TalkingMachines, 3.2); for weights that were trained so."""
+    first_reach: int = 18
+    """Latent frames that a kept first chunk lies behind at most: further on it moves along, as if re-indexed. 18 are
+    six chunks of three, as far as training looks."""
     slack_chunks: int = 0
     """Chunks that can be taken back by a rewind, beyond those still in the window."""
     sink_lead_min: int = 4
@@ -172,6 +179,11 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         _require(self.window_chunks >= 1, f"window_chunks counts the chunk itself, got {self.window_chunks}")
+        _require(
+            not self.keeps_first or self.window_chunks >= 2,
+            f"a window that keeps the first chunk holds at least two, got window_chunks={self.window_chunks}",
+        )
+        _require(self.first_reach >= 0, f"first_reach must not be negative, got {self.first_reach}")
         _require(self.slack_chunks >= 0, f"slack_chunks must not be negative, got {self.slack_chunks}")
         _require(
             0 <= self.sink_lead_min <= self.sink_lead_max <= self.sink_position,
@@ -276,3 +288,9 @@ class EngineConfig:
         if not self.memory.adaptive_sink:
             return None
         return self.memory.refresh_chunk if self.memory.refresh_chunk is not None else self.num_steps + 1
+
+
+def sparse(config: EngineConfig) -> EngineConfig:
+    """The same model, but a chunk sees the first, the previous and itself (TalkingMachines, 3.2)."""
+    memory = dataclasses.replace(config.memory, window_chunks=3, keeps_first=True)
+    return dataclasses.replace(config, memory=memory)

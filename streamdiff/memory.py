@@ -11,6 +11,8 @@ positions, so a chunk attends to one dense prefix of that buffer: no concatenati
 - The chunks' keys are stored already rotated to their absolute positions.
 - The sink's keys are kept un-rotated in a pristine copy and rotated from it into the buffer for every chunk. Rotating
   the rotated keys again would lose a little each time: 5 % after 100 chunks in bfloat16, 52 % after 1000.
+- A window may keep the first chunk for good, in slot 0; the others take turns in the slots after it. Its keys move
+  along with the stream like the sink's, turned from a copy.
 - A slot that is overwritten is first copied to a spill, so that ``slack_chunks`` chunks can be taken back.
 - Keys and values may lie in eight bits (e4m3) with one scale per token and head: half the memory. The pristine sink
   does not, so that turning it rounds once.
@@ -76,19 +78,33 @@ class Ring:
     (1, 2, 3)
     """
 
-    def __init__(self, *, window: int, slack: int) -> None:
+    def __init__(self, *, window: int, slack: int, keeps_first: bool = False) -> None:
         self.window = window
         self.slack = slack
+        self.keeps_first = keeps_first
         self.latest = -1
+        self._period = window - 1 if keeps_first else window
+        """Chunks after which a slot is used again."""
         self._held: dict[int, int] = {}
         """Slot -> chunk whose keys are really there."""
         self._spilled: dict[int, int] = {}
         """Spill slot -> chunk kept there."""
 
+    def slot_of(self, chunk: int) -> int:
+        """Where a chunk lives while it is remembered."""
+        if not self.keeps_first:
+            return chunk % self.window
+        return 0 if chunk == 0 else 1 + (chunk - 1) % self._period
+
+    def _up_to(self, chunk: int) -> tuple[int, ...]:
+        """What the window holds when ``chunk`` is the last one in it, oldest first."""
+        recent = tuple(range(max(0, chunk - self._period + 1), chunk + 1))
+        return (0, *recent) if self.keeps_first and 0 not in recent and recent else recent
+
     @property
     def resident(self) -> tuple[int, ...]:
         """Chunks remembered, oldest first."""
-        return tuple(range(max(0, self.latest - self.window + 1), self.latest + 1))
+        return self._up_to(self.latest)
 
     def admit(self, chunk: int) -> Slot:
         """Make room for a chunk and say where it goes."""
@@ -98,11 +114,11 @@ class Ring:
                 f"{f'{self.latest} again or ' if self.latest >= 0 else ''}{self.latest + 1}; "
                 f"to go back, rewind first"
             )
-        index = chunk % self.window
+        index = self.slot_of(chunk)
         evicted = None
-        if chunk > self.latest and self._held.get(index) == chunk - self.window:
+        if chunk > self.latest and self._held.get(index) == chunk - self._period:
             # Right after a rewind the slot may hold a chunk that was taken back: nothing worth keeping.
-            evicted = chunk - self.window
+            evicted = chunk - self._period
             if self.slack:
                 self._spilled[evicted % self.slack] = evicted
         self._held[index] = chunk
@@ -116,8 +132,9 @@ class Ring:
                 f"cannot rewind to chunk {chunk}: this memory holds up to chunk {self.latest}; "
                 f"rewind to 0..{self.latest + 1}"
             )
-        needed = range(max(0, chunk - self.window + 1), chunk)
-        lost = [c for c in needed if self._held.get(c % self.window) != c]
+        # What the chunk to come will see besides itself.
+        needed = self._up_to(chunk)[:-1]
+        lost = [c for c in needed if self._held.get(self.slot_of(c)) != c]
         where = {kept: spill for spill, kept in self._spilled.items()}
         missing = [c for c in lost if c not in where]
         if missing:
@@ -127,10 +144,10 @@ class Ring:
                 f"use slack_chunks={self.latest - chunk} or more"
             )
         self._held = {slot: c for slot, c in self._held.items() if c < chunk}
-        self._held.update({c % self.window: c for c in lost})
+        self._held.update({self.slot_of(c): c for c in lost})
         self._spilled = {spill: c for spill, c in self._spilled.items() if c < chunk}
         self.latest = chunk - 1
-        return [Restore(chunk=c, slot=c % self.window, spill=where[c]) for c in lost]
+        return [Restore(chunk=c, slot=self.slot_of(c), spill=where[c]) for c in lost]
 
     def clear(self) -> None:
         self.latest = -1
@@ -220,12 +237,13 @@ class StepMemory:
         chunk_tokens: int,
         window_chunks: int,
         slack_chunks: int = 0,
+        keeps_first: bool = False,
         impl: Impl = Impl.TORCH,
         eight_bits: bool = False,
     ) -> None:
         like = sink.values_ZBSNK
         Z, B, S, N, K = like.shape
-        self.ring = Ring(window=window_chunks, slack=slack_chunks)
+        self.ring = Ring(window=window_chunks, slack=slack_chunks, keeps_first=keeps_first)
         self.chunk_tokens = chunk_tokens
         self.sink_tokens = S
         self.length_on_host = S
@@ -245,11 +263,14 @@ class StepMemory:
             self.key_scale_ZBMN = torch.zeros((Z, B, num_tokens, N), dtype=torch.float32, device=like.device)
             self.value_scale_ZBMN = torch.zeros_like(self.key_scale_ZBMN)
             self._rings += [self.key_scale_ZBMN, self.value_scale_ZBMN]
+        self._first_keys_ZBLNK = like.new_zeros((Z, B, chunk_tokens if keeps_first else 0, N, K))
+        """Keys of the first chunk as they were written, at their first positions."""
+        self._knows_first = False
         self._spills = [ring.new_zeros((slack_chunks, Z, B, chunk_tokens, *ring.shape[3:])) for ring in self._rings]
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self._rings, *self._spills))
+        return sum(buffer.nbytes for buffer in (*self._rings, *self._spills, self._first_keys_ZBLNK))
 
     @property
     def eight_bits(self) -> bool:
@@ -272,6 +293,22 @@ class StepMemory:
         """Rotate the moving tokens of the sink from their pristine copy into the buffer."""
         self._turn(self._sink.moving_keys_ZBSNK, rotation, first_row=0)
 
+    def turn_first(self, shift: Rotation) -> None:
+        """Move a kept first chunk on in time, from where it was written: before each chunk but the first.
+
+        ``shift``: of all its tokens alike. Without effect while chunk 0 is the one at work.
+        """
+        if self.ring.latest == 0:
+            return
+        if not self._knows_first:
+            rows = self._rows(0)
+            keys_ZBLNK = self.keys_ZBMNK[:, :, rows]
+            if self.key_scale_ZBMN is not None:
+                keys_ZBLNK = keys_ZBLNK.float() * self.key_scale_ZBMN[:, :, rows].unsqueeze(-1)
+            self._first_keys_ZBLNK.copy_(keys_ZBLNK)
+            self._knows_first = True
+        self._turn(self._first_keys_ZBLNK, shift, first_row=self.sink_tokens)
+
     def _turn(self, pristine_ZBSNK: Tensor, rotation: Rotation, *, first_row: int) -> None:
         rotate_sink_(
             pristine_ZBSNK.flatten(0, 1),
@@ -286,6 +323,7 @@ class StepMemory:
     def admit(self, chunk: int) -> Slot:
         """Make room for a chunk; what it displaces goes to the spill. See `Ring.admit` for the order asked for."""
         slot = self.ring.admit(chunk)
+        self._knows_first = self._knows_first and chunk > 0
         if slot.evicted is not None and self.ring.slack:
             spill, rows = slot.evicted % self.ring.slack, self._rows(slot.index)
             for ring, kept in zip(self._rings, self._spills, strict=True):
@@ -342,12 +380,13 @@ class StepMemory:
     def clear(self) -> None:
         """Forget every chunk; the sink stays."""
         self.ring.clear()
+        self._knows_first = False
 
     def wipe(self) -> None:
         """As if new: nothing is remembered, and nothing is left of what was."""
         self.clear()
         self._point(0, 0)
-        for buffer in (*self._rings, *self._spills):
+        for buffer in (*self._rings, *self._spills, self._first_keys_ZBLNK):
             buffer.zero_()
 
     def _rows(self, slot: int) -> slice:

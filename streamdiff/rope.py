@@ -88,6 +88,14 @@ class FrameRotations:
             self._spread(angles_TF.cos(), self._still.cos_LF), self._spread(angles_TF.sin(), self._still.sin_LF)
         )
 
+    def shift(self, num_frames: int, latents: int) -> Rotation:
+        """What moves ``latents`` latent frames on by ``num_frames`` in time, whatever their rotation is already."""
+        angles_1F = (num_frames * self._rate_F).unsqueeze(0)
+        still_LF = self._still.cos_LF
+        cos_LF = self._spread(angles_1F.cos(), torch.ones_like(still_LF))
+        sin_LF = self._spread(angles_1F.sin(), torch.zeros_like(still_LF))
+        return Rotation(cos_LF.repeat(latents, 1), sin_LF.repeat(latents, 1))
+
     @staticmethod
     def _spread(moving_TF: Tensor, still_LF: Tensor) -> Tensor:
         T, L = moving_TF.shape[0], still_LF.shape[0]
@@ -122,6 +130,15 @@ def rotate(x_BLNK: Tensor, rotation: Rotation) -> Tensor:
         (even_BLNF * cos_LNF - odd_BLNF * sin_LNF, even_BLNF * sin_LNF + odd_BLNF * cos_LNF), dim=-1
     )
     return turned_BLNF2.flatten(-2).to(x_BLNK.dtype)
+
+
+def first_shift(first_frame: int, *, reach: int) -> int:
+    """Latent frames by which a kept first chunk has moved on when the chunk that begins at ``first_frame`` is denoised.
+
+    >>> [first_shift(f, reach=18) for f in (0, 15, 18, 21, 3000)]
+    [0, 0, 0, 3, 2982]
+    """
+    return max(0, first_frame - reach)
 
 
 def sink_position(first_frame: int, *, lead: int, origin: int) -> int:

@@ -152,11 +152,13 @@ def rank_bytes(
     kv_per_token = 2 * dit.num_layers * dit.dim * bytes_per_value
     remembered_per_token = 2 * dit.num_layers * (dit.dim + 4 * dit.num_heads) if eight_bit_history else kv_per_token
     remembered = S + (config.memory.window_chunks + config.memory.slack_chunks) * L
+    # A first chunk that is kept moves along: its keys are there once more, as they were written.
+    first_keys = L * kv_per_token // 2 if config.memory.keeps_first else 0
     # The stream, its normed copies in this layer and the next, a branch, and the hidden layer before and after GELU.
     activations = L * bytes_per_value * (4 * dit.dim + 2 * dit.ffn_dim)
     return RankBytes(
         weights=dit_parameters(dit) * bytes_per_value - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
-        history=num_steps * remembered * remembered_per_token,
+        history=num_steps * (remembered * remembered_per_token + first_keys),
         pristine_sink=S * kv_per_token,
         prompt=dit.text_len * kv_per_token,
         activations=activations,

@@ -25,7 +25,7 @@ from streamdiff.models.step import Precision, ServedStep, ServedWeights, StepOpt
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
-from streamdiff.rope import FrameRotations, Rotation, sink_position
+from streamdiff.rope import FrameRotations, Rotation, first_shift, sink_position
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ class DenoiseStage:
                     chunk_tokens=config.chunk_tokens,
                     window_chunks=config.memory.window_chunks,
                     slack_chunks=config.memory.slack_chunks,
+                    keeps_first=config.memory.keeps_first,
                     impl=impl,
                     eight_bits=options.history is Precision.FP8,
                 )
@@ -201,12 +202,18 @@ class DenoiseStage:
         first_frame = packet.chunk * config.frames_per_chunk
         own = self._own_rotation(first_frame)
         sink = self._rotations.at(sink_position(first_frame, lead=packet.lead, origin=config.memory.sink_position))
+        moved: Rotation | None = None
+        if config.memory.keeps_first:
+            shift = first_shift(first_frame, reach=config.memory.first_reach)
+            moved = self._rotations.shift(shift, config.frames_per_chunk)
         audio = self._hear(packet)
         x = _on(self._dit.device, packet.latent_BCTHW).to(torch.float32)
         for step in self._steps:
             with span(self._observer, "denoise", chunk=packet.chunk, epoch=packet.epoch, step=step.index):
                 step.memory.admit(packet.chunk)
                 step.memory.turn_sink(sink)
+                if moved is not None:
+                    step.memory.turn_first(moved)
                 velocity = step.velocity(x, own, self._text, audio)
                 self._settle()
                 if self._on_velocity is not None:

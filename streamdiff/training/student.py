@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamdiff import flow
-from streamdiff.config import EngineConfig
+from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
@@ -86,7 +86,8 @@ class StudentRun:
         if self._codec is None or not self.clips.held_out:
             return
         batch = self.clips.held_out_batch(self._args.chunks).to(dit.device)
-        forcing.draw_samples(dit, self._codec, self._config, batch, self._args.out / f"samples_{step:06d}.png")
+        config = sparse(self._config) if self._args.sparse else self._config
+        forcing.draw_samples(dit, self._codec, config, batch, self._args.out / f"samples_{step:06d}.png")
 
     def save(self, tensors: dict[str, Tensor], trainer: Trainer) -> Path:
         """Write weights and how they are to be served."""

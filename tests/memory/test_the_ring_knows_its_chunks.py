@@ -13,8 +13,8 @@ from streamdiff.memory import Ring
 class Model:
     """The same ring, slowly: what each slot and the spill hold, moved by hand."""
 
-    def __init__(self, window: int, slack: int) -> None:
-        self.window, self.slack = window, slack
+    def __init__(self, window: int, slack: int, keeps_first: bool = False) -> None:
+        self.window, self.slack, self.keeps_first = window, slack, keeps_first
         self.slots: dict[int, int] = {}
         self.spill: dict[int, int] = {}
 
@@ -25,9 +25,13 @@ class Model:
             if self.slack:
                 self.spill[slot.evicted % self.slack] = slot.evicted
         self.slots[slot.index] = chunk
-        wanted = range(max(0, chunk - self.window + 1), chunk + 1)
+        wanted = {*range(max(0, chunk - self.window + 1), chunk + 1)}
+        if self.keeps_first and len(wanted) == self.window:
+            wanted = {0, *sorted(wanted)[1:]}
         assert slot.filled == len(wanted)
-        assert sorted(self.slots[i] for i in range(slot.filled)) == list(wanted)
+        assert {self.slots[i] for i in range(slot.filled)} == wanted
+        assert set(ring.resident) == wanted
+        assert self.slots[ring.slot_of(chunk)] == chunk
 
     def rewind(self, ring: Ring, chunk: int) -> None:
         for restore in ring.rewind(chunk):
@@ -38,10 +42,13 @@ class Model:
 @given(
     window=st.integers(1, 5),
     slack=st.integers(0, 5),
+    keeps_first=st.booleans(),
     moves=st.lists(st.integers(-7, 1), max_size=60),
 )
-def test_a_chunk_always_sees_exactly_its_window(window: int, slack: int, moves: list[int]) -> None:
-    ring, model, latest = Ring(window=window, slack=slack), Model(window, slack), -1
+def test_a_chunk_always_sees_exactly_its_window(window: int, slack: int, keeps_first: bool, moves: list[int]) -> None:
+    window += keeps_first
+    ring, latest = Ring(window=window, slack=slack, keeps_first=keeps_first), -1
+    model = Model(window, slack, keeps_first)
     model.admit(ring, latest := 0)
     for move in moves:
         if move == 1:
