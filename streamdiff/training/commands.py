@@ -46,7 +46,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "data": Recipe(what="draw talking heads with known truth", module="data"),
+    "data": Recipe(what="clips to learn from: heads drawn with known truth, or your videos", module="data"),
     "codec": Recipe(what="a small causal video codec", module="codec"),
     "encode": Recipe(
         what="clips to latents, with a trained codec",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from streamdiff.__main__ import main
 from streamdiff.avatar.head3d import Floats, Head
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media.video import VideoWriter
@@ -177,7 +179,11 @@ def test_recorded_clips_have_the_same_interface(tmp_path: Path) -> None:
             film.write(picture, torch.zeros(FRAME_SAMPLES) + 0.1 * (frame % 2))
     clips = RecordedClips([path], size=16, num_frames=5)
     assert len(clips) == 2
+    both = list(clips.clips(0, 2))
+    assert [round(c.frames_THWC[0].mean() / 100) for c in both] == [0, 1]
     clip = clips.clip(1)
+    np.testing.assert_array_equal(clip.frames_THWC, both[1].frames_THWC)
+    np.testing.assert_array_equal(clip.photo_HWC, both[0].frames_THWC[0])
     assert clip.frames_THWC.shape == (5, 16, 16, 3)
     assert clip.sound_S.shape == (5 * FRAME_SAMPLES,)
     assert abs(int(clip.frames_THWC[0].mean()) - 100) < 8
@@ -185,3 +191,32 @@ def test_recorded_clips_have_the_same_interface(tmp_path: Path) -> None:
         RecordedClips([path], size=16)
     with pytest.raises(ConfigError, match="one prompt"):
         RecordedClips([path], prompts=["a", "b"], size=16, num_frames=5)
+
+
+def test_videos_become_shards_from_the_command_line(tmp_path: Path) -> None:
+    path, out = tmp_path / "film.mp4", tmp_path / "faces"
+    with VideoWriter(path, width=48, height=32, fps=25, rate_hz=data.RATE_HZ) as film:
+        for frame in range(2 * data.NUM_FRAMES + 3):
+            film.write(torch.full((1, 32, 48, 3), frame, dtype=torch.uint8), 0.1 * torch.ones(FRAME_SAMPLES))
+    asked = ["train", "data", "--video", str(path), "--prompt", "Somebody waits.", "--size", "16", "--out", str(out)]
+    assert main(asked) == 0
+    shards = Shards(out)
+    assert len(shards) == 2
+    assert shards.clip(1).prompt == "Somebody waits."
+    assert shards.clip(1).truth_TE is None
+    assert abs(int(shards.frames(1)[0].float().mean()) - data.NUM_FRAMES) < 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ([], "--head .* draws them, --video"),
+        (["--head", "head.npz", "--video", "film.mp4"], "--head .* draws them, --video"),
+        (["--head", "head.npz", "--prompt", "A face."], "drawn clips have prompts of their own"),
+    ],
+)
+def test_clips_come_from_one_place(
+    wrong: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "data", *wrong, "--out", str(tmp_path)]) == 2
+    assert re.search(says, capsys.readouterr().err)
