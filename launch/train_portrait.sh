@@ -61,9 +61,9 @@ learn codec codec.safetensors 2200 codec --data "$out/faces"
 codec=$out/codec/codec.safetensors
 [ -e "$out/latents/latents.safetensors" ] || train encode --data "$out/faces" --codec "$codec" --out "$out/latents"
 decoder() {
-    learn decoder codec.safetensors 3300 codec --data "$out/faces" --init "$codec" --disturb 0.35 --latents 4
+    learn decoder codec.safetensors 4700 codec --data "$out/faces" --init "$codec" --disturb 0.3 --latents 4
 }
-forcing() { learn forcing dit.safetensors 7000 forcing --data "$out/latents" --bf16 --served 0.5 --portrait 1; }
+forcing() { learn forcing dit.safetensors 8400 forcing --data "$out/latents" --bf16 --served 0.5 --portrait 1 --visible 0.5; }
 if [ "$jobs" -gt 1 ]; then
     decoder &
     beside=$!

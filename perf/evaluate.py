@@ -85,7 +85,7 @@ from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models.audio import chunks
-from streamdiff.models.step import ServedStep, StepOptions
+from streamdiff.models.step import ServedStep
 from streamdiff.models.vae import from_rgb8, to_rgb8
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import Role, plan
@@ -156,7 +156,7 @@ class Model:
             raise ConfigError(f"--model begins with a name, got {text!r}; write NAME=FOLDER")
         return cls(name, Path(folder) if folder else None, sigmas, renoise)
 
-    def engine(self, *, adaptive_sink: bool | None = None, options: StepOptions | None = None) -> Engine:
+    def engine(self, *, adaptive_sink: bool | None = None) -> Engine:
         """What makes the parts of a stream, as served."""
         config = presets.portrait()
         if self.sigmas is not None:
@@ -165,7 +165,7 @@ class Model:
             config = dataclasses.replace(config, renoise=self.renoise)
         if adaptive_sink is not None:
             config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, adaptive_sink=adaptive_sink))
-        return Engine(config, weights=Weights(folder=self.folder), options=options)
+        return Engine(config, weights=Weights(folder=self.folder))
 
 
 # --------------------------------------------------------------------------------------------------- persons and truth
@@ -806,9 +806,7 @@ def distances_between_people(hand: Stagehand, probe: Probe, *, count: int = 8) -
 
 def run_long(args: argparse.Namespace, hand: Stagehand, probe: Probe, model: Model) -> None:
     """A long run, its result on disk every 500 chunks."""
-    # At this width torch's own attention takes two thirds of the default's time; velocities agree to 4e-6.
-    options = StepOptions(attention="sdpa")
-    engine = model.engine(adaptive_sink=False if args.variant == "no-adaptive" else None, options=options)
+    engine = model.engine(adaptive_sink=False if args.variant == "no-adaptive" else None)
     limits = distances_between_people(hand, probe)
     number = hand.people(1)[0]
     loop_S = np.concatenate([hand.speech(number, 48.0, take=t) for t in (0, 1)])

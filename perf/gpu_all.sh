@@ -43,6 +43,7 @@ kernels-sweep   other tiles than the chosen ones
 stage-sparse    the 14B step with a window of two: sink, previous chunk, own chunk
 stage-history   the 14B step with an eight-bit history: half the memory of what is remembered
 stage-compiled  the 14B step with torch.compile instead of our kernels
+train           a step of each recipe of the small preset, and a second of its video
 gluon           the experiment with attention in Gluon beside the backends (Hopper, no rehearsal)
 decoder-more    the decoder compiled, and its convolutions one by one
 LIST
@@ -109,6 +110,7 @@ run_part() {
         stage-bf16) stage --precision bf16 ;;
         stage-fp8) stage --precision fp8 ;;
         stage-sparse) stage --window 2 ;;
+        train) "$python" perf/bench_train.py ${tiny:+--budget 0.1} ;;
         gluon) "$python" perf/try_gluon.py ;;
         stage-history) stage --history fp8 --precision fp8 ;;
         stage-compiled) stage --compile --precision bf16 ;;

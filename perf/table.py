@@ -338,6 +338,20 @@ def _wrong_input(row: dict[str, Any]) -> tuple[str, bool]:
     return text, row["slowest_s"] < 30
 
 
+def _trained(name: str, *, gpu: bool) -> Callable[[Sequence[Result]], Found | None]:
+    """A row of the training's bench."""
+
+    def find(results: Sequence[Result]) -> Found | None:
+        runs = [r for r in results if r.get("bench") == "train" and on_gpu(r) == gpu]
+        rows = [row for row in runs[-1]["rows"] if row["row"] == name] if runs else []
+        if not rows:
+            return None
+        pace = f", {rows[0]['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in rows[0] else ""
+        return Found(f"{rows[0]['s']:.2f} s{pace}", None, machine(runs[-1]))
+
+    return find
+
+
 AVATAR = "python perf/bench_avatar.py"
 AVATAR_ROWS = (
     ("text to first voice, 12-100 characters: median, p95", "<= 40 ms, <= 80 ms", "voice", _voice, {}),
@@ -401,6 +415,16 @@ ROWS = (
         _predicted_decode,
     ),
     Row("decode 12 frames, light", "<= 8 ms", "python perf/bench_decoder.py", _decode("tae", 8), _not_measured),
+    *(
+        Row(f"portrait: {what}, {where}", "reported", f"python perf/bench_train.py{option}", _trained(name, gpu=gpu))
+        for gpu, where, option in ((False, "one CPU thread", " --device cpu"), (True, "GPU", ""))
+        for what, name in (
+            ("step of diffusion forcing", "forcing step"),
+            ("step of distillation", "distil step"),
+            ("step of the codec", "codec step"),
+            ("a second of video", "a second of video, served"),
+        )
+    ),
     *(
         Row(
             f"avatar: {what}",

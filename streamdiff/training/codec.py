@@ -7,8 +7,8 @@ The codec is `streamdiff.models.vae` at small size, encoder and decoder together
 folded into channels, causal convolutions that stream, and past them a linear projection. It begins as the principal
 components of patches (`principal_start`), which alone reach what convolutions from random weights need hours for; the
 convolutions then learn what is left. Loss: squared and absolute error of pixels and absolute error of their differences
-to the neighbours, heavier around the mouth; the posterior's divergence from a unit normal, so lightly that it only
-keeps latents in bounds.
+to the neighbours in space and time, heavier around the mouth; the posterior's divergence from a unit normal, so lightly
+that it only keeps latents in bounds.
 
 Channels are scaled by their deviation to the power 0.7, not 1: the first components, which carry most of the picture,
 stay larger than the last, and a video model that errs by the same amount everywhere errs less where it is seen.
@@ -45,8 +45,9 @@ from streamdiff.training.loop import Part, Trainer
 logger = logging.getLogger(__name__)
 
 DIVERGENCE = 1e-4
-SQUARES, EDGES = 20.0, 0.5
-"""Weights of squared error and of differences between neighbouring pixels, beside that of the absolute error."""
+SQUARES, EDGES, MOTION, BORDER = 20.0, 0.5, 1.0, 3.0
+"""Weights of squared error, and of differences between neighbours in the picture and in time, beside that of the
+absolute error; and how much more the last counts from one latent frame to the next, where pictures tend to jump."""
 _SCALE_POWER = 0.7
 _FIRST_LOG_VARIANCE = -6.0
 
@@ -83,13 +84,26 @@ class Codec(nn.Module):
         return torch.cat(frames, 2)
 
 
+@torch.no_grad()
+def visibility(codec: Codec, latents_BCTHW: Tensor) -> Tensor:
+    """How much a small error in each channel of these latents changes pixels, ``[C]``; 1 in the root mean square."""
+    shown = codec.decode(latents_BCTHW)
+    changes: list[Tensor] = []
+    for channel in range(latents_BCTHW.shape[1]):
+        other = latents_BCTHW.clone()
+        other[:, channel] += 0.1 * counter.normal(tuple(other[:, channel].shape), "visibility", channel).to(other)
+        changes.append((codec.decode(other) - shown).square().mean())
+    change_C = torch.stack(changes)
+    return (change_C / change_C.mean()).sqrt()
+
+
 def attention_map(size: int) -> Tensor:
-    """How much a pixel ``[H, W]`` of a portrait matters: the face twice, the mouth five times as much as the wall."""
+    """How much a pixel ``[H, W]`` of a portrait matters: the face twice, the mouth ten times as much as the wall."""
     axis = (torch.arange(size, dtype=torch.float32) + 0.5) / size
     x, y = axis[None, :], axis[:, None]
     face = (((x - 0.5) / 0.26) ** 2 + ((y - 0.5) / 0.32) ** 2 < 1).float()
     mouth = torch.exp(-(((x - 0.5) / 0.13) ** 2 + ((y - 0.63) / 0.09) ** 2))
-    return 1 + face + 3 * mouth
+    return 1 + face + 8 * mouth
 
 
 def disturbance(shape: tuple[int, ...], largest: float, *key: int | str) -> Tensor:
@@ -122,10 +136,13 @@ def codec_loss(
     pixels = error.abs().mean()
     squares = (weight_HW * (drawn - frames_BCTHW).square()).mean()
     edges = error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
+    steps_T = error.diff(dim=2).abs().mean((0, 1, 3, 4))
+    at_border_T = torch.arange(len(steps_T), device=steps_T.device) % codec.config.temporal_factor == 0
+    motion = torch.where(at_border_T, BORDER * steps_T, steps_T).mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = pixels + SQUARES * squares + EDGES * edges + DIVERGENCE * divergence
+    loss = pixels + SQUARES * squares + EDGES * edges + MOTION * motion + DIVERGENCE * divergence
     psnr = -10 * torch.log10(F.mse_loss(drawn.detach().clamp(-1, 1), frames_BCTHW) / 4)
-    facts = {"pixels": pixels, "edges": edges, "divergence": divergence, "psnr_db": psnr}
+    facts = {"pixels": pixels, "edges": edges, "motion": motion, "divergence": divergence, "psnr_db": psnr}
     return loss, {name: float(value.detach()) for name, value in facts.items()}
 
 
@@ -233,6 +250,7 @@ def encode_clips(codec: Codec, shards: Shards, encoder: LogMelFeatures, *, progr
         "reference": torch.stack(references),
         "audio": torch.stack(sounds),
         "prompt": torch.tensor(prompts),
+        "visibility": visibility(codec, torch.stack([latent[:, :4] for latent in latents[:2]]).float()),
     }
     return tensors, {"prompts": json.dumps(list(texts))}
 

@@ -1,6 +1,7 @@
 """Video with sound to learn from: talking heads drawn with known truth, and clips of real people, by one interface.
 
     python -m streamdiff train data --head ict_facekit.npz --out faces
+    python -m streamdiff train data --video anna.mp4 ben.mp4 --out faces
 
 `DrawnClips` makes clip ``i`` from ``(seed, i)`` alone, in any order and on any machine: a head (`faces.Painter`), a
 voice (hibari-tts, or recordings that are given), a mouth that follows the voice, and an action that a prompt names.
@@ -17,6 +18,7 @@ Axes: T frames, H height, W width, S samples at 16 kHz, E columns of truth, N cl
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -61,6 +63,7 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
 }
 ALL_PROMPTS = tuple(text for texts in PROMPTS.values() for text in texts)
 
+_PLAIN_SHARE = 0.4
 _LIP_TOP, _LIP_BOTTOM = 5533, 5517
 """Vertices of the light model: middle of the inner lips."""
 _LEVEL_DB = -26.0
@@ -256,35 +259,36 @@ class Score:
 
 def compose(head: Head, sound_S: Floats, generator: np.random.Generator, *, action: str | None = None,
             calm: bool = False) -> Score:  # fmt: skip
-    """Move a head to a sound. ``action``: a key of `PROMPTS`, or None to draw one; the clip may begin in another.
+    """Move a head to a sound, calmly: it stays within two or three degrees, unless the action turns it.
 
-    ``calm``: the action holds from the first frame on.
+    ``action``: a key of `PROMPTS`, or None to draw one; the clip may begin in another. ``calm``: the action holds from
+    the first frame on.
     """
     num_frames = len(sound_S) // FRAME_SAMPLES
     weights = mouth_weights(articulation(sound_S))
     opening = opening_cm(head, weights)
     names = tuple(PROMPTS)
-    action = names[int(generator.integers(len(names)))] if action is None else action
-    before = action if calm or generator.random() < 0.6 else names[int(generator.integers(len(names)))]
+    often = [_PLAIN_SHARE if name == "plain" else (1 - _PLAIN_SHARE) / (len(names) - 1) for name in names]
+    action = names[int(generator.choice(len(names), p=often))] if action is None else action
+    before = action if calm or generator.random() < 0.7 else names[int(generator.integers(len(names)))]
     change = _ramp(num_frames, float(generator.uniform(0.0, 36.0))) if before != action else np.ones(num_frames)
 
     def amount(name: str) -> Floats:
         return ((before == name) * (1 - change) + (action == name) * change).astype(np.float32)
 
     clock = np.arange(num_frames) / FPS
-    beat = 2 * math.pi * (clock * float(generator.uniform(1.1, 1.4)) + float(generator.random()))
-    side = 1.0 if generator.random() < 0.5 else -1.0
+    beat = 2 * math.pi * (clock * float(generator.uniform(0.7, 0.9)) + float(generator.random()))
     stress = np.convolve(weights["jawOpen"], np.hanning(9) / np.hanning(9).sum(), mode="same")
-    pitch = 0.05 * _wander(generator, num_frames, 0.35) + 0.10 * stress + 0.15 * np.sin(beat) * amount("nod")
-    yaw = 0.10 * _wander(generator, num_frames, 0.25) + 0.24 * np.sin(beat) * amount("shake")
-    yaw = yaw + side * 0.38 * amount("aside")
-    roll = 0.045 * _wander(generator, num_frames, 0.25)
-    gaze_x = np.round(0.9 * _wander(generator, num_frames, 0.5)) * 0.35 + side * 0.4 * amount("aside")
-    gaze_y = np.round(0.7 * _wander(generator, num_frames, 0.4)) * 0.2
+    pitch = 0.02 * _wander(generator, num_frames, 0.3) + 0.05 * stress + 0.13 * np.sin(beat) * amount("nod")
+    yaw = 0.035 * _wander(generator, num_frames, 0.2) + 0.20 * np.sin(beat) * amount("shake")
+    yaw = yaw + 0.32 * amount("aside")
+    roll = 0.02 * _wander(generator, num_frames, 0.2)
+    gaze_x = np.round(0.7 * _wander(generator, num_frames, 0.4)) * 0.35 + 0.4 * amount("aside")
+    gaze_y = np.round(0.5 * _wander(generator, num_frames, 0.3)) * 0.2
     blink = _blinks(generator, num_frames)
     smile, hand = 0.85 * amount("smile"), amount("hand")
     brows = np.clip(0.25 * stress / 0.3 + 0.15 * _wander(generator, num_frames, 0.4), 0, 0.8)
-    sway_x, sway_y = (0.3 * _wander(generator, num_frames, 0.15) for _ in range(2))
+    sway_x, sway_y = (0.08 * _wander(generator, num_frames, 0.15) for _ in range(2))
     truth = {
         "opening_cm": opening,
         "round": weights["mouthPucker"],
@@ -309,7 +313,7 @@ def compose(head: Head, sound_S: Floats, generator: np.random.Generator, *, acti
             shapes["cheekSquint" + eye] = 0.5 * float(smile[t])
         turn = np.array([pitch[t], yaw[t], roll[t]], np.float32)
         poses.append(Pose(shapes, turn, (float(sway_x[t]), float(sway_y[t])), float(hand[t])))
-    photo = Pose({}, np.array(generator.normal(0, 0.03, 3), np.float32), (0.0, 0.0))
+    photo = Pose({}, np.array(generator.normal(0, 0.015, 3), np.float32), (0.0, 0.0))
     truth_TE = np.stack([truth[name] for name in TRUTH], 1).astype(np.float32)
     return Score(tuple(poses), photo, action, truth_TE)
 
@@ -423,21 +427,29 @@ class RecordedClips:
         return len(self._places)
 
     def clip(self, index: int) -> Clip:
-        number, first = self._places[index]
-        path = self._files[number]
-        frames: list[Picture] = []
+        return next(self.clips(index, index + 1))
+
+    def clips(self, start: int, stop: int) -> Iterator[Clip]:
+        """Clips ``start .. stop - 1``; each file is read once for all of its clips."""
+        for number, group in itertools.groupby(range(start, stop), key=lambda i: self._places[i][0]):
+            yield from self._cut(number, [self._places[i][1] for i in group])
+
+    def _cut(self, number: int, firsts: Sequence[int]) -> Iterator[Clip]:
+        path, T = self._files[number], self.num_frames
+        sound = torch.cat(list(read_audio(path, RATE_HZ))).numpy()
         photo: Picture | None = None
+        frames: list[Picture] = []
         for t, picture in enumerate(_pictures(path, self.size)):
             photo = picture if photo is None else photo
-            if first <= t < first + self.num_frames:
+            if t // T * T in firsts:
                 frames.append(picture)
-            elif t >= first + self.num_frames:
-                break
-        assert photo is not None
-        sound = torch.cat(list(read_audio(path, RATE_HZ))).numpy()
-        begin, length = first * FRAME_SAMPLES, self.num_frames * FRAME_SAMPLES
-        sound_S = np.pad(sound[begin : begin + length], (0, max(0, begin + length - len(sound))))
-        return Clip(np.stack(frames), photo, leveled(sound_S), self._prompts[number], None)
+            if len(frames) == T:
+                begin, stop = (t + 1 - T) * FRAME_SAMPLES, (t + 1) * FRAME_SAMPLES
+                heard_S = np.pad(sound[begin:stop], (0, max(0, stop - max(begin, len(sound)))))
+                yield Clip(np.stack(frames), photo, leveled(heard_S), self._prompts[number], None)
+                frames = []
+            if t + 1 == firsts[-1] + T:
+                return
 
 
 def _pictures(path: Path, size: int) -> Iterator[Picture]:
@@ -493,7 +505,8 @@ def write_shards(
                 progress(stop - start)
             continue
         clips: list[Clip] = []
-        made = source.clips(start, stop) if isinstance(source, DrawnClips) else map(source.clip, range(start, stop))
+        whole = isinstance(source, DrawnClips | RecordedClips)
+        made = source.clips(start, stop) if whole else map(source.clip, range(start, stop))
         for clip in made:
             clips.append(clip)
             if progress is not None:
@@ -585,11 +598,15 @@ def recordings_of(paths: Sequence[Path]) -> list[Floats]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train data``."""
     add = parser.add_argument
-    add("--head", type=Path, required=True, metavar="FILE", help="ict_facekit.npz, the 3D head")
     add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    add("--head", type=Path, metavar="FILE", help="draw heads: ict_facekit.npz, the 3D head")
+    add("--video", type=Path, nargs="+", metavar="FILE",
+        help="cut these files into clips instead: one person and sound in each, the face in the middle")  # fmt: skip
+    add("--prompt", action="append", metavar="TEXT",
+        help="what the videos show; once for all, or once for each (default: a person who talks)")  # fmt: skip
     add("--speech", type=Path, nargs="*", default=(), metavar="FILE",
         help="recordings to speak from as well: sound files, or facegood_audio2rig.npz")  # fmt: skip
-    add("--clips", type=int, default=960, help="how many clips of 3.9 s (default: %(default)s)")
+    add("--clips", type=int, default=960, help="how many clips of 3.9 s to draw (default: %(default)s)")
     add("--size", type=int, default=128, help="pixels along a side (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--first", type=int, default=0, help="number of the first motion; take a far one for clips to judge by")
@@ -597,15 +614,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw clips to disk; started again, it goes on."""
+    """Clips to disk, drawn or cut from videos; started again, it goes on."""
     index, _, parts = str(args.part).partition("/")
     if not (index.isdigit() and parts.isdigit() and int(index) < int(parts)):
         raise ConfigError(f"--part is K/N with K below N, got {args.part}; for two processes give 0/2 and 1/2")
+    if (args.head is None) == (args.video is None):
+        raise ConfigError("say where clips come from: --head ict_facekit.npz draws them, --video FILE... cuts videos")
+    if args.prompt and not args.video:
+        raise ConfigError("--prompt says what videos show; drawn clips have prompts of their own")
     torch.set_num_threads(1)
-    voices = Voices(recordings_of(args.speech))
-    source = DrawnClips(
-        Head.load(args.head), voices, count=args.clips, size=args.size, seed=args.seed, first=args.first
-    )
+    source: DrawnClips | ClipSource
+    if args.video:
+        source = RecordedClips(args.video, prompts=args.prompt or PROMPTS["plain"][:1], size=args.size)
+    else:
+        voices = Voices(recordings_of(args.speech))
+        source = DrawnClips(
+            Head.load(args.head), voices, count=args.clips, size=args.size, seed=args.seed, first=args.first
+        )
     with tqdm(total=len(source) // int(parts), unit="clip", disable=None) as bar:
         write_shards(source, args.out, part=(int(index), int(parts)), progress=bar.update)
     return 0
@@ -613,7 +638,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Run as ``python -m streamdiff.training.data``."""
-    parser = argparse.ArgumentParser(description="Draw talking heads with known truth.")
+    parser = argparse.ArgumentParser(description="Talking heads to learn from: drawn, or cut from videos.")
     add_arguments(parser)
     return run(parser.parse_args())
 

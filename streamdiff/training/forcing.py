@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamdiff import counter, flow
-from streamdiff.config import EngineConfig
+from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import contact_sheet
 from streamdiff.memory import sink_lead
@@ -40,13 +40,13 @@ from streamdiff.models.vae import to_rgb8
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.training import commands, sequence
-from streamdiff.training.codec import Codec, load_codec
+from streamdiff.training.codec import Codec, attention_map, load_codec
 from streamdiff.training.loop import Part, Trainer
 from streamdiff.training.sequence import Layout, Visit, directly, sequence_velocity
 
 LATENTS = "latents.safetensors"
 
-_LEAST_SIGMA = 0.3
+_LEAST_SIGMA = 0.6
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -94,7 +94,7 @@ class LatentClips:
 
     Tensors ``latent`` [N, C, T, H, W] and ``reference`` [N, C, H, W] (float16, normalised), ``audio`` [N, Z, E, A]
     (float16; A = T * temporal_factor video frames, those of the first latent frame first), ``prompt`` [N] (index into
-    the JSON list ``prompts`` of the metadata).
+    the JSON list ``prompts`` of the metadata); and ``visibility`` [C] (`codec.visibility`), which may be missing.
     Clips are read when they are drawn; the file stays on disk.
 
     Args:
@@ -127,6 +127,8 @@ class LatentClips:
         self._check(shapes)
         self.num_clips, _, self.num_frames = shapes["latent"][:3]
         self._slices = {name: self._file.get_slice(name) for name in ("latent", "reference", "audio")}
+        self.visibility_C = self._file.get_tensor("visibility").float() if "visibility" in shapes else None
+        """How much an error in each channel is seen, or None in files that do not say so."""
         self._prompt_N = self._file.get_tensor("prompt").tolist()
         if not all(0 <= p < len(prompts) for p in self._prompt_N):
             raise InputError(f"{path} names a prompt beyond its list of {len(prompts)}; write it again")
@@ -213,12 +215,17 @@ class ForcingConfig:
     no_text: float = 0.1
     sparse: bool = False
     """See the first, the previous and the own chunk, all at one level (TalkingMachines, 3.2)."""
+    portrait: float = 0.0
+    """How much more errors count where a portrait has its face and mouth (`codec.attention_map`): 0 as anywhere, 1 as
+    the codec counts them."""
+    visible: float = 0.0
+    """How much more errors count in channels that change pixels more: 0 alike, 1 as if pixels were compared."""
 
     def __post_init__(self) -> None:
-        shares = ("shared", "served", "no_sink", "adaptive_sink", "stream_start", "no_audio", "no_text")
+        shares = ("shared", "served", "visible", "no_sink", "adaptive_sink", "stream_start", "no_audio", "no_text")
         wrong = {name: getattr(self, name) for name in shares if not 0 <= getattr(self, name) <= 1}
-        if wrong or self.num_chunks < 1 or self.shift <= 0:
-            raise ConfigError(f"shares lie in 0..1, num_chunks >= 1 and shift > 0, got {self}")
+        if wrong or self.num_chunks < 1 or self.shift <= 0 or self.portrait < 0:
+            raise ConfigError(f"shares lie in 0..1, num_chunks >= 1, shift > 0 and portrait >= 0, got {self}")
 
     def layout(self, config: EngineConfig) -> Layout:
         """Who sees whom in a clip of this preset."""
@@ -291,12 +298,14 @@ def forcing_loss(
     layout: Layout,
     empty_text_1PC: Tensor,
     *,
+    weight: Tensor | None = None,
     visit: Visit = directly,
 ) -> Tensor:
     """Mean squared error of the velocity, per chunk of each clip, ``[B, n]`` float32.
 
     Args:
         empty_text_1PC: embedding of no prompt, for the clips that have to do without.
+        weight: how much errors count, by channel and place; spread over the latents, 1 on average (`error_weights`).
     """
     device = dit.device
     n = layout.num_chunks
@@ -324,7 +333,27 @@ def forcing_loss(
     if dit.config.predicts_data:
         # Read as a velocity, an error of the data counts by 1 / sigma^2: without a bound, nearly clean chunks decide.
         error = error * (sigma.clamp_min(flow.SMALLEST_SIGMA) / sigma.clamp_min(_LEAST_SIGMA)).square()
+    if weight is not None:
+        error = error * weight.to(error)
     return error.unflatten(2, (n, -1)).mean(dim=(1, 3, 4, 5))
+
+
+def error_weights(settings: ForcingConfig, latent_hw: tuple[int, int], visibility_C: Tensor | None) -> Tensor | None:
+    """`ForcingConfig.portrait` and `ForcingConfig.visible` as weights ``[C, 1, H, W]``, 1 on average.
+
+    None when all errors count alike. Raises ConfigError when it is not known how visible channels are.
+    """
+    if settings.portrait == 0 and settings.visible == 0:
+        return None
+    cells_HW = F.adaptive_avg_pool2d(attention_map(16 * max(latent_hw))[None], latent_hw)[0]
+    place_HW = 1 + settings.portrait * (cells_HW - 1)
+    channel_C = torch.ones(1)
+    if settings.visible:
+        if visibility_C is None:
+            raise ConfigError("these latents do not say how visible their channels are; encode the clips again")
+        channel_C = visibility_C ** (2 * settings.visible)
+    weight_C1HW = channel_C.view(-1, 1, 1, 1) * place_HW
+    return weight_C1HW / weight_C1HW.mean()
 
 
 def _without_prompt(text_BPC: Tensor, empty_1PC: Tensor, reads_B: Tensor) -> Tensor:
@@ -362,6 +391,7 @@ class ForcingTask:
         self._clips, self._config, self._settings = clips, config, settings
         self._layout = settings.layout(config)
         self._batch, self._seed, self._bf16, self._visit = batch, seed, bf16, visit
+        self._weight = error_weights(settings, config.latent_hw, clips.visibility_C)
 
     def gradients(self, step: int) -> Mapping[str, float]:
         batch = self._clips.batch(self._batch, self._settings.num_chunks, seed=self._seed, step=step)
@@ -384,7 +414,13 @@ class ForcingTask:
         draws = draw(self._settings, self._config, tuple(batch.latent_BCTHW.shape), *key)
         with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
             loss_Bn = forcing_loss(
-                self.dit, batch.to(device), draws, self._layout, self._clips.empty_text_1PC, visit=self._visit
+                self.dit,
+                batch.to(device),
+                draws,
+                self._layout,
+                self._clips.empty_text_1PC,
+                weight=self._weight,
+                visit=self._visit,
             )
         return loss_Bn, draws.sigma_Bn
 
@@ -462,6 +498,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shared-only", action="store_true", help="one noise level a clip, and see the first and previous chunk only")
     add("--served", type=float, default=0.15, metavar="SHARE",
         help="noise levels that are the preset's own, not just any (default: %(default)s)")  # fmt: skip
+    add("--portrait", type=float, default=0.0, metavar="WEIGHT",
+        help="errors at face and mouth count more: 1 as in the codec's training (default: as anywhere)")  # fmt: skip
+    add("--visible", type=float, default=0.0, metavar="SHARE",
+        help="errors in channels that change pixels more count more: 1 as in pixels (default: alike)")  # fmt: skip
     add("--held-out", type=int, default=16, metavar="N", help="clips kept to judge by (default: %(default)s)")
     add("--bf16", action="store_true", help="multiply in bfloat16: about 1.7 times as fast on a CPU that has it")
     add("--recompute", action="store_true", help="keep one layer of activations: less memory, a third more work")
@@ -471,7 +511,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train the video model."""
     config = commands.preset_of(args)
-    settings = ForcingConfig(num_chunks=args.chunks, sparse=args.shared_only, served=args.served)
+    settings = ForcingConfig(
+        num_chunks=args.chunks,
+        sparse=args.shared_only,
+        served=args.served,
+        portrait=args.portrait,
+        visible=args.visible,
+    )
     encoder = HashedText(config.dit.text_dim, max_tokens=config.dit.text_len)
     clips = LatentClips(args.data, config, encoder, held_out=args.held_out)
     codec = None if args.codec is None else load_codec(args.codec, config.vae)
@@ -502,7 +548,8 @@ def run(args: argparse.Namespace) -> int:
                 trainer.note({"held_out": task.held_out_loss()})
             if codec is not None and clips.held_out:
                 batch = clips.held_out_batch(settings.num_chunks).to(dit.device)
-                draw_samples(dit, codec, config, batch, args.out / f"samples_{trainer.step:06d}.png")
+                shown = sparse(config) if settings.sparse else config
+                draw_samples(dit, codec, shown, batch, args.out / f"samples_{trainer.step:06d}.png")
 
     def finish(trainer: Trainer) -> list[Path]:
         path = args.out / "dit.safetensors"

@@ -36,6 +36,7 @@ def keep_all(*, interpreted: bool) -> None:
     assert " passed" in result.stdout
 
 
+@pytest.mark.slow
 def test_kept_under_the_interpreter() -> None:
     pytest.importorskip("triton")
     keep_all(interpreted=True)

@@ -13,7 +13,15 @@ from streamdiff import counter, presets
 from streamdiff.config import VAEConfig
 from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models.vae import VAEDecoder, fold, unfold
-from streamdiff.training.codec import Codec, attention_map, codec_loss, load_codec, principal_start, save_codec
+from streamdiff.training.codec import (
+    Codec,
+    attention_map,
+    codec_loss,
+    load_codec,
+    principal_start,
+    save_codec,
+    visibility,
+)
 
 _CONFIG = VAEConfig(
     base_dim=16,
@@ -140,3 +148,30 @@ def test_the_portrait_preset_squeezes_as_it_says() -> None:
     assert (vae.spatial_factor, vae.temporal_factor, vae.patch_channels) == (16, 4, 3072)
     state = VAEDecoder(vae).initial_state(latent_h=8, latent_w=8)
     assert state.bytes < 2**20
+
+
+def test_what_flickers_costs_more_than_what_is_a_little_off() -> None:
+    class Off(Codec):
+        def decode(self, latents_BCTHW: Tensor) -> Tensor:
+            return films + error
+
+    films, codec = _films(2), Off(_CONFIG)
+    noise = torch.zeros_like(codec.posterior(films)[0])
+    losses: list[float] = []
+    for sign in (1.0, -1.0):
+        error = 0.05 * torch.tensor([1.0, sign, 1.0, sign, 1.0]).view(1, 1, 5, 1, 1).expand_as(films)
+        loss, facts = codec_loss(codec, films, noise)
+        losses.append(float(loss.detach()))
+        # Every second step crosses into another latent frame, and counts three times.
+        assert facts["motion"] == pytest.approx(0.0 if sign > 0 else 2 * facts["pixels"] * 2, abs=1e-6)
+    assert losses[1] > losses[0] + 0.05
+
+
+def test_first_components_are_seen_most() -> None:
+    codec, films = Codec(_CONFIG).eval(), _films(24)
+    with torch.no_grad():
+        principal_start(codec, films)
+        seen_C = visibility(codec, codec.posterior(films[:4])[0])
+    torch.testing.assert_close(seen_C.square().mean(), torch.tensor(1.0))
+    assert seen_C.argmax() == 0
+    assert seen_C[0] > 2 * seen_C[-1]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from streamdiff import presets
 from streamdiff.__main__ import main
+from streamdiff.errors import ConfigError
 from streamdiff.models.dit import initialise
 from streamdiff.models.text import HashedText
 from streamdiff.training import forcing, sequence
@@ -39,6 +40,37 @@ ENCODER = HashedText(CONFIG.dit.text_dim, max_tokens=CONFIG.dit.text_len)
 
 def clips_in(folder: Path) -> LatentClips:
     return LatentClips(write_clips(folder, CONFIG), CONFIG, ENCODER, held_out=2)
+
+
+def test_errors_count_where_a_portrait_has_its_mouth(tmp_path: Path) -> None:
+    clips = clips_in(tmp_path)
+    batch = clips.batch(4, 3, seed=0, step=0).to("cpu")
+    settings = ForcingConfig(num_chunks=3)
+    draws, dit = draw(settings, CONFIG, tuple(batch.latent_BCTHW.shape), 2), random_dit(CONFIG, seed=0)
+    H, W = CONFIG.latent_hw
+
+    def loss(weight: torch.Tensor | None) -> torch.Tensor:
+        layout = settings.layout(CONFIG)
+        return forcing_loss(dit, batch, draws, layout, clips.empty_text_1PC, weight=weight)
+
+    parts = [torch.zeros(H, W).index_put((torch.tensor(y), torch.tensor(x)), torch.tensor(1.0 * H * W))
+             for y in range(H) for x in range(W)]  # fmt: skip
+    torch.testing.assert_close(torch.stack([loss(part) for part in parts]).mean(0), loss(None))
+    weight = forcing.error_weights(ForcingConfig(portrait=1.0), (8, 8), None)
+    assert weight is not None
+    weight_HW = weight[0, 0]
+    torch.testing.assert_close(weight_HW.mean(), torch.tensor(1.0))
+    assert divmod(int(weight_HW.argmax()), 8) in ((4, 3), (4, 4), (5, 3), (5, 4))
+    assert weight_HW.max() > 5 * weight_HW[0, 0]
+
+
+def test_errors_count_where_they_are_seen() -> None:
+    assert forcing.error_weights(ForcingConfig(), (8, 8), torch.ones(3)) is None
+    with pytest.raises(ConfigError, match="encode the clips again"):
+        forcing.error_weights(ForcingConfig(visible=0.5), (8, 8), None)
+    weight = forcing.error_weights(ForcingConfig(visible=0.5), (2, 2), torch.tensor([0.5, 1.0, 1.5]))
+    assert weight is not None
+    torch.testing.assert_close(weight, torch.tensor([0.5, 1.0, 1.5]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
 
 
 def test_the_loss_is_what_each_clip_would_have_alone(tmp_path: Path) -> None:
