@@ -33,10 +33,21 @@ for file in "$head" ${speech:+"$speech"}; do [ -f "$file" ] || fail "there is no
 for number in "$jobs" ${clips:+"$clips"}; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--jobs and --clips count from 1, got $number"
 done
+[[ $budget =~ ^([0-9]+(\.[0-9]+)?(s|min|h))?$ ]] || fail "--budget looks like 10min, 2h or 90s, got $budget"
 if [ -n "$budget" ]; then clips=${clips:-480}; else clips=${clips:-2280}; fi
 install demo -e ".[avatar,demo]"
 export OMP_NUM_THREADS=1
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+# Bash runs what is behind an ampersand in a shell of its own, deaf to Ctrl-C: end it, and what it runs, by name.
+stop() {
+    local process
+    for process in $(jobs -p); do
+        pkill -P "$process" || true
+        kill "$process" || true
+    done 2>/dev/null
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 train() { "$venv/bin/streamdiff" train "$@"; }
 # learn FOLDER FILE STEPS RECIPE OPTION...: unless the file it ends with is there.

@@ -30,6 +30,7 @@ def test_help_shows_how_to_call_it(script: str) -> None:
         (("--head", "absent.npz"), "there is no {here}/absent.npz"),
         (("--head",), "--head needs a value"),
         (("--head", "head.npz", "--clips", "many"), "count from 1, got many"),
+        (("--head", "head.npz", "--budget", "10"), "--budget looks like 10min, 2h or 90s, got 10"),
         (("--quick",), "unknown argument --quick"),
     ],
 )
