@@ -38,9 +38,9 @@ from streamdiff.avatar.landmarks import Landmarker, fetch_task
 from streamdiff.avatar.motion import FRAME_SAMPLES, Cues, MotionStream, load_motion
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame
 from streamdiff.avatar.render import WarpRenderer
-from streamdiff.avatar.speech import RATE_HZ, HibariVoice
 from streamdiff.errors import BackendError, InputError, StreamdiffError
 from streamdiff.media import read_audio
+from streamdiff.voice.speech import RATE_HZ, HibariVoice
 
 SENTENCES = tuple(
     line.strip()
@@ -331,7 +331,7 @@ def bench_stages(bench: Bench) -> dict[str, Any]:
 def bench_lips(bench: Bench) -> dict[str, Any]:
     """Commanded lips against landmarks read from the pixels; and against the sound's loudness."""
     from streamdiff.avatar.quality import lip_apertures, read_faces, round_trip
-    from streamdiff.training.motion import aperture, loudness
+    from streamdiff.training.avatar.motion import aperture, loudness
 
     spec = arkit64()
     with bench.stream() as stream:
@@ -416,7 +416,7 @@ def bench_memory(bench: Bench) -> dict[str, Any]:
 
 def bench_seams(bench: Bench) -> dict[str, Any]:
     """Jerk where windows meet over jerk elsewhere; and speed where idling becomes speech and ends."""
-    from streamdiff.training.motion import seam_ratio
+    from streamdiff.training.avatar.motion import seam_ratio
 
     spec = arkit64()
     ratios = []

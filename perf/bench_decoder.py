@@ -26,7 +26,7 @@ from torch import Tensor
 
 from streamdiff.config import VAEConfig
 from streamdiff.models import tae, vae
-from streamdiff.models.served_decoder import ServedDecoder, pack_weights
+from streamdiff.models.served.decoder import ServedDecoder, pack_weights
 from streamdiff.models.tae import TAEConfig, TAEDecoder, tae_flops
 from streamdiff.models.vae import CausalConv3d, VAEDecoder, VideoDecoder, to_rgb8, vae_bytes, vae_flops
 

@@ -31,13 +31,13 @@ from typing import Any
 import torch
 from measure import machine_card
 
-from streamdiff.observe import Recorder
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.schedule import Costs, Schedule, plan
-from streamdiff.pipeline.serve import serve
 from streamdiff.pipeline.simulate import Hop, simulate
 from streamdiff.pipeline.transport import Group, Payload, World
 from streamdiff.pipeline.watch import Limits
+from streamdiff.trace import Recorder
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from streamdiff.config import EngineConfig
 from streamdiff.engine import Engine
 from streamdiff.models.audio import chunks
 from streamdiff.models.text import HashedText
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.training.codec import Codec, CodecTask
 from streamdiff.training.data import RATE_HZ, Shards
 from streamdiff.training.forcing import ForcingConfig, ForcingTask, LatentClips, random_dit

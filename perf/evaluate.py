@@ -78,18 +78,19 @@ from signals import (
 )
 from torch import Tensor
 
-from streamdiff import counter, flow, presets
-from streamdiff.avatar.head3d import Floats, Head
+from streamdiff import flow, presets, rng
+from streamdiff.arrays import Floats
+from streamdiff.avatar.head3d import HeadModel
 from streamdiff.config import EngineConfig
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models.audio import chunks
-from streamdiff.models.step import ServedStep
+from streamdiff.models.served.step import ServedStep
 from streamdiff.models.vae import from_rgb8, to_rgb8
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import Chain, DenoiseStage
 from streamdiff.rope import Rotation
 from streamdiff.training.data import (
@@ -191,7 +192,7 @@ class Stagehand:
     """
 
     def __init__(self, head_file: Path, recordings: Path | None, work: Path) -> None:
-        self.head = Head.load(head_file)
+        self.head = HeadModel.load(head_file)
         self._work = work
         work.mkdir(parents=True, exist_ok=True)
         self._recorded: Floats | None = None
@@ -204,7 +205,7 @@ class Stagehand:
                 raise InputError(f"{recordings} is not an archive of recordings: {error}") from error
 
     def look(self, number: int, member: int = 0) -> Look:
-        return Look.draw(np.random.default_rng(counter.seed_of("look", 0, number, member)))
+        return Look.draw(np.random.default_rng(rng.seed_of("look", 0, number, member)))
 
     def people(self, count: int, *, badge: bool = False) -> list[int]:
         """Numbers of persons never seen in training; ``badge``: who wear one."""
@@ -215,9 +216,9 @@ class Stagehand:
         """Unseen speech at -26 dBFS: every second person speaks from the recording, the others read new sentences."""
         num_samples = round(seconds * FPS) * FRAME_SAMPLES
         if self._recorded is not None and (number + take) % 2 == 0:
-            first = counter.integer(0, len(self._recorded) // RATE_HZ, "judged speech", number, take) * RATE_HZ
+            first = rng.integer(0, len(self._recorded) // RATE_HZ, "judged speech", number, take) * RATE_HZ
             return leveled(np.take(self._recorded, np.arange(first, first + num_samples), mode="wrap"))
-        generator = np.random.default_rng(counter.seed_of("judged speech", number, take))
+        generator = np.random.default_rng(rng.seed_of("judged speech", number, take))
         return Voices().sound(num_samples, generator)
 
     def opening(self, sound_S: Floats) -> Floats:
@@ -238,7 +239,7 @@ class Stagehand:
             return Take(kept["photo"], kept["sound"].numpy(), kept["frames"].numpy(), kept["truth"].numpy())
         sound_S = self.speech(number, seconds, take=take)
         painter, look, _ = self._person(number)
-        generator = np.random.default_rng(counter.seed_of("judged motion", number, take, action))
+        generator = np.random.default_rng(rng.seed_of("judged motion", number, take, action))
         score = compose(self.head, sound_S, generator, action=action, calm=True)
         frames = np.stack([painter.dress(painter.body(pose), look) for pose in score.poses])
         made = Take(self.photo(number), sound_S, frames, score.truth_TE)
@@ -249,7 +250,7 @@ class Stagehand:
         return made
 
     def _person(self, number: int) -> tuple[Painter, Look, np.random.Generator]:
-        generator = np.random.default_rng(counter.seed_of("drawn clip", 0, number))
+        generator = np.random.default_rng(rng.seed_of("drawn clip", 0, number))
         build = Build.draw(generator, len(self.head.identity_KV3))
         return Painter(self.head, build, size=128), self.look(number), generator
 

@@ -27,18 +27,18 @@ from streamdiff.errors import ConfigError
 from streamdiff.models import cost, vae
 from streamdiff.models.audio import AudioEncoder, LogMelFeatures, Wav2Vec2Features
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.models.served_decoder import ServedDecoder
-from streamdiff.models.step import StepOptions
+from streamdiff.models.served.decoder import ServedDecoder
+from streamdiff.models.served.step import StepOptions
 from streamdiff.models.tae import TAEConfig, TAEDecoder
 from streamdiff.models.text import HashedText, TextEncoder, UMT5Text
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb8
-from streamdiff.observe import Observer
-from streamdiff.pipeline.head import Head
+from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.packet import SetReference
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import PRIMING_LATENTS, Chain, DecodeStage, DenoiseStage, Stage
 from streamdiff.session import Session
+from streamdiff.trace import Observer
 
 _LARGEST_RANDOM = 200_000_000
 """Parameters above which random weights are surely a mistake, and an expensive one."""
@@ -132,12 +132,12 @@ class Engine:
             stages.append(decode)
         return stages[0] if len(stages) == 1 else Chain(stages)
 
-    def head(self, image_HWC: Tensor, prompt: str, *, seed: int = 0, stream: int = 0) -> Head:
+    def head(self, image_HWC: Tensor, prompt: str, *, seed: int = 0, stream: int = 0) -> Intake:
         """Encode the reference and the prompt, then let those encoders go: a stream rarely needs them again.
 
         ``image_HWC`` is uint8 RGB of the configured size.
         """
-        return Head(
+        return Intake(
             self.config,
             self.encode_reference(image_HWC),
             self.encode_prompt(prompt),
@@ -173,7 +173,7 @@ class Engine:
         text = engine.text_encoder()
         return Session(
             config,
-            Head(config, engine.encode_reference(image_HWC), _encoded(text, prompt), seed=seed),
+            Intake(config, engine.encode_reference(image_HWC), _encoded(text, prompt), seed=seed),
             engine.audio_encoder(),
             lambda packets: run_local(schedule, stages, packets, deadline_s=deadline_s),
             encode_prompt=lambda prompt: _encoded(text, prompt),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.errors import ConfigError
 
 _TRAIN_STEPS = 1000
@@ -64,12 +64,12 @@ def regridded(sigmas: tuple[float, ...], num_steps: int) -> tuple[float, ...]:
 
 def initial_noise(shape: tuple[int, ...], *, seed: int, stream: int, chunk: int) -> Tensor:
     """Noise that a chunk starts from; float32 on the CPU, keyed by (seed, stream, chunk, step 0)."""
-    return counter.normal(shape, "noise", seed, stream, chunk, 0)
+    return rng.normal(shape, "noise", seed, stream, chunk, 0)
 
 
 def step_noise(shape: tuple[int, ...], *, seed: int, stream: int, chunk: int, step: int) -> Tensor:
     """Fresh noise after step ``step`` (0 first) of a chunk; float32 on the CPU."""
-    return counter.normal(shape, "noise", seed, stream, chunk, step + 1)
+    return rng.normal(shape, "noise", seed, stream, chunk, step + 1)
 
 
 def euler_step(x_BCTHW: Tensor, velocity_BCTHW: Tensor, *, sigma: float, sigma_next: float) -> Tensor:

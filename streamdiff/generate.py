@@ -21,18 +21,18 @@ from streamdiff.checkpoint import check_dit
 from streamdiff.config import EngineConfig
 from streamdiff.engine import SPEECH_FOLDER, Engine, Weights
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.forecast import available_bytes, predicted_costs, role_bytes
+from streamdiff.estimate import available_bytes, predicted_costs, role_bytes
 from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_image
 from streamdiff.models.audio import SPEECH_HZ, AudioChunk, chunks
-from streamdiff.models.step import StepOptions
+from streamdiff.models.served.step import StepOptions
 from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
-from streamdiff.observe import Observer
 from streamdiff.pipeline.delivery import Delivery
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import run_local, serve
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, plan
-from streamdiff.pipeline.serve import run_local, serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
+from streamdiff.trace import Observer
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.errors import MemoryOrderError
 from streamdiff.rope import Rotation
 from streamdiff_kernels import Impl, quantise_rows, rotate_sink_
@@ -42,7 +42,7 @@ def sink_lead(*, seed: int, stream: int, chunk: int, low: int, high: int) -> int
 
     The published code draws it anew in every forward on every rank, unseeded, and so cannot be reproduced.
     """
-    return counter.integer(low, high, "lead", seed, stream, chunk)
+    return rng.integer(low, high, "lead", seed, stream, chunk)
 
 
 @dataclass(frozen=True, slots=True)

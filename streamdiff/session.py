@@ -27,7 +27,7 @@ from torch import Tensor
 from streamdiff.config import EngineConfig
 from streamdiff.errors import InputError, SessionClosed
 from streamdiff.models.audio import AudioChunk, AudioChunker, AudioEncoder
-from streamdiff.pipeline.head import Head
+from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.packet import Packet
 
 _NAP_S = 0.05
@@ -155,7 +155,7 @@ class Session:
     def __init__(
         self,
         config: EngineConfig,
-        head: Head,
+        head: Intake,
         encoder: AudioEncoder,
         run: Run,
         *,

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from streamdiff.arrays import Floats
 from streamdiff.errors import InputError
 
-Floats: TypeAlias = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 # Vertex ranges of the light model, as its authors publish them.
@@ -39,7 +38,7 @@ _TO_CAMERA = np.array([1.0, -1.0, -1.0], np.float32)
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadModel:
     """Vertices at rest and the linear modes that move them, in camera axes (x right, y down, z away), cm."""
 
     neutral_V3: Floats
@@ -49,7 +48,7 @@ class Head:
     """Deltas ``[V, 3]`` at weight 1, by ARKit name."""
 
     @staticmethod
-    def load(path: str | Path) -> Head:
+    def load(path: str | Path) -> HeadModel:
         """Read ``ict_facekit.npz``.
 
         Arrays: ``neutral``, ``faces``, ``expression``, ``expression_names``, ``identity``.
@@ -71,7 +70,7 @@ class Head:
             both = stem in ("browInnerUp", "cheekPuff")  # ARKit has one shape where the head has two halves
             key = stem if both else stem + {"L": "Left", "R": "Right", "": ""}[side]
             shapes[key] = shapes.get(key, 0) + delta_V3.astype(np.float32) * _TO_CAMERA
-        return Head(
+        return HeadModel(
             neutral_V3=neutral * _TO_CAMERA,
             triangles_R3=_triangulate(quads),
             identity_KV3=identity.astype(np.float32) * _TO_CAMERA,

@@ -22,7 +22,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +32,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar.head3d import rasterize
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
 from streamdiff.avatar.mouth import MouthLook
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.media.picture import open_picture
-
-Floats: TypeAlias = NDArray[np.floating[Any]]
 
 FORMAT = "streamdiff.identity"
 VERSION = 1
@@ -273,7 +272,7 @@ class IdentityBundle:
 
 @dataclass(frozen=True)
 class Rig:
-    """How faces move: made from a 3D head by `streamdiff.training.rig`; cm, camera axes."""
+    """How faces move: made from a 3D head by `streamdiff.training.avatar.rig`; cm, camera axes."""
 
     rest_J3: Floats
     """The 468 landmarks of the mesh at rest."""

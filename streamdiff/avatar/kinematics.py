@@ -31,14 +31,11 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
+from streamdiff.arrays import Floats
 from streamdiff.errors import ConfigError, InputError
-
-Floats: TypeAlias = NDArray[np.float32]
 
 FPS = 25
 """Frames of motion, and of picture, in a second of an avatar."""

@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.errors import CheckpointError, InputError
-
-Floats: TypeAlias = NDArray[np.floating[Any]]
 
 NUM_LANDMARKS = 478
 TASK_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"

@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streamdiff import counter, flow
+from streamdiff import flow, rng
+from streamdiff.arrays import Floats
 from streamdiff.avatar import kinematics
-from streamdiff.avatar.kinematics import FPS, Floats, KinematicSpec
-from streamdiff.avatar.speech import PAUSES, RATE_HZ, Phoneme
+from streamdiff.avatar.kinematics import FPS, KinematicSpec
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.voice.speech import PAUSES, RATE_HZ, Phoneme
 
 FRAME_SAMPLES = RATE_HZ // FPS
 """Samples of sound that belong to one frame: 960."""
@@ -332,7 +333,7 @@ class Intent:
 
     def _knot(self, layer: int, k: int) -> Floats:
         if (layer, k) not in self._knots:
-            drawn = counter.normal((len(self._mix_88),), "posture", *self._key, layer, k)
+            drawn = rng.normal((len(self._mix_88),), "posture", *self._key, layer, k)
             self._knots[layer, k] = drawn.numpy()
         return self._knots[layer, k]
 
@@ -347,13 +348,13 @@ class Intent:
             k = self._next_look
             wait_s = math.exp(_GAZE_LOG_MEAN + _GAZE_LOG_STD * self._draw("wait", k))
             onset = self._looks[-1][0] + max(4, round(wait_s * FPS))
-            home = counter.seed_of("home", *self._key, k) % 1000 < _GAZE_HOME * 1000
+            home = rng.seed_of("home", *self._key, k) % 1000 < _GAZE_HOME * 1000
             yaw, pitch = (0.0, 0.0) if home else (s * self._draw(a, k) for s, a in zip(_GAZE_STD, "yp", strict=True))
             self._looks.append((onset, yaw, pitch))
             self._next_look += 1
 
     def _draw(self, what: str, k: int) -> float:
-        return float(counter.normal((1,), "intent", what, *self._key, k))
+        return float(rng.normal((1,), "intent", what, *self._key, k))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -748,7 +749,7 @@ SETTLE_FRAMES = 4
 
 def frame_noise(first: int, count: int, num_coefs: int, seed: int, stream: int) -> Tensor:
     """Noise ``[count, E]`` of the frames from ``first`` on: a frame's noise is the same in every window."""
-    return torch.stack([counter.normal((num_coefs,), "motion", seed, stream, first + i) for i in range(count)])
+    return torch.stack([rng.normal((num_coefs,), "motion", seed, stream, first + i) for i in range(count)])
 
 
 _STYLE_ORDINARY: Mapping[str, tuple[float, float]] = {
@@ -867,7 +868,9 @@ def load_motion(path: str | Path | None = None, *, device: str | torch.device = 
 
     path = Path(path) if path is not None else weights_path()
     if not path.is_file():
-        raise InputError(f"no motion weights at {path}; check the path, or train: python -m streamdiff.training.motion")
+        raise InputError(
+            f"no motion weights at {path}; check the path, or train: python -m streamdiff.training.avatar.motion"
+        )
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

@@ -3,7 +3,7 @@
 A photo with closed lips says nothing about what lies behind them. The decoder draws it, for any head, in a
 square fixed to the skull: `EXTENT_CM` wide, its origin on the middle of the closed lip line. The lips of the
 photo then decide how much of the square is seen (`streamdiff.avatar.render`), so that teeth neither swim nor
-reach over a lip. Trained on pictures of a 3D head (`streamdiff.training.mouth`).
+reach over a lip. Trained on pictures of a 3D head (`streamdiff.training.avatar.mouth`).
 
     A frames   C conditions   P pixels along a side of the square
 """
@@ -108,8 +108,8 @@ NUM_FACE_CONDITIONS = 52 + 3
 class LowerFaceDecoder(_PatchDecoder):
     """Shapes and rotation ``[A, 55]`` of one person to what the warped lower face lacks, ``[A, 3, P, P]``.
 
-    Differences in sRGB, -1..1. Learned from a clip (`streamdiff.training.fit`) and added to the warp: the person's own
-    teeth, folds and shadows. A decoder that has learned nothing adds nothing.
+    Differences in sRGB, -1..1. Learned from a clip (`streamdiff.training.avatar.fit`) and added to the warp: the
+    person's own teeth, folds and shadows. A decoder that has learned nothing adds nothing.
     """
 
     def __init__(self, width: int = 96) -> None:

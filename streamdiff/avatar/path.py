@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamdiff.avatar.kinematics import FPS, Floats
+from streamdiff.arrays import Floats
+from streamdiff.avatar.kinematics import FPS
 from streamdiff.avatar.motion import (
     FRAME_SAMPLES,
     MAX_REWIND,
@@ -41,9 +42,9 @@ from streamdiff.avatar.motion import (
     State,
     load_motion,
 )
-from streamdiff.avatar.speech import RATE_HZ, AudioChunk, ExternalAudio, Phoneme, Synthesizer
 from streamdiff.errors import InputError, SessionClosed, StreamdiffError
-from streamdiff.observe import Observer, Silent, span
+from streamdiff.trace import Observer, Silent, span
+from streamdiff.voice.speech import RATE_HZ, ExternalAudio, Phoneme, SpeechChunk, Synthesizer
 
 logger = logging.getLogger(__name__)
 
@@ -130,21 +131,21 @@ class Segment:
         self.queued_s = 0.0
         """Sound that waits to be given motion."""
         self._done = threading.Event()
-        self._chunks: deque[AudioChunk] = deque()
+        self._chunks: deque[SpeechChunk] = deque()
 
     @property
     def done(self) -> bool:
         """Whether nothing more of it will be shown."""
         return self._done.is_set()
 
-    def add(self, chunk: AudioChunk) -> None:
+    def add(self, chunk: SpeechChunk) -> None:
         """Queue a chunk."""
         if self.voiced_s is None and len(chunk.samples_S):
             self.voiced_s = time.monotonic()
         self._chunks.append(chunk)
         self.queued_s += chunk.duration_s
 
-    def take(self) -> AudioChunk | None:
+    def take(self) -> SpeechChunk | None:
         """The next chunk, or None while there is none."""
         if not self._chunks:
             return None
@@ -245,7 +246,7 @@ class _Score:
         """Whether there is nothing to be heard."""
         return not self.frames and not self.is_open
 
-    def absorb(self, chunk: AudioChunk, segment: Segment) -> Cues:
+    def absorb(self, chunk: SpeechChunk, segment: Segment) -> Cues:
         """Take in a chunk; the cues of the frames it completes. The end of a segment is padded to a frame."""
         if segment is not self._segment:
             self._segment, self._phonemes = segment, []
@@ -615,7 +616,7 @@ class AvatarStream:
             except StreamdiffError as error:
                 logger.warning("segment %d ends early: %s", segment.id, error)
                 segment.error = error
-                self._accept(segment, AudioChunk(_QUIET_S[:0], RATE_HZ, (), segment.id, last=True))
+                self._accept(segment, SpeechChunk(_QUIET_S[:0], RATE_HZ, (), segment.id, last=True))
 
     def _say(self, segment: Segment, text: str | Iterable[str]) -> None:
         assert self._voice is not None
@@ -626,7 +627,7 @@ class AvatarStream:
             if chunk is None or not self._accept(segment, chunk) or chunk.last:
                 return
 
-    def _accept(self, segment: Segment, chunk: AudioChunk) -> bool:
+    def _accept(self, segment: Segment, chunk: SpeechChunk) -> bool:
         """Queue a chunk once there is room; False when nobody wants it any more."""
         with self._wake:
             while segment.queued_s > _VOICE_LEAD_S and self._is_wanted(segment):
@@ -720,9 +721,9 @@ class AvatarStream:
         least_s = self._motion.model.config.lengths[0] / FPS if segment.live else 0.0
         return segment.epoch == self._epoch and segment.holds(least_s)
 
-    def _collect(self, held: int, wanted: int) -> list[tuple[AudioChunk, Segment]]:
+    def _collect(self, held: int, wanted: int) -> list[tuple[SpeechChunk, Segment]]:
         """Chunks until ``wanted`` frames of sound are held (lock held)."""
-        chunks: list[tuple[AudioChunk, Segment]] = []
+        chunks: list[tuple[SpeechChunk, Segment]] = []
         frames = float(held)
         while self._segments and frames < wanted:
             segment = self._segments[0]
@@ -834,7 +835,7 @@ class AvatarEngine:
 
     Args:
         renderer: draws this person; see `streamdiff.avatar.render`.
-        voice: see `streamdiff.avatar.speech.open_voice`; None: sound from outside only.
+        voice: see `streamdiff.voice.speech.open_voice`; None: sound from outside only.
         motion: see `load_motion`; None: the packaged model.
         style: how this person moves, by name.
     """

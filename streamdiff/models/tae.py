@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.errors import ConfigError
 from streamdiff.models.vae import (
     Conv2d,
@@ -195,7 +195,7 @@ def initialise(decoder: TAEDecoder, *, seed: int) -> None:
                 gain = 1.0
             weight = decoder.get_parameter(f"{name.rpartition('.')[0]}.weight")
             std = gain * weight[0].numel() ** -0.5
-            parameter.copy_(std * counter.normal(tuple(parameter.shape), "weights", seed, name))
+            parameter.copy_(std * rng.normal(tuple(parameter.shape), "weights", seed, name))
         decoder.get_parameter(f"decoder.{tail}.bias").fill_(0.5)
 
 

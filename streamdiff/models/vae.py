@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.config import VAEConfig
 from streamdiff.errors import ConfigError
 from streamdiff_kernels import Impl
@@ -668,7 +668,7 @@ def initialise(module: nn.Module, *, seed: int) -> None:
             else:
                 weight = module.get_parameter(f"{name.rpartition('.')[0]}.weight")
                 std = (3 * weight[0].numel()) ** -0.5
-                parameter.copy_(std * counter.normal(tuple(parameter.shape), "weights", seed, name))
+                parameter.copy_(std * rng.normal(tuple(parameter.shape), "weights", seed, name))
 
 
 _OFFICIAL_PARTS = {

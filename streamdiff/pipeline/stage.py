@@ -20,12 +20,12 @@ from streamdiff.errors import MemoryOrderError, StreamdiffError
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
-from streamdiff.models.served_decoder import ServedDecoder
-from streamdiff.models.step import Precision, ServedStep, ServedWeights, StepOptions
+from streamdiff.models.served.decoder import ServedDecoder
+from streamdiff.models.served.step import Precision, ServedStep, ServedWeights, StepOptions
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
-from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
 from streamdiff.rope import FrameRotations, Rotation, first_shift, sink_position
+from streamdiff.trace import Observer, Silent, span
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamdiff import counter, presets
+from streamdiff import presets, rng
 from streamdiff.config import VAEConfig
 from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models import vae
@@ -91,7 +91,7 @@ def visibility(codec: Codec, latents_BCTHW: Tensor) -> Tensor:
     changes: list[Tensor] = []
     for channel in range(latents_BCTHW.shape[1]):
         other = latents_BCTHW.clone()
-        other[:, channel] += 0.1 * counter.normal(tuple(other[:, channel].shape), "visibility", channel).to(other)
+        other[:, channel] += 0.1 * rng.normal(tuple(other[:, channel].shape), "visibility", channel).to(other)
         changes.append((codec.decode(other) - shown).square().mean())
     change_C = torch.stack(changes)
     return (change_C / change_C.mean()).sqrt()
@@ -112,10 +112,10 @@ def disturbance(shape: tuple[int, ...], largest: float, *key: int | str) -> Tens
     What neighbouring patches disagree on is seen as tiles; a decoder that has met it smooths it away.
     """
     B, C, T, H, W = shape
-    each = counter.normal(shape, "disturb", *key)
-    patches = counter.normal((B, C, T, (H + 1) // 2, (W + 1) // 2), "disturb patches", *key)
+    each = rng.normal(shape, "disturb", *key)
+    patches = rng.normal((B, C, T, (H + 1) // 2, (W + 1) // 2), "disturb patches", *key)
     patches = patches.repeat_interleave(2, 3).repeat_interleave(2, 4)[..., :H, :W]
-    generator = torch.Generator().manual_seed(counter.seed_of("disturb how much", *key))
+    generator = torch.Generator().manual_seed(rng.seed_of("disturb how much", *key))
     amount = largest * torch.rand(B, 1, 1, 1, 1, generator=generator)
     return amount * (0.6 * each + 0.8 * patches)
 
@@ -148,7 +148,7 @@ def codec_loss(
 
 def codec_batch(shards: Shards, step: int, *, seed: int, size: int, latents: int, factor: int) -> Tensor:
     """Frames ``[B, 3, 1 + (latents - 1) * factor, H, W]`` in [-1, 1]; a function of (seed, step)."""
-    generator = np.random.default_rng(counter.seed_of("codec batch", seed, step))
+    generator = np.random.default_rng(rng.seed_of("codec batch", seed, step))
     length = 1 + (latents - 1) * factor
     clips: list[Tensor] = []
     for _ in range(size):
@@ -291,7 +291,7 @@ class CodecTask:
         frames_BCTHW = self.frames(step)
         cells = frames_BCTHW.shape[3] // self.codec.config.spatial_factor
         shape = (len(frames_BCTHW), self.codec.config.z_dim, self._latents, cells, cells)
-        noise = counter.normal(shape, "codec noise", self._seed, step).to(frames_BCTHW.device)
+        noise = rng.normal(shape, "codec noise", self._seed, step).to(frames_BCTHW.device)
         disturbed = None
         if self._disturb is not None:
             disturbed = disturbance(shape, self._disturb, self._seed, step).to(noise)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
@@ -128,7 +128,7 @@ class ConsistencyTask:
 
     def levels(self, num_clips: int, step: int) -> tuple[Tensor, Tensor]:
         """A level of the grid for each clip, and the next below it; on the CPU."""
-        generator = torch.Generator().manual_seed(counter.seed_of("consistency level", self._seed, step))
+        generator = torch.Generator().manual_seed(rng.seed_of("consistency level", self._seed, step))
         grid = torch.tensor(self._grid)
         any_B = torch.randint(0, len(grid) - 1, (num_clips,), generator=generator)
         served = torch.tensor([self._index(sigma) for sigma in self._config.sigmas[:-1]])

@@ -35,8 +35,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from streamdiff import counter
-from streamdiff.avatar.head3d import Floats, Head
+from streamdiff import rng
+from streamdiff.arrays import Floats
+from streamdiff.avatar.head3d import HeadModel
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media.sound import read_audio
 from streamdiff.training.faces import Build, Look, Painter, Picture, Pose
@@ -159,7 +160,7 @@ def mouth_weights(heard: Mapping[str, Floats]) -> dict[str, Floats]:
     return weights
 
 
-def opening_cm(head: Head, weights: Mapping[str, Floats]) -> Floats:
+def opening_cm(head: HeadModel, weights: Mapping[str, Floats]) -> Floats:
     """Distance of the inner lips ``[T]`` that these weights make on the mean head."""
     rest = float(head.neutral_V3[_LIP_BOTTOM, 1] - head.neutral_V3[_LIP_TOP, 1])
     total = np.full_like(next(iter(weights.values())), rest)
@@ -173,8 +174,8 @@ class Voices:
     """Speech by number: sentences read by hibari-tts in many pitches and throats, and stretches of given recordings."""
 
     def __init__(self, recordings: Sequence[Floats] = (), *, recorded_share: float = 0.4) -> None:
-        from streamdiff.avatar.speech import HibariVoice
-        from streamdiff.training.motion import lexicon_words
+        from streamdiff.training.avatar.motion import lexicon_words
+        from streamdiff.voice.speech import HibariVoice
 
         self._voice = HibariVoice()
         self._words = lexicon_words()
@@ -191,7 +192,7 @@ class Voices:
         return leveled(self._read(num_samples, generator))
 
     def _read(self, num_samples: int, generator: np.random.Generator) -> Floats:
-        from streamdiff.training.motion import sentence
+        from streamdiff.training.avatar.motion import sentence
 
         voice = self._voice
         voice.pitch = float(np.clip(np.exp(generator.normal(-0.1, 0.32)), 0.45, 1.8))
@@ -206,7 +207,7 @@ class Voices:
 
 
 def _at_16_khz(samples_S: Floats) -> Floats:
-    from streamdiff.avatar import speech
+    from streamdiff.voice import speech
 
     resampler = speech.Resampler(speech.RATE_HZ, RATE_HZ)
     return np.concatenate([resampler.push(samples_S), resampler.finish()]).astype(np.float32)
@@ -257,7 +258,7 @@ class Score:
     truth_TE: Floats
 
 
-def compose(head: Head, sound_S: Floats, generator: np.random.Generator, *, action: str | None = None,
+def compose(head: HeadModel, sound_S: Floats, generator: np.random.Generator, *, action: str | None = None,
             calm: bool = False) -> Score:  # fmt: skip
     """Move a head to a sound, calmly: it stays within two or three degrees, unless the action turns it.
 
@@ -345,7 +346,7 @@ class DrawnClips:
 
     def __init__(
         self,
-        head: Head,
+        head: HeadModel,
         voices: Voices,
         *,
         count: int,
@@ -376,7 +377,7 @@ class DrawnClips:
 
     def _family(self, family: int, members: Sequence[int]) -> Iterator[Clip]:
         number = self.first + family
-        generator = np.random.default_rng(counter.seed_of("drawn clip", self.seed, number))
+        generator = np.random.default_rng(rng.seed_of("drawn clip", self.seed, number))
         build = Build.draw(generator, len(self._head.identity_KV3))
         sound_S = self._voices.sound(self.num_frames * FRAME_SAMPLES, generator)
         score = compose(self._head, sound_S, generator)
@@ -385,7 +386,7 @@ class DrawnClips:
         bodies = [painter.body(pose) for pose in score.poses]
         photo = painter.body(score.photo)
         for member in members:
-            drawn = np.random.default_rng(counter.seed_of("look", self.seed, number, member))
+            drawn = np.random.default_rng(rng.seed_of("look", self.seed, number, member))
             look = Look.draw(drawn)
             truth_TE = score.truth_TE.copy()
             truth_TE[:, TRUTH.index("badge")] = float(look.has_badge)
@@ -629,7 +630,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         voices = Voices(recordings_of(args.speech))
         source = DrawnClips(
-            Head.load(args.head), voices, count=args.clips, size=args.size, seed=args.seed, first=args.first
+            HeadModel.load(args.head), voices, count=args.clips, size=args.size, seed=args.seed, first=args.first
         )
     with tqdm(total=len(source) // int(parts), unit="clip", disable=None) as bar:
         write_shards(source, args.out, part=(int(index), int(parts)), progress=bar.update)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff import counter, flow
+from streamdiff import flow, rng
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
 from streamdiff.training.sequence import (
@@ -66,7 +66,7 @@ class ScoreLevels:
 
     def draw(self, num_clips: int, *key: int | str) -> Tensor:
         """One level per clip, the same for all its chunks; float32 on the CPU, keyed like all noise."""
-        generator = torch.Generator().manual_seed(counter.seed_of("level", *key))
+        generator = torch.Generator().manual_seed(rng.seed_of("level", *key))
         uniform_B = torch.rand(num_clips, generator=generator)
         shifted_B = self.shift * uniform_B / (1.0 + (self.shift - 1.0) * uniform_B)
         return shifted_B.clamp(self.low, self.high)

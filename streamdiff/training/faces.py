@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar import head3d
 from streamdiff.avatar.head3d import (
     EYE_SOCKETS,
@@ -28,8 +29,7 @@ from streamdiff.avatar.head3d import (
     NECK,
     SOCKET,
     TEETH,
-    Floats,
-    Head,
+    HeadModel,
 )
 
 HEIGHT_CM = 33.0
@@ -192,7 +192,7 @@ class Body:
 class Painter:
     """Draws heads of one `Build`."""
 
-    def __init__(self, head: Head, build: Build, *, size: int) -> None:
+    def __init__(self, head: HeadModel, build: Build, *, size: int) -> None:
         self.size = size
         self._head = head
         self._build = build
@@ -394,7 +394,7 @@ def _inside(polygon: tuple[tuple[float, float], ...], x: Floats, y: Floats) -> F
     return inside.astype(np.float32)
 
 
-def _classes(head: Head, hair_V: Floats, beard: float) -> Floats:
+def _classes(head: HeadModel, hair_V: Floats, beard: float) -> Floats:
     """What each vertex is made of, ``[V, C]``; rows add up to one."""
     x, y, z = head.neutral_V3.T
     classes = np.zeros((len(x), len(CLASSES)), np.float32)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from streamdiff import counter, flow
+from streamdiff import flow, rng
 from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import contact_sheet
@@ -164,13 +164,13 @@ class LatentClips:
 
     def batch(self, size: int, num_chunks: int, *, seed: int, step: int) -> Batch:
         """Clips drawn for this step, each cut at a latent frame drawn for it."""
-        generator = torch.Generator().manual_seed(counter.seed_of("clips", seed, step))
+        generator = torch.Generator().manual_seed(rng.seed_of("clips", seed, step))
         chosen_B = torch.randint(0, self.num_clips - self.held_out, (size,), generator=generator)
         return self._cut(chosen_B.tolist(), num_chunks, generator)
 
     def held_out_batch(self, num_chunks: int) -> Batch:
         """The clips that are held out, cut at latent frames that never change."""
-        generator = torch.Generator().manual_seed(counter.seed_of("held out"))
+        generator = torch.Generator().manual_seed(rng.seed_of("held out"))
         return self._cut(list(range(self.num_clips - self.held_out, self.num_clips)), num_chunks, generator)
 
     def _cut(self, chosen: list[int], num_chunks: int, generator: torch.Generator) -> Batch:
@@ -256,7 +256,7 @@ class Draws:
 def draw(settings: ForcingConfig, config: EngineConfig, shape: tuple[int, ...], *key: int | str) -> Draws:
     """What is drawn for a batch of latents of this shape; the same key, the same bits."""
     B, n = shape[0], settings.num_chunks
-    generator = torch.Generator().manual_seed(counter.seed_of("forcing", *key))
+    generator = torch.Generator().manual_seed(rng.seed_of("forcing", *key))
 
     def uniform(*size: int) -> Tensor:
         return torch.rand(size, generator=generator)

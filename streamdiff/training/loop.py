@@ -1,7 +1,7 @@
 """One loop for everything that is learned here: steps, averages, checkpoints, and a stop at any moment.
 
 A `Task` computes gradients; the loop does the rest. What a step does depends on its number alone: noise and clips are
-drawn by counters (`streamdiff.counter`), the learning rate follows the number of the step and never the clock. So a run
+drawn by counters (`streamdiff.rng`), the learning rate follows the number of the step and never the clock. So a run
 that was stopped and resumed, at whatever step, ends with the same bits as one that was not.
 
 In the folder of a run lie

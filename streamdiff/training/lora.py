@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.checkpoint import lora_modules, read_lora
 from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models.dit import CausalDiT
@@ -93,7 +93,7 @@ def fresh_factor(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
     """What a factor is before it learns, float32: A drawn by the seed and its name, B zero."""
     if name.endswith("lora_B.weight"):
         return torch.zeros(shape)
-    return counter.normal(shape, "lora", seed, name) * shape[1] ** -0.5
+    return rng.normal(shape, "lora", seed, name) * shape[1] ** -0.5
 
 
 def twin(dit: CausalDiT) -> CausalDiT:

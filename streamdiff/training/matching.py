@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
@@ -128,7 +128,7 @@ class MatchingTask:
 
     def exit_step(self, step: int) -> int:
         """The denoising step that the rollouts of a training step leave at."""
-        return counter.integer(0, self._config.num_steps - 1, "exit", self._seed, step)
+        return rng.integer(0, self._config.num_steps - 1, "exit", self._seed, step)
 
     def gradients(self, step: int) -> Mapping[str, float]:
         settings, device = self._settings, self.student.device
@@ -190,7 +190,7 @@ class MatchingTask:
         """Of what the student takes for the data of real clips, made noisy to a served level, from that data."""
         data = batch.latent_BCTHW
         drawn = (
-            counter.integer(0, self._config.num_steps - 1, "regression", self._seed, step, b) for b in range(len(data))
+            rng.integer(0, self._config.num_steps - 1, "regression", self._seed, step, b) for b in range(len(data))
         )
         sigma_B = torch.tensor([self._config.sigmas[i] for i in drawn], device=data.device)
         noisy = distil.at_level(data, self._fresh(data, "regression", step), sigma_B)
@@ -203,10 +203,10 @@ class MatchingTask:
     def _noise(self, batch: Batch, step: int, chunk: int, drawn: int) -> Tensor:
         B, C, _, H, W = batch.latent_BCTHW.shape
         shape = (B, C, self._layout.frames_per_chunk, H, W)
-        return counter.normal(shape, "rollout", self._seed, step, chunk, drawn).to(self.student.device)
+        return rng.normal(shape, "rollout", self._seed, step, chunk, drawn).to(self.student.device)
 
     def _fresh(self, data_BCTHW: Tensor, who: str, step: int) -> Tensor:
-        return counter.normal(tuple(data_BCTHW.shape), "score", who, self._seed, step).to(data_BCTHW)
+        return rng.normal(tuple(data_BCTHW.shape), "score", who, self._seed, step).to(data_BCTHW)
 
     def _velocity(
         self, dit: CausalDiT, batch: Batch, sink_BCTHW: Tensor, draws: Draws, layout: Layout | None = None
@@ -254,8 +254,8 @@ def models(run: StudentRun, args: argparse.Namespace) -> tuple[CausalDiT, Causal
         return dit, critic, teacher
     dit = lora.twin(teacher) if args.init is None else run.load(args.init)
     critic = lora.twin(teacher)
-    lora.adapt(dit, rank=args.lora, seed=counter.seed_of("student", args.seed))
-    lora.adapt(critic, rank=args.lora, seed=counter.seed_of("critic", args.seed))
+    lora.adapt(dit, rank=args.lora, seed=rng.seed_of("student", args.seed))
+    lora.adapt(critic, rank=args.lora, seed=rng.seed_of("critic", args.seed))
     return dit, critic, teacher
 
 

@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamdiff import checkpoint, counter
-from streamdiff.avatar.head3d import Head
+from streamdiff import checkpoint, rng
+from streamdiff.avatar.head3d import HeadModel
 from streamdiff.errors import InputError
 from streamdiff.models.vae import from_rgb8, to_rgb8
 from streamdiff.training.codec import Codec, load_codec
@@ -136,8 +136,8 @@ def load_probe(path: Path = WEIGHTS) -> Probe:
 
 def identity_of(number: int, member: int, *, num_modes: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
     """Columns `IDENTITY` of a drawn clip, each divided by its spread, from the draws that made it."""
-    build = Build.draw(np.random.default_rng(counter.seed_of("drawn clip", seed, number)), num_modes)
-    look = Look.draw(np.random.default_rng(counter.seed_of("look", seed, number, member)))
+    build = Build.draw(np.random.default_rng(rng.seed_of("drawn clip", seed, number)), num_modes)
+    look = Look.draw(np.random.default_rng(rng.seed_of("look", seed, number, member)))
     colours = [look.colours_C3[CLASSES.index(name)] * look.tint_3 for name in _SURFACES] + [look.wall_23.mean(0)]
     screen = np.clip(np.concatenate(colours), 0, 1) ** (1 / 2.2)
     form = [*build.identity_K[:_MODES], build.hair_cm, build.hair_long, build.beard, build.glasses]
@@ -198,7 +198,7 @@ class KnownFaces:
 
     def batch(self, size: int, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
         """Frames in [-1, 1], and both targets in spreads; a function of ``key``."""
-        generator = np.random.default_rng(counter.seed_of("probe batch", *key))
+        generator = np.random.default_rng(rng.seed_of("probe batch", *key))
         coded = self.coded
         frames, truths, identities = [], [], []
         for k in range(size):
@@ -317,7 +317,7 @@ def main() -> int:
     add("--held", type=Path, metavar="DIR", help="clips to judge by, drawn with --first 1000000")
     args = parser.parse_args()
     config = preset_of(args)
-    num_modes = len(Head.load(args.head).identity_KV3)
+    num_modes = len(HeadModel.load(args.head).identity_KV3)
     faces = KnownFaces(Shards(args.data), num_modes=num_modes)
     held = KnownFaces(Shards(args.held), num_modes=num_modes, first=1_000_000) if args.held is not None else None
     if args.codec is not None:
@@ -354,7 +354,7 @@ def _initialise(probe: Probe, *, seed: int) -> None:
             if parameter.ndim > 1:
                 fan_in = math.prod(parameter.shape[1:])
                 gain = 0.3 if name == "answer.weight" else 1.4
-                drawn = counter.normal(tuple(parameter.shape), "probe", seed, name)
+                drawn = rng.normal(tuple(parameter.shape), "probe", seed, name)
                 parameter.copy_(drawn * gain / math.sqrt(fan_in))
 
 

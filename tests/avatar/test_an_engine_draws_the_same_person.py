@@ -13,11 +13,11 @@ import pytest
 import torch
 from drawn_face import drawn_bundle
 
-from streamdiff.avatar import commands
 from streamdiff.avatar.compiled import CompiledRenderer, compile_bundle
 from streamdiff.avatar.identity import IdentityBundle
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import WarpRenderer
+from streamdiff.cli import avatar as commands
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
 
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.motion import FRAME_SAMPLES, Cues, MotionStream, load_motion
-from streamdiff.avatar.speech import HibariVoice
 from streamdiff.errors import ConfigError
-from streamdiff.training.motion import aperture, seam_ratio
+from streamdiff.training.avatar.motion import aperture, seam_ratio
+from streamdiff.voice.speech import HibariVoice
 
 TEXT = (
     "The judge and the jury believed it, because nobody had noticed the map of the village. Please wait a moment. "

@@ -17,7 +17,7 @@ from streamdiff.avatar.identity import IdentityBundle, with_look
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import POSE_LIMITS, WarpRenderer, ease_pose
 from streamdiff.errors import CheckpointError
-from streamdiff.training.fit import Clip, fit_clip, neutral_frame, read_motion
+from streamdiff.training.avatar.fit import Clip, fit_clip, neutral_frame, read_motion
 
 SPEC = arkit64()
 
@@ -84,7 +84,7 @@ def test_the_neutral_frame_is_shut_awake_and_straight() -> None:
 @pytest.mark.timeout(1200)
 def test_a_fitted_face_is_nearer_to_its_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A minute of this process, however busy the machine is: another one's work must not cut the training short.
-    monkeypatch.setattr("streamdiff.training.fit.time", SimpleNamespace(perf_counter=time.process_time))
+    monkeypatch.setattr("streamdiff.training.avatar.fit.time", SimpleNamespace(perf_counter=time.process_time))
     bundle, report = fit_clip(make_clip(300), minutes=1.0)
     assert report.num_frames == 300
     assert report.mouth_error_fitted < 0.8 * report.mouth_error_warp

@@ -10,8 +10,8 @@ import pytest
 
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.motion import load_motion
-from streamdiff.avatar.speech import HibariVoice
-from streamdiff.training.motion import Clip, aperture, evaluate, lexicon_words, spoken_clip
+from streamdiff.training.avatar.motion import Clip, aperture, evaluate, lexicon_words, spoken_clip
+from streamdiff.voice.speech import HibariVoice
 
 
 @pytest.fixture(scope="module")

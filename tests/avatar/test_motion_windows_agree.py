@@ -31,8 +31,8 @@ from streamdiff.avatar.motion import (
     seam_weights,
     style_vector,
 )
-from streamdiff.avatar.speech import Phoneme
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.voice.speech import Phoneme
 
 
 def noisy_cues(num_frames: int, seed: int = 0) -> Cues:

@@ -13,7 +13,7 @@ import pytest
 from tiny_avatar import Bars, Tones, tiny_motion
 
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Segment
-from streamdiff.avatar.speech import ExternalAudio
+from streamdiff.voice.speech import ExternalAudio
 
 TEXT = "One two three. Four and five, and six. Seven?"
 

@@ -11,8 +11,8 @@ from tiny_avatar import Bars, Tones, tiny_motion
 from torch import Tensor
 
 from streamdiff.avatar.path import AvatarEngine, AvatarStream
-from streamdiff.avatar.speech import AudioChunk
 from streamdiff.errors import InputError, SessionClosed
+from streamdiff.voice.speech import SpeechChunk
 
 
 def test_words_need_a_voice_and_letters() -> None:
@@ -79,7 +79,7 @@ def test_closing_does_not_wait_for_a_caller() -> None:
 class BrokenVoice(Tones):
     """Fails after its first sentence, as a voice may that meets what it cannot read."""
 
-    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[AudioChunk]:
+    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[SpeechChunk]:
         yield self.chunk("Hm", segment)
         raise InputError("this voice cannot read that; give it words")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streamdiff.avatar.speech import HibariVoice, open_voice
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.voice.speech import HibariVoice, open_voice
 
 hibari = pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
 

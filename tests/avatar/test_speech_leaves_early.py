@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamdiff.avatar import speech
-from streamdiff.avatar.speech import sentences
+from streamdiff.voice import speech
+from streamdiff.voice.speech import sentences
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

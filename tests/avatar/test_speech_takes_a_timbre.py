@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from streamdiff.avatar import commands, timbre
-from streamdiff.avatar.speech import Phoneme, kokoro_names, kokoro_styles
-from streamdiff.avatar.timbre import GE2EEncoder, adapt_timbre, fit_timbre, mel_spectra
+from streamdiff.cli import avatar as commands
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.voice import timbre
+from streamdiff.voice.speech import Phoneme, kokoro_names, kokoro_styles
+from streamdiff.voice.timbre import GE2EEncoder, adapt_timbre, fit_timbre, mel_spectra
 
 
 def test_a_timbre_is_found_among_the_mixtures_of_voices() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamdiff.avatar.motion import MotionConfig, MotionModel
-from streamdiff.avatar.speech import RATE_HZ, AudioChunk, Phoneme, sentences
+from streamdiff.voice.speech import RATE_HZ, Phoneme, SpeechChunk, sentences
 
 
 def tiny_motion(seed: int = 0) -> MotionModel:
@@ -34,14 +34,14 @@ class Tones:
         self.delay_s = delay_s
         self.num_spoken = 0
 
-    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[AudioChunk]:
+    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[SpeechChunk]:
         for sentence in sentences(text):
             time.sleep(random.uniform(0, 2 * self.delay_s))
             self.num_spoken += 1
             yield self.chunk(sentence, segment)
-        yield AudioChunk(np.zeros(0, np.float32), RATE_HZ, (), segment, last=True)
+        yield SpeechChunk(np.zeros(0, np.float32), RATE_HZ, (), segment, last=True)
 
-    def chunk(self, sentence: str, segment: int = 0) -> AudioChunk:
+    def chunk(self, sentence: str, segment: int = 0) -> SpeechChunk:
         samples, phonemes = [], []
         size = int(0.06 * RATE_HZ)
         for i, letter in enumerate(sentence):
@@ -49,7 +49,7 @@ class Tones:
             samples.append(0.3 * np.sin(2 * np.pi * hz * np.arange(size) / RATE_HZ))
             symbol = letter if letter.isalpha() else " "
             phonemes.append(Phoneme(symbol, i * size / RATE_HZ, (i + 1) * size / RATE_HZ))
-        return AudioChunk(np.concatenate(samples).astype(np.float32), RATE_HZ, tuple(phonemes), segment)
+        return SpeechChunk(np.concatenate(samples).astype(np.float32), RATE_HZ, tuple(phonemes), segment)
 
 
 class Bars:

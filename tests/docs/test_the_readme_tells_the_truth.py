@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from streamdiff.__main__ import parser
+from streamdiff.cli.main import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

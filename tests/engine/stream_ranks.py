@@ -8,8 +8,8 @@ from stream_case import eventful_packets, small_config
 
 from streamdiff.engine import Engine
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.schedule import Schedule
-from streamdiff.pipeline.serve import serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 

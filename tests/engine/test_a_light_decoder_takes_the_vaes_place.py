@@ -11,8 +11,8 @@ from stream_case import eventful_packets, same, small_config
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import CheckpointError
 from streamdiff.models.tae import TAEConfig, TAEDecoder, initialise
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.serve import run_local
 
 
 @pytest.fixture(scope="module")

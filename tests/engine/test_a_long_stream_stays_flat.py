@@ -18,8 +18,8 @@ from streamdiff.config import EngineConfig
 from streamdiff.engine import Engine
 from streamdiff.memory import sink_lead
 from streamdiff.models.audio import AudioChunk
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import Chain, DenoiseStage
 from streamdiff.rope import THETA, sink_position
 

@@ -12,10 +12,10 @@ from stream_case import small_config
 from streamdiff.engine import Engine
 from streamdiff.memory import Ring
 from streamdiff.models.audio import AudioChunk
-from streamdiff.pipeline.head import Head
+from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent, Rewind, SetReference
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.serve import run_local
 
 CONFIG = small_config(2)
 SOUND = AudioChunk(torch.zeros(1, 2, 8, 12), torch.zeros(7680))
@@ -50,7 +50,7 @@ class Memories:
 )
 def test_whatever_is_taken_back_every_stage_remembers(window: int, slack: int, moves: list[list[int]]) -> None:
     memory = dataclasses.replace(CONFIG.memory, window_chunks=window, slack_chunks=slack)
-    head = Head(dataclasses.replace(CONFIG, memory=memory), SetReference(torch.zeros(1), None), torch.zeros(1))
+    head = Intake(dataclasses.replace(CONFIG, memory=memory), SetReference(torch.zeros(1), None), torch.zeros(1))
     memories = Memories(window, slack)
     epoch, asked, refreshed = 0, -1, False
     for wishes in moves:

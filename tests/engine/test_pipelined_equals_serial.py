@@ -14,8 +14,8 @@ from stream_ranks import make_stream
 
 from streamdiff.engine import Engine
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SwitchPrompt
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Schedule, plan
-from streamdiff.pipeline.serve import run_local
 
 
 def run(engine: Engine, schedule: Schedule) -> list[Packet]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from streamdiff import counter, flow, presets
+from streamdiff import flow, presets, rng
 from streamdiff.errors import ConfigError
 
 
@@ -70,15 +70,15 @@ def test_noise_is_a_value_of_its_key() -> None:
 
 
 def test_noise_is_normal() -> None:
-    draws = torch.cat([counter.normal((1000,), "test", i) for i in range(50)])
+    draws = torch.cat([rng.normal((1000,), "test", i) for i in range(50)])
     assert abs(draws.mean().item()) < 0.02
     assert abs(draws.std().item() - 1) < 0.02
-    neighbours = torch.stack([counter.normal((1000,), "test", 1), counter.normal((1000,), "test", 2)])
+    neighbours = torch.stack([rng.normal((1000,), "test", 1), rng.normal((1000,), "test", 2)])
     assert abs(torch.corrcoef(neighbours)[0, 1].item()) < 0.1
 
 
 def test_integers_are_drawn_evenly() -> None:
-    counts = torch.bincount(torch.tensor([counter.integer(4, 30, "lead", i) for i in range(27_000)]), minlength=31)
+    counts = torch.bincount(torch.tensor([rng.integer(4, 30, "lead", i) for i in range(27_000)]), minlength=31)
     assert counts[:4].sum() == 0
     assert counts[4:].min() > 850
     assert counts[4:].max() < 1150

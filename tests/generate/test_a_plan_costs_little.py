@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from streamdiff import forecast, presets
-from streamdiff.__main__ import main
+from streamdiff import estimate, presets
+from streamdiff.cli.main import main
 from streamdiff.engine import Engine
 from streamdiff.errors import BackendError
 from streamdiff.models import cost
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline.schedule import Role
 
 ALL_STEPS = Role(rank=0, encodes=True, steps=(0, 1, 2, 3), decodes=False)
@@ -23,7 +23,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: Any) -> None:
         raise AssertionError("a model was run")
 
-    monkeypatch.setattr(forecast, "_measured", run)
+    monkeypatch.setattr(estimate, "_measured", run)
 
 
 def plan(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -39,7 +39,7 @@ def test_what_would_take_minutes_is_predicted(nothing_runs: None, capsys: pytest
 def test_what_does_not_fit_is_predicted(
     nothing_runs: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "available_bytes", lambda device: 50 * 2**20)
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 50 * 2**20)
     said = plan(capsys)
     assert "cpu has 50.0 MiB free" in said
     assert "predicted" in said
@@ -52,7 +52,7 @@ def test_what_is_small_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
 def test_eight_bits_are_counted_where_they_lie() -> None:
     config = presets.live_avatar_14b()
     wide, narrow, none_kept = (
-        forecast.role_bytes(config, ALL_STEPS, device="cuda", from_folder=True, options=options)
+        estimate.role_bytes(config, ALL_STEPS, device="cuda", from_folder=True, options=options)
         for options in (
             StepOptions(),
             StepOptions(precision=Precision.FP8),
@@ -77,15 +77,15 @@ def test_a_plan_in_eight_bits_shows_their_memory(nothing_runs: None, capsys: pyt
 def test_a_plan_names_what_cannot_run_here(nothing_runs: None) -> None:
     engine = Engine(presets.tiny(), options=StepOptions(precision=Precision.FP8), plan_only=True)
     with pytest.raises(BackendError, match="load them as bfloat16"):
-        forecast.forecast(engine)
+        estimate.forecast(engine)
     # A device that is not here may be able to.
-    assert "predicted for a device" in forecast.forecast(engine, assumed_flops_per_s=7e14).basis
+    assert "predicted for a device" in estimate.forecast(engine, assumed_flops_per_s=7e14).basis
 
 
 def test_a_clock_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    forecast._clock(torch.device("cpu"))()
+    estimate._clock(torch.device("cpu"))()
     assert waited == []
-    forecast._clock(torch.device("cuda", 1))()
+    estimate._clock(torch.device("cuda", 1))()
     assert waited == [torch.device("cuda", 1)]

@@ -85,7 +85,7 @@ def test_without_transformers_tiny_still_works() -> None:
     from processes import environment
 
     script = (
-        "import sys, streamdiff.__main__; "
+        "import sys, streamdiff.cli.main; "
         "extras = {'transformers', 'diffusers', 'xformers', 'flash_attn', 'triton', 'matplotlib'} & set(sys.modules); "
         "sys.exit(f'imported {extras}' if extras else 0)"
     )

@@ -12,7 +12,7 @@ import torch
 from processes import Ranks, write_inputs
 from safetensors.torch import save_file
 
-from streamdiff.__main__ import main
+from streamdiff.cli.main import main
 from streamdiff.generate import engine_for
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk(inputs: dict[str, str], tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_same_steps_are_the_same_grid() -> None:
-    from streamdiff.__main__ import job_from, parser
+    from streamdiff.cli.main import job_from, parser
 
     flags = ["generate", "--image", "a", "--audio", "b"]
     default, four = (job_from(parser().parse_args([*flags, *more]), None) for more in ([], ["--steps", "4"]))
@@ -187,8 +187,8 @@ def test_a_malformed_flag_is_argparse_s(capsys: pytest.CaptureFixture[str], flag
 
 
 def test_what_the_flags_of_the_step_say_is_what_the_engine_gets() -> None:
-    from streamdiff.__main__ import job_from, parser
-    from streamdiff.models.step import Precision
+    from streamdiff.cli.main import job_from, parser
+    from streamdiff.models.served.step import Precision
 
     flags = ["generate", "--image", "a", "--audio", "b"]
     plain, chosen = (
@@ -202,7 +202,7 @@ def test_what_the_flags_of_the_step_say_is_what_the_engine_gets() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_machine_says_how_much_memory_it_has() -> None:
-    from streamdiff.forecast import available_bytes
+    from streamdiff.estimate import available_bytes
 
     have = available_bytes("cpu")
     assert have is not None

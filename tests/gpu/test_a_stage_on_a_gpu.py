@@ -17,7 +17,7 @@ from streamdiff import presets
 from streamdiff.config import EngineConfig
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import reference

@@ -10,7 +10,7 @@ import torch
 from streamdiff import presets
 from streamdiff.config import VAEConfig
 from streamdiff.models import vae
-from streamdiff.models.served_decoder import ServedDecoder
+from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.vae import VAEDecoder, to_rgb8
 from streamdiff.pipeline.packet import Packet, SetReference
 from streamdiff.pipeline.stage import PRIMING_LATENTS, DecodeStage

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Schedule, plan
-from streamdiff.pipeline.serve import run_local
 
 pytest.importorskip("PIL", reason="the engine reads pictures")
 pytest.importorskip("av", reason="the engine writes video")

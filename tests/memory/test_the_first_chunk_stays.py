@@ -14,7 +14,7 @@ from streamdiff.config import EngineConfig, MemoryConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline.packet import Command, Packet, Rewind, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.rope import FrameRotations, first_shift, grid_rotation, rotate, sink_position

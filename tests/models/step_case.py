@@ -12,7 +12,7 @@ from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, Mem
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition, initialise
-from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
+from streamdiff.models.served.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.rope import Rotation
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from streamdiff.config import EngineConfig
 from streamdiff.models.dit import CausalDiT
-from streamdiff.models.step import StepOptions
+from streamdiff.models.served.step import StepOptions
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from streamdiff.errors import MemoryOrderError
 from streamdiff.memory import StepMemory
 from streamdiff.models.dit import AudioCondition, TextCondition
-from streamdiff.models.step import ServedStep, ServedWeights, StepOptions
+from streamdiff.models.served.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
 

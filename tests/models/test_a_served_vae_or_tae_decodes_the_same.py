@@ -12,7 +12,7 @@ import streamdiff_kernels as kernels
 from streamdiff.config import VAEConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import tae, vae
-from streamdiff.models.served_decoder import ServedDecoder, fuse_norms, pack_weights
+from streamdiff.models.served.decoder import ServedDecoder, fuse_norms, pack_weights
 from streamdiff.models.tae import TAEConfig, TAEDecoder
 from streamdiff.models.vae import RMSNorm, VAEDecoder, VideoDecoder
 from streamdiff_kernels import Impl

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 
 NUM_CHUNKS = 100
 COMPILED = StepOptions(compile=True)

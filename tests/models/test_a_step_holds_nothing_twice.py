@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from streamdiff import presets
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
-from streamdiff.models.step import Precision, ServedWeights, StepOptions
+from streamdiff.models.served.step import Precision, ServedWeights, StepOptions
 
 EIGHT = StepOptions(precision=Precision.FP8, kept_layers=0)
 
@@ -35,7 +35,7 @@ def tensors_within(thing: object, seen: set[int] | None = None) -> Iterator[Tens
         parts: list[object] = list(thing)
     elif isinstance(thing, dict):
         parts = list(thing.values())
-    elif type(thing).__module__.startswith("streamdiff.models.step"):
+    elif type(thing).__module__.startswith("streamdiff.models.served.step"):
         names = [*getattr(thing, "__dict__", {}), *getattr(thing, "__slots__", ())]
         parts = [getattr(thing, name) for name in names]
     else:

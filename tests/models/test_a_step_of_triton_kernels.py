@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import torch
 from step_case import Case, config_of, distance, rms_distance
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff_kernels import Impl
 
 torch.set_num_threads(1)
@@ -45,7 +45,7 @@ DECODER = """
 import torch
 from streamdiff.config import VAEConfig
 from streamdiff.models import vae
-from streamdiff.models.served_decoder import ServedDecoder
+from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.vae import VAEDecoder
 from streamdiff_kernels import Impl
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from streamdiff.memory import StepMemory
 from streamdiff.models import cost
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import Impl, quantise_rows
 

@@ -12,8 +12,8 @@ from step_on_paper import Watched, packet, stage_on_paper
 from torch import Tensor
 
 from streamdiff import memory, presets
-from streamdiff.models import step
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served import step
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline import stage
 from streamdiff_kernels import plain
 

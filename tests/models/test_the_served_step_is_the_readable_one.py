@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import LayerMemory
-from streamdiff.models.step import Precision, ServedWeights, StepOptions
+from streamdiff.models.served.step import Precision, ServedWeights, StepOptions
 from streamdiff_kernels import Impl
 
 FLOAT32 = 2e-6

@@ -14,10 +14,10 @@ import profile_stream
 import pytest
 import torch
 
-from streamdiff.observe import JsonLines
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.serve import run_local
+from streamdiff.trace import JsonLines
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP_S, NUM_CHUNKS = 0.02, 8

@@ -17,8 +17,8 @@ from streamdiff.engine import Engine
 from streamdiff.media import read_image
 from streamdiff.models.audio import chunks
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.training.data import leveled
 from streamdiff.training.probe import WEIGHTS, load_probe
 

@@ -16,8 +16,8 @@ from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError
 from streamdiff.models.audio import chunks
 from streamdiff.pipeline.packet import Packet
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.serve import run_local
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.rope import sink_position
 from streamdiff.training.probe import Probe

@@ -14,8 +14,8 @@ from line import SHAPE, SleepingStage
 
 from streamdiff.errors import RankFailed
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent
+from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.schedule import Schedule
-from streamdiff.pipeline.serve import serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 

@@ -25,8 +25,8 @@ from streamdiff.pipeline.packet import (
     SetReference,
     SwitchPrompt,
 )
+from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us
-from streamdiff.pipeline.serve import serve
 from streamdiff.pipeline.transport import Group, Payload, World
 from streamdiff.pipeline.watch import Limits
 

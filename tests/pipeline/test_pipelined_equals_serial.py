@@ -16,8 +16,8 @@ from line import (
 )
 from ranks import free_port, run_ranks, values
 
+from streamdiff.pipeline.run import run_local, serve
 from streamdiff.pipeline.schedule import Schedule, check
-from streamdiff.pipeline.serve import run_local, serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 

@@ -13,10 +13,10 @@ from faults import Trouble, boom, endless_source
 from line import SHAPE, SleepingStage
 
 from streamdiff.errors import MemoryOrderError, RankFailed, ScheduleError
-from streamdiff.observe import Recorder
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent, Rewind, SetReference
+from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, plan
-from streamdiff.pipeline.serve import run_local
+from streamdiff.trace import Recorder
 
 
 def rank_threads() -> list[threading.Thread]:

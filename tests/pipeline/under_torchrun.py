@@ -10,7 +10,7 @@ from faults import Trouble, endless_source, layout, stop_by_exception
 from line import SleepingStage
 
 from streamdiff.errors import RankFailed
-from streamdiff.pipeline.serve import serve
+from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 

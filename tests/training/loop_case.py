@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.training.loop import Outcome, Part, Plan, Trainer
 
 
@@ -37,8 +37,8 @@ class Regression:
     def gradients(self, step: int) -> Mapping[str, float]:
         if self._before is not None:
             self._before(step)
-        x = counter.normal((16, 4), "x", step)
-        y = x.sum(1, keepdim=True) + 0.1 * counter.normal((16, 1), "y", step)
+        x = rng.normal((16, 4), "x", step)
+        y = x.sum(1, keepdim=True) + 0.1 * rng.normal((16, 1), "y", step)
         loss = (self.often(x) - y).square().mean()
         loss.backward()
         if step % 3 == 0:

@@ -10,7 +10,7 @@ import torch
 from ranks import free_port as free_port
 from torch import Tensor
 
-from streamdiff import counter, presets
+from streamdiff import presets, rng
 from streamdiff.config import DiTConfig
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.pipeline.transport import World
@@ -34,7 +34,7 @@ def model(rank: int = 0) -> CausalDiT:
         lora.adapt(dit, rank=rank, seed=2)
         with torch.no_grad():
             for layer in lora.adapted_layers(dit).values():
-                layer.lora_B.weight.copy_(0.05 * counter.normal(tuple(layer.lora_B.weight.shape), "B"))
+                layer.lora_B.weight.copy_(0.05 * rng.normal(tuple(layer.lora_B.weight.shape), "B"))
     return dit
 
 
@@ -48,7 +48,7 @@ def inputs(rows: slice) -> dict[str, Tensor]:
         "text": (CLIPS, 5, CONFIG.text_dim),
         "audio": (CLIPS, audio.num_features, audio.feature_dim, 4 * LAYOUT.num_frames),
     }
-    found = {name: counter.normal(shape, "shard", name)[rows] for name, shape in shapes.items()}
+    found = {name: rng.normal(shape, "shard", name)[rows] for name, shape in shapes.items()}
     found["sigma"] = torch.tensor([0.9, 0.3, 0.6, 0.8])[rows]
     found["lead"] = torch.tensor([[4, 5, 6], [9, 8, 7], [4, 4, 4], [6, 5, 9]])[rows]
     return found
@@ -83,7 +83,7 @@ def rollout_gradient(dit: CausalDiT, rows: slice, visit: Visit) -> float:
 
     rollout = roll_out(
         whole,
-        lambda chunk, step: counter.normal((CLIPS, CONFIG.in_dim, 2, 4, 4), "roll", chunk, step)[rows],
+        lambda chunk, step: rng.normal((CLIPS, CONFIG.in_dim, 2, 4, 4), "roll", chunk, step)[rows],
         sigmas=(1.0, 0.6, 0.0),
         visible=LAYOUT.visible,
         exit_step=1,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from streamdiff.__main__ import main
-from streamdiff.avatar.head3d import Floats, Head
+from streamdiff.arrays import Floats
+from streamdiff.avatar.head3d import HeadModel
+from streamdiff.cli.main import main
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media.video import VideoWriter
 from streamdiff.training import data
@@ -41,7 +42,7 @@ class _Hum:
         return leveled((np.sin(2 * np.pi * 300 * clock) * gate).astype(np.float32))
 
 
-def _ball() -> Head:
+def _ball() -> HeadModel:
     """A head that is a ball with two eyes' worth of vertices: enough to be drawn, with the real one's numbering."""
     count = 26719
     golden = np.pi * (3 - np.sqrt(5))
@@ -60,19 +61,19 @@ def _ball() -> Head:
     names |= {f"{stem}{side}" for stem in (*stems, "cheekSquint") for side in ("Left", "Right")}
     shapes = {name: np.zeros((count, 3), np.float32) for name in (*names, "browInnerUp")}
     shapes["jawOpen"] = jaw
-    return Head(neutral, both_ways, np.zeros((3, count, 3), np.float32), shapes)
+    return HeadModel(neutral, both_ways, np.zeros((3, count, 3), np.float32), shapes)
 
 
 @pytest.fixture(scope="module")
-def head() -> Head:
+def head() -> HeadModel:
     return _ball()
 
 
-def _source(head: Head, count: int = 4, first: int = 0) -> DrawnClips:
+def _source(head: HeadModel, count: int = 4, first: int = 0) -> DrawnClips:
     return DrawnClips(head, _Hum(), count=count, size=32, looks=2, first=first, num_frames=_FRAMES)  # type: ignore[arg-type]
 
 
-def test_a_clip_is_the_same_alone_and_among_others(head: Head) -> None:
+def test_a_clip_is_the_same_alone_and_among_others(head: HeadModel) -> None:
     alone = _source(head).clip(3)
     among = list(_source(head).clips(0, 4))[3]
     assert np.array_equal(alone.frames_THWC, among.frames_THWC)
@@ -80,7 +81,7 @@ def test_a_clip_is_the_same_alone_and_among_others(head: Head) -> None:
     assert alone.prompt == among.prompt
 
 
-def test_looks_share_motion_and_sound_but_not_pixels(head: Head) -> None:
+def test_looks_share_motion_and_sound_but_not_pixels(head: HeadModel) -> None:
     a, b, other = list(_source(head).clips(0, 3))
     assert np.array_equal(a.sound_S, b.sound_S)
     assert a.truth_TE is not None
@@ -91,7 +92,7 @@ def test_looks_share_motion_and_sound_but_not_pixels(head: Head) -> None:
     assert not np.array_equal(a.sound_S, other.sound_S)
 
 
-def test_far_numbers_give_other_people(head: Head) -> None:
+def test_far_numbers_give_other_people(head: HeadModel) -> None:
     assert not np.array_equal(_source(head).clip(0).photo_HWC, _source(head, first=1_000_000).clip(0).photo_HWC)
 
 
@@ -108,7 +109,7 @@ def test_a_mouth_opens_with_the_sound_and_not_before_it_is_heard() -> None:
     assert np.allclose(cut[:11], longer["open"][:11], atol=1e-6)
 
 
-def test_truth_names_what_the_action_does(head: Head) -> None:
+def test_truth_names_what_the_action_does(head: HeadModel) -> None:
     sound = np.zeros(40 * FRAME_SAMPLES, np.float32)
     for action, column, size in (("hand", "hand", 0.9), ("smile", "smile", 0.8), ("aside", "yaw", 0.15)):
         score = compose(head, sound, np.random.default_rng(1), action=action, calm=True)
@@ -125,7 +126,7 @@ def test_every_action_has_prompts() -> None:
     assert len({text for texts in PROMPTS.values() for text in texts}) == sum(map(len, PROMPTS.values()))
 
 
-def test_a_raised_hand_hides_the_badge(head: Head) -> None:
+def test_a_raised_hand_hides_the_badge(head: HeadModel) -> None:
     generator = np.random.default_rng(0)
     painter = Painter(head, Build.draw(generator, 3), size=64)
     look = next(look for look in (Look.draw(generator) for _ in range(50)) if look.has_badge)
@@ -138,7 +139,7 @@ def test_a_raised_hand_hides_the_badge(head: Head) -> None:
     assert np.abs(hidden.mean(0) - badge).max() > 20
 
 
-def test_shards_give_back_what_was_written_and_are_kept(head: Head, tmp_path: Path) -> None:
+def test_shards_give_back_what_was_written_and_are_kept(head: HeadModel, tmp_path: Path) -> None:
     source = _source(head)
     write_shards(source, tmp_path, per_shard=3)
     shards = Shards(tmp_path)
@@ -157,7 +158,7 @@ def test_shards_give_back_what_was_written_and_are_kept(head: Head, tmp_path: Pa
     assert before == {path: path.stat().st_mtime_ns for path in shards.paths}
 
 
-def test_two_parts_make_one_whole(head: Head, tmp_path: Path) -> None:
+def test_two_parts_make_one_whole(head: HeadModel, tmp_path: Path) -> None:
     for part in range(2):
         write_shards(_source(head), tmp_path, per_shard=1, part=(part, 2))
     assert len(Shards(tmp_path)) == 4

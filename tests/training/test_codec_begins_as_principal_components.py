@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamdiff import counter, presets
+from streamdiff import presets, rng
 from streamdiff.config import VAEConfig
 from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models.vae import VAEDecoder, fold, unfold
@@ -40,7 +40,7 @@ def _films(num: int, frames: int = 5) -> Tensor:
     axis = torch.arange(16, dtype=torch.float32)
     films: list[Tensor] = []
     for i in range(num):
-        phase = counter.normal((3, 3), "film", i)
+        phase = rng.normal((3, 3), "film", i)
         t = torch.arange(frames, dtype=torch.float32)[:, None, None]
         films.append(
             torch.stack(
@@ -56,7 +56,7 @@ def _films(num: int, frames: int = 5) -> Tensor:
 
 
 def test_folding_loses_nothing_and_counts_its_channels() -> None:
-    x = counter.normal((2, 3, 4, 8, 12), "fold")
+    x = rng.normal((2, 3, 4, 8, 12), "fold")
     folded = fold(x, _CONFIG)
     assert folded.shape == (2, _CONFIG.patch_channels, 2, 2, 3)
     assert torch.equal(unfold(folded, _CONFIG, first=False), x)
@@ -102,7 +102,7 @@ def test_training_and_streaming_see_the_same_pictures(tmp_path: Path) -> None:
         principal_start(codec, _films(8))
         for half in (codec.enc, codec.dec):
             for name, weight in half.named_parameters():
-                weight.add_(0.02 * counter.normal(tuple(weight.shape), "move", name))
+                weight.add_(0.02 * rng.normal(tuple(weight.shape), "move", name))
         films = _films(2, frames=9)
         whole = codec.posterior(films)[0]
         first, state = codec.enc.encode(films[:, :, :4])
@@ -129,7 +129,7 @@ def test_it_learns_beyond_its_start() -> None:
     optimiser = torch.optim.AdamW(codec.parameters(), lr=2e-3)
     psnr = 0.0
     for step in range(60):
-        noise = counter.normal((6, 6, 3, 4, 4), "noise", step)
+        noise = rng.normal((6, 6, 3, 4, 4), "noise", step)
         loss, facts = codec_loss(codec, films, noise)
         optimiser.zero_grad()
         loss.backward()

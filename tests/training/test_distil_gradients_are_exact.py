@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from streamdiff import counter, presets
+from streamdiff import presets, rng
 from streamdiff.errors import ConfigError
 from streamdiff.training.distil import (
     Cut,
@@ -40,7 +40,7 @@ class Toy(nn.Module):
         self.enter = nn.Linear(3, hidden, dtype=dtype)
         self.leave = nn.Linear(hidden, 1, dtype=dtype)
         for name, parameter in self.named_parameters():
-            parameter.data.copy_(0.6 * counter.normal(tuple(parameter.shape), "toy", seed, name))
+            parameter.data.copy_(0.6 * rng.normal(tuple(parameter.shape), "toy", seed, name))
 
     def forward(
         self, noisy_BCTHW: Tensor, *, sigma: float | Tensor, chunk: int, history: Mapping[int, Tensor]
@@ -53,7 +53,7 @@ class Toy(nn.Module):
 
 
 def noise_of(dtype: torch.dtype, clips: int = 3, frames: int = 2) -> Callable[[int, int], Tensor]:
-    return lambda chunk, step: counter.normal((clips, 1, frames, 1, 2), "test", chunk, step).to(dtype)
+    return lambda chunk, step: rng.normal((clips, 1, frames, 1, 2), "test", chunk, step).to(dtype)
 
 
 def naive(toy: Toy, noise: Callable[[int, int], Tensor], visible: tuple, exit_step: int, renoise: bool) -> Tensor:

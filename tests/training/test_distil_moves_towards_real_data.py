@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.training.distil import (
     Rollout,
     ScoreLevels,
@@ -27,7 +27,7 @@ REAL_MEAN, REAL_STD, REAL_TIE = 2.0, 0.5, 0.8
 def _net(inputs: int, outputs: int, seed: int) -> nn.Sequential:
     net = nn.Sequential(nn.Linear(inputs, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, outputs))
     for name, parameter in net.named_parameters():
-        parameter.data.copy_(counter.normal(tuple(parameter.shape), "net", seed, name))
+        parameter.data.copy_(rng.normal(tuple(parameter.shape), "net", seed, name))
         parameter.data.mul_(parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
     return net
 
@@ -74,7 +74,7 @@ def real() -> Normal:
 def made(student: Student, sigmas: tuple[float, ...], iteration: int, exit_step: int, clips: int) -> Rollout[Tensor]:
     return roll_out(
         student,
-        lambda chunk, step: counter.normal((clips, 1, 1, 1, 1), "toy", iteration, chunk, step),
+        lambda chunk, step: rng.normal((clips, 1, 1, 1, 1), "toy", iteration, chunk, step),
         sigmas=sigmas,
         visible=VISIBLE,
         exit_step=exit_step,
@@ -94,11 +94,11 @@ def distil(sigmas: tuple[float, ...], iterations: int) -> tuple[Student, Normal,
     learn = torch.optim.Adam(critic.parameters(), lr=2e-2, betas=(0.0, 0.999))
     losses: list[float] = []
     for iteration in range(iterations):
-        exit_step = counter.integer(0, len(sigmas) - 2, "exit", iteration)
+        exit_step = rng.integer(0, len(sigmas) - 2, "exit", iteration)
         rollout = made(student, sigmas, iteration, exit_step, CLIPS)
         data = rollout.data_BCTHW
         if iteration % 3 == 0:
-            noise = counter.normal(tuple(data.shape), "student", iteration)
+            noise = rng.normal(tuple(data.shape), "student", iteration)
             gradient = matching_gradient(teacher, critic, data, noise, levels.draw(CLIPS, "student", iteration))
             move.zero_grad()
             accumulate(student, rollout, gradient)
@@ -106,7 +106,7 @@ def distil(sigmas: tuple[float, ...], iterations: int) -> tuple[Student, Normal,
             with torch.no_grad():
                 for slow, fast in zip(average.parameters(), student.parameters(), strict=True):
                     slow.lerp_(fast, 0.02)
-        noise = counter.normal(tuple(data.shape), "critic", iteration)
+        noise = rng.normal(tuple(data.shape), "critic", iteration)
         loss = critic_loss(critic, data, noise, levels.draw(CLIPS, "critic", iteration))
         learn.zero_grad()
         loss.backward()

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from streamdiff import counter, presets
+from streamdiff import presets, rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT
@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Path:
         "reference": (5, CONFIG.dit.in_dim, H, W),
         "audio": (5, audio.num_features, audio.feature_dim, 11 * CONFIG.vae.temporal_factor),
     }
-    tensors = {name: counter.normal(shape, "clips", name).half() for name, shape in shapes.items()}
+    tensors = {name: rng.normal(shape, "clips", name).half() for name, shape in shapes.items()}
     tensors["prompt"] = torch.tensor([0, 1, 0, 1, 0])
     folder = tmp_path / "latents"
     folder.mkdir()
@@ -63,7 +63,7 @@ def teacher() -> CausalDiT:
     """Random, and its head not silent: a model that says nothing teaches nothing."""
     dit = random_dit(CONFIG, seed=1)
     with torch.no_grad():
-        dit.head.head.weight.copy_(0.1 * counter.normal(tuple(dit.head.head.weight.shape), "head"))
+        dit.head.head.weight.copy_(0.1 * rng.normal(tuple(dit.head.head.weight.shape), "head"))
     return dit
 
 

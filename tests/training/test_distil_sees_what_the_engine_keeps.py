@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff import counter, flow, presets
+from streamdiff import flow, presets, rng
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
@@ -67,9 +67,9 @@ class Case:
         self.dit.to(dtype)
         assert config.dit.audio is not None
         audio, T = config.dit.audio, config.frames_per_chunk
-        self.reference = counter.normal((1, 16, 1, *config.latent_hw), "reference").to(dtype)
-        self.text = counter.normal((1, 5, config.dit.text_dim), "text").to(dtype)
-        self.audio = counter.normal((1, audio.num_features, audio.feature_dim, 4 * T * num_chunks), "audio").to(dtype)
+        self.reference = rng.normal((1, 16, 1, *config.latent_hw), "reference").to(dtype)
+        self.text = rng.normal((1, 5, config.dit.text_dim), "text").to(dtype)
+        self.audio = rng.normal((1, audio.num_features, audio.feature_dim, 4 * T * num_chunks), "audio").to(dtype)
         self.layout = windowed(num_chunks, window_chunks=config.memory.window_chunks, frames_per_chunk=T)
         positions = [
             sink_position(first, lead=lead, origin=config.memory.sink_position)
@@ -185,7 +185,7 @@ def test_chunk_by_chunk_equals_the_whole_graph(
     layout = LAYOUTS[layout_name](n, frames_per_chunk)
     common = {"sigmas": case.config.sigmas, "visible": layout.visible, "exit_step": 1, "renoise": renoise}
     rollout = roll_out(case.model(layout), case.noise, **common)
-    target = counter.normal(tuple(rollout.data_BCTHW.shape), "target").to(rollout.data_BCTHW)
+    target = rng.normal(tuple(rollout.data_BCTHW.shape), "target").to(rollout.data_BCTHW)
     step = (rollout.data_BCTHW - target) / (rollout.data_BCTHW - target).abs().mean()
 
     # Naive: prompt, sound and sink in the graph, every chunk's graph alive, the loss on the whole clip.
@@ -213,7 +213,7 @@ def test_chunk_by_chunk_equals_the_whole_graph(
 def test_layers_may_be_computed_again_instead_of_kept() -> None:
     case = Case(config_of(), num_chunks=3)
     layout = case.layout
-    noise = counter.normal((1, 16, 6, *case.config.latent_hw), "clip")
+    noise = rng.normal((1, 16, 6, *case.config.latent_hw), "clip")
     gradients = []
     for visit in (None, recomputed):
         case.dit.zero_grad()

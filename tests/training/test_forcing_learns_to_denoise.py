@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from streamdiff import presets
-from streamdiff.__main__ import main
+from streamdiff.cli.main import main
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import initialise
 from streamdiff.models.text import HashedText

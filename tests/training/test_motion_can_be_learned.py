@@ -13,8 +13,8 @@ import torch
 
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.motion import MotionConfig, State
-from streamdiff.avatar.speech import Phoneme
-from streamdiff.training import motion
+from streamdiff.training.avatar import motion
+from streamdiff.voice.speech import Phoneme
 
 pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
 

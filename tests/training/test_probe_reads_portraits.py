@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamdiff import counter
+from streamdiff import rng
 from streamdiff.errors import InputError
 from streamdiff.training import probe as probing
 from streamdiff.training.data import TRUTH, Clip, Shards, write_shards
@@ -74,8 +74,8 @@ def test_batches_depend_on_their_key_alone(shards: Shards) -> None:
 
 
 def test_identity_is_what_the_draws_say() -> None:
-    build = Build.draw(np.random.default_rng(counter.seed_of("drawn clip", 0, 9)), MODES)
-    looks = [Look.draw(np.random.default_rng(counter.seed_of("look", 0, 9, m))) for m in (0, 1)]
+    build = Build.draw(np.random.default_rng(rng.seed_of("drawn clip", 0, 9)), MODES)
+    looks = [Look.draw(np.random.default_rng(rng.seed_of("look", 0, 9, m))) for m in (0, 1)]
     one, other = (identity_of(9, m, num_modes=MODES, seed=0) for m in (0, 1))
     skull = IDENTITY.index("wall b") - 11
     assert np.array_equal(one[:skull], other[:skull]), "one skull in two looks"

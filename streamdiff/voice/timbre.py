@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streamdiff import counter
-from streamdiff.avatar.kinematics import Floats
-from streamdiff.avatar.speech import KokoroVoice, Resampler, kokoro_names, kokoro_styles
+from streamdiff import rng
+from streamdiff.arrays import Floats
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.voice.speech import KokoroVoice, Resampler, kokoro_names, kokoro_styles
 
 _RATE_HZ = 16_000
 _FFT, _HOP, _BANDS = 400, 160, 40
@@ -139,7 +139,7 @@ def fit_timbre(
         raise ConfigError(f"styles are [voices, 256], got {voices_V256.shape}")
     timbres_VD = voices_V256[:, :128]
     num_voices = len(timbres_VD)
-    generator = np.random.default_rng(counter.seed_of("timbre", seed))
+    generator = np.random.default_rng(rng.seed_of("timbre", seed))
     single = [similarity(timbre) for timbre in timbres_VD]
     best = int(np.argmax(single))
     best_timbre, best_score = timbres_VD[best].astype(np.float32), float(single[best])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
-from streamdiff.models.graphs import CudaGraphs, Graphs
+from streamdiff.models.served.graphs import CudaGraphs, Graphs
 from streamdiff.models.vae import DecoderState, NormedConvs, VideoDecoder
 from streamdiff_kernels import Impl
 

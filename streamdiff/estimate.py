@@ -15,7 +15,7 @@ from streamdiff.engine import Engine
 from streamdiff.errors import BackendError
 from streamdiff.models import cost
 from streamdiff.models.audio import AudioChunk
-from streamdiff.models.step import Precision, StepOptions
+from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.models.vae import vae_flops
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us, render
 from streamdiff.pipeline.stage import PRIMING_LATENTS

@@ -1,4 +1,4 @@
-"""Carry a 3D head's shapes onto landmarks: ``python -m streamdiff.training.rig --data ict_facekit.npz``.
+"""Carry a 3D head's shapes onto landmarks: ``python -m streamdiff.training.avatar.rig --data ict_facekit.npz``.
 
 The landmarker looks at pictures of many random heads; each landmark is looked up on the mesh that was drawn
 and averaged over heads in the mean head's own place. What comes out is a small table: for each of 468
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar import head3d
 from streamdiff.avatar.head3d import (
     EYE_SOCKETS,
@@ -29,8 +30,7 @@ from streamdiff.avatar.head3d import (
     NECK,
     SOCKET,
     TEETH,
-    Floats,
-    Head,
+    HeadModel,
 )
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import Landmarker, fetch_task
@@ -61,7 +61,7 @@ def _screen(vertices_V3: Floats) -> Floats:
     return screen
 
 
-def portrait(head: Head, vertices_V3: Floats, paint_V3: Floats) -> NDArray[np.uint8]:
+def portrait(head: HeadModel, vertices_V3: Floats, paint_V3: Floats) -> NDArray[np.uint8]:
     """A lit picture ``[H, W, 3]`` of a head with the given colours, before a grey wall."""
     triangles = head.triangles(FACE, NECK, SOCKET, EYE_SOCKETS, GUMS, TEETH, EYEBALLS)
     fragments = head3d.rasterize(_screen(vertices_V3), triangles, _SIZE, _SIZE)
@@ -73,7 +73,7 @@ def portrait(head: Head, vertices_V3: Floats, paint_V3: Floats) -> NDArray[np.ui
     return (np.clip(picture, 0, 1) ** (1 / 2.2) * 255).astype(np.uint8)
 
 
-def paint(head: Head, lips_V: NDArray[np.bool_] | None, brows_V: NDArray[np.bool_] | None) -> Floats:
+def paint(head: HeadModel, lips_V: NDArray[np.bool_] | None, brows_V: NDArray[np.bool_] | None) -> Floats:
     """Skin, eyes, teeth and, once their vertices are known, lips and brows."""
     colours = np.empty_like(head.neutral_V3)
     colours[:] = (0.62, 0.40, 0.31)
@@ -102,7 +102,7 @@ def _inside(polygon_J2: Floats, points_V2: Floats) -> NDArray[np.bool_]:
     return inside
 
 
-def _places(head: Head, vertices_V3: Floats, points_J2: Floats) -> Floats:
+def _places(head: HeadModel, vertices_V3: Floats, points_J2: Floats) -> Floats:
     """Where on the mean head picture points lie: the drawn triangle there, or the nearest seen vertex."""
     triangles = head.triangles(FACE)
     screen = _screen(vertices_V3)
@@ -131,7 +131,7 @@ def _mirror(canonical_J3: Floats) -> NDArray[np.int64]:
     return ((canonical_J3[None] - flipped[:, None]) ** 2).sum(-1).argmin(1)
 
 
-def build(head: Head, landmarker: Landmarker, *, num_heads: int = 32, seed: int = 0) -> dict[str, NDArray[Any]]:
+def build(head: HeadModel, landmarker: Landmarker, *, num_heads: int = 32, seed: int = 0) -> dict[str, NDArray[Any]]:
     """The table: ``rest_J3`` (cm, camera axes), ``shapes_EJ3``, ``triangles_R3``; same seed, same table."""
     places: list[Floats] = []
     lip_places: list[Floats] = []
@@ -200,7 +200,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     landmarker = Landmarker(args.task or fetch_task())
-    save_file(build(Head.load(args.data), landmarker, num_heads=args.heads), args.out)
+    save_file(build(HeadModel.load(args.data), landmarker, num_heads=args.heads), args.out)
 
 
 if __name__ == "__main__":

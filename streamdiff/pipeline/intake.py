@@ -30,7 +30,7 @@ SOURCE_CHUNK = 0
 """The chunk whose first latent becomes the adaptive sink."""
 
 
-class Head:
+class Intake:
     """Makes the packets of one stream."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """Words to sound, with the time of every phoneme; and sound from outside, through the same door.
 
-A `Synthesizer` turns text, or text that is still being written, into `AudioChunk`s. Sentences are cut
+A `Synthesizer` turns text, or text that is still being written, into `SpeechChunk`s. Sentences are cut
 early, so that the first words are heard while the rest is still text. `HibariVoice` (7.9 MB, weights inside
 its wheel) is the default; `KokoroVoice` runs Kokoro-82M when its files are there. `ExternalAudio` brings a
 microphone or another voice, at any rate and in blocks of any size, to the same rate and the same chunks.
@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from streamdiff import counter
-from streamdiff.avatar.kinematics import Floats
+from streamdiff import rng
+from streamdiff.arrays import Floats
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Phoneme(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class AudioChunk:
+class SpeechChunk:
     """A stretch of one utterance. The last chunk of an utterance may hold no sound at all."""
 
     samples_S: Floats
@@ -77,7 +77,7 @@ class Synthesizer(Protocol):
     @property
     def rate_hz(self) -> int: ...
 
-    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[AudioChunk]:
+    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[SpeechChunk]:
         """Chunks of speech in order; the last one has ``last`` set.
 
         Raises:
@@ -313,13 +313,13 @@ class _Speaker:
         """The sound ``[S]`` of a phoneme string and the times of its phonemes."""
         raise NotImplementedError
 
-    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[AudioChunk]:
+    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[SpeechChunk]:
         """Chunks of speech, one per sentence, then an empty one that is ``last``; see `Synthesizer`."""
         if isinstance(text, str) and not any(c.isalnum() for c in text):
             raise InputError(f"nothing to say in {_shown(text)}: it holds no letter and no digit; give words")
         return self._chunks(text, segment)
 
-    def _chunks(self, text: str | Iterable[str], segment: int) -> Iterator[AudioChunk]:
+    def _chunks(self, text: str | Iterable[str], segment: int) -> Iterator[SpeechChunk]:
         breath = 0
         unread = ""
         for sentence in sentences(text):
@@ -330,13 +330,13 @@ class _Speaker:
                 continue
             for part in _breaths(phonemes):
                 samples_S, timed = self.say_phonemes(part, breath=breath)
-                yield AudioChunk(samples_S, self.rate_hz, timed, segment)
+                yield SpeechChunk(samples_S, self.rate_hz, timed, segment)
                 breath += 1
         if breath == 0:
             raise InputError(
                 f"nothing to say in {_shown(unread)}: this voice knows no phoneme of it; give English words"
             )
-        yield AudioChunk(np.zeros(0, np.float32), self.rate_hz, (), segment, last=True)
+        yield SpeechChunk(np.zeros(0, np.float32), self.rate_hz, (), segment, last=True)
 
 
 def _shown(text: str) -> str:
@@ -408,7 +408,7 @@ class HibariVoice(_Speaker):
             harmonic, phase, noise, residual, residual_phase = (
                 _stretched(x, self.tract) for x in (harmonic, phase, noise, residual, residual_phase)
             )
-        generator = np.random.default_rng(counter.seed_of("voice", self.seed, breath, phonemes))
+        generator = np.random.default_rng(rng.seed_of("voice", self.seed, breath, phonemes))
         samples_S = self._dsp.synth(harmonic, phase, noise, residual, residual_phase, pitch_hz, generator)
         timed = _timed(phonemes, np.rint(durations_P).astype(np.int64).reshape(-1))
         samples_S, timed = _without_lead(samples_S.astype(np.float32, copy=False), timed, RATE_HZ)
@@ -491,10 +491,10 @@ class KokoroVoice(_Speaker):
         samples_S, timed = _without_lead(samples_S, timed, RATE_HZ)
         return np.ascontiguousarray(samples_S), tuple(timed)
 
-    def _chunks(self, text: str | Iterable[str], segment: int) -> Iterator[AudioChunk]:
+    def _chunks(self, text: str | Iterable[str], segment: int) -> Iterator[SpeechChunk]:
         for chunk in super()._chunks(text, segment):
             unknown = not self._has_durations and len(chunk.samples_S) > 0
-            yield AudioChunk(chunk.samples_S, chunk.rate_hz, None, segment) if unknown else chunk
+            yield SpeechChunk(chunk.samples_S, chunk.rate_hz, None, segment) if unknown else chunk
 
 
 def _kokoro_session(model: bytes, num_threads: int) -> tuple[Any, bool]:
@@ -670,7 +670,7 @@ class ExternalAudio:
         """Rate of what was pushed last."""
         return self._source_hz or RATE_HZ
 
-    def push(self, samples: NDArray[Any] | bytes, rate_hz: int, *, last: bool = False) -> AudioChunk:
+    def push(self, samples: NDArray[Any] | bytes, rate_hz: int, *, last: bool = False) -> SpeechChunk:
         """Accept ``[S]`` or ``[S, channels]`` (bytes: int16 little endian) and return what it completes.
 
         Raises:
@@ -687,7 +687,7 @@ class ExternalAudio:
         if last:
             parts.append(self._resampler.finish())
             self._resampler = None
-        return AudioChunk(np.concatenate(parts), RATE_HZ, None, self.segment, last)
+        return SpeechChunk(np.concatenate(parts), RATE_HZ, None, self.segment, last)
 
 
 def waveform(samples: NDArray[Any] | bytes) -> Floats:

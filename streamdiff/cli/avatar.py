@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from streamdiff import demo
-from streamdiff.avatar.kinematics import FPS, Floats, KinematicSpec, frame_to_osc, json_lines
+from streamdiff.arrays import Floats
+from streamdiff.avatar.kinematics import FPS, KinematicSpec, frame_to_osc, json_lines
 from streamdiff.avatar.motion import STYLE_NAMES, load_motion, style_vector
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Renderer, Segment
-from streamdiff.avatar.speech import RATE_HZ, open_voice
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import VideoWriter, contact_sheet, read_audio
+from streamdiff.voice.speech import RATE_HZ, open_voice
 
 if TYPE_CHECKING:
     from streamdiff.avatar.identity import IdentityBundle
@@ -43,7 +44,7 @@ BUNDLE_SUFFIX = ".avatar"
 
 
 class Fit(Protocol):
-    """Makes a bundle from a clip; `streamdiff.training.fit.fit_bundle`, which stands on a floor above this one."""
+    """Makes a bundle from a clip; `streamdiff.training.avatar.fit.fit_bundle`, on a floor above this one."""
 
     def __call__(
         self, video: str | Path, *, size: int, minutes: float, device: str
@@ -243,7 +244,7 @@ def run_compile(args: argparse.Namespace) -> int:
 
 def run_voice(args: argparse.Namespace) -> int:
     """``streamdiff avatar voice``."""
-    from streamdiff.avatar.timbre import GE2EEncoder, fit_voice
+    from streamdiff.voice.timbre import GE2EEncoder, fit_voice
 
     _check_suffix(args.out, ".npz")
     if args.rounds < 1:

@@ -43,7 +43,7 @@ from streamdiff.models.dit import (
     Modulation,
     TextCondition,
 )
-from streamdiff.models.graphs import CudaGraphs, Graphs
+from streamdiff.models.served.graphs import CudaGraphs, Graphs
 from streamdiff.rope import Rotation
 from streamdiff_kernels import BackendUnavailable, Impl, reference
 from streamdiff_kernels.attention import backend_named

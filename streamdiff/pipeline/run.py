@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from streamdiff.errors import RankFailed, ScheduleError
-from streamdiff.observe import Observer, Silent, span
 from streamdiff.pipeline.link import Doing, LineLink, Link, Mailbox, local_links
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, render_around
+from streamdiff.trace import Observer, Silent, span
 
 if TYPE_CHECKING:  # the real stages live beside the protocol, and a rank that only sleeps needs no models
     from streamdiff.pipeline.stage import Stage

@@ -1,4 +1,6 @@
-"""Fit an avatar to one person from a clip: ``python -m streamdiff.training.fit --video CLIP --out PERSON.avatar``.
+"""Fit an avatar to one person from a clip.
+
+``python -m streamdiff.training.avatar.fit --video CLIP --out PERSON.avatar``
 
 A minute of a face that talks to the camera is enough. Its most neutral frame becomes the reference; every frame's
 landmarks are explained by the bundle's own drivers (pose by a similarity transform, shapes by least squares within
@@ -20,7 +22,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import av
 import numpy as np
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar.identity import (
     IRISES,
     LEFT_EYE,
@@ -56,7 +59,6 @@ from streamdiff.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Floats: TypeAlias = NDArray[np.floating[Any]]
 Frames: TypeAlias = NDArray[np.uint8]
 
 _NUM_MESH = 468

@@ -1,4 +1,4 @@
-"""Train the mouth decoder on a 3D head: ``python -m streamdiff.training.mouth --data ict_facekit.npz``.
+"""Train the mouth decoder on a 3D head: ``python -m streamdiff.training.avatar.mouth --data ict_facekit.npz``.
 
 Every picture is drawn by our own rasteriser: teeth, gums, tongue and the walls of the mouth without the lips,
 seen through an opening that only shades them. One CPU thread draws 16 000 pictures in about ten minutes and
@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from streamdiff.arrays import Floats
 from streamdiff.avatar import head3d
-from streamdiff.avatar.head3d import GUMS, SOCKET, TEETH, Floats, Head
+from streamdiff.avatar.head3d import GUMS, SOCKET, TEETH, HeadModel
 from streamdiff.avatar.mouth import (
     EXTENT_CM,
     GAMMA,
@@ -59,7 +60,7 @@ class Scene:
 class MouthPainter:
     """Draws mouths: `scene` draws a random condition, `picture` the pixels that belong to it."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: HeadModel) -> None:
         self.head = head
         self.triangles = head.triangles(SOCKET, GUMS, TEETH)
         self.shapes_KV3 = _principal_shapes(head)
@@ -175,7 +176,7 @@ def _through_opening(
     return sky.astype(np.float32), (sun * np.sqrt(sky)).astype(np.float32)
 
 
-def _principal_shapes(head: Head) -> Floats:
+def _principal_shapes(head: HeadModel) -> Floats:
     """The main ways ``[K, V, 3]`` in which mouths differ, relative to the lips, per standard deviation."""
     origin = (head.identity_KV3[:, _LIP_TOP] + head.identity_KV3[:, _LIP_BOTTOM]) / 2
     local = head.identity_KV3 - origin[:, None]
@@ -224,7 +225,7 @@ def _paint(neutral_V3: Floats, tongue_V: Floats) -> Floats:
     return np.stack([teeth, tone, shine], 1).astype(np.float32)
 
 
-def draw(head: Head, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw(head: HeadModel, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Conditions ``[N, C]``, pictures ``[N, 4, P, P]`` (uint8) and pixel weights ``[N, P, P]`` (float16)."""
     painter = MouthPainter(head)
     conditions = torch.empty(count, NUM_CONDITIONS)
@@ -259,7 +260,7 @@ def loss(drawn: torch.Tensor, target: torch.Tensor, weights_NPP: torch.Tensor) -
 
 
 def train(
-    head: Head,
+    head: HeadModel,
     out: Path,
     *,
     pictures: int,
@@ -352,7 +353,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     result = train(
-        Head.load(args.data),
+        HeadModel.load(args.data),
         args.out,
         pictures=args.pictures,
         minutes=args.minutes,

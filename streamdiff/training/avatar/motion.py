@@ -1,6 +1,6 @@
 """Train the motion model: data made and read here, flow matching, then consistency to two steps.
 
-    python -m streamdiff.training.motion --out motion.safetensors [--data facegood_audio2rig.npz] [--minutes 45]
+    python -m streamdiff.training.avatar.motion --out motion.safetensors [--data facegood_audio2rig.npz] [--minutes 45]
 
 What is learned from:
 
@@ -37,8 +37,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streamdiff import counter
-from streamdiff.avatar.kinematics import FPS, Floats, KinematicSpec, arkit64, gaze_to_looks
+from streamdiff import rng
+from streamdiff.arrays import Floats
+from streamdiff.avatar.kinematics import FPS, KinematicSpec, arkit64, gaze_to_looks
 from streamdiff.avatar.motion import (
     FRAME_SAMPLES,
     HEAD_STD,
@@ -54,8 +55,8 @@ from streamdiff.avatar.motion import (
     save_motion,
     style_vector,
 )
-from streamdiff.avatar.speech import PAUSES, RATE_HZ, HibariVoice, Phoneme, Resampler
 from streamdiff.errors import CheckpointError, InputError
+from streamdiff.voice.speech import PAUSES, RATE_HZ, HibariVoice, Phoneme, Resampler
 
 logger = logging.getLogger(__name__)
 
@@ -531,7 +532,7 @@ def _stress(phonemes: Sequence[Phoneme], num_frames: int, loud_T: Floats) -> Flo
 def spoken_clip(voice: HibariVoice, number: int, *, seed: int, words: Sequence[str], seconds: float = 50.0) -> Clip:
     """A conversation of which we hear one side: idle, speaking and listening by turns."""
     spec = arkit64()
-    generator = np.random.default_rng(counter.seed_of("clip", seed, number))
+    generator = np.random.default_rng(rng.seed_of("clip", seed, number))
     manner = _Manner.draw(generator)
     voice.pitch = float(np.clip(np.exp(generator.normal(-0.1, 0.32)), 0.45, 1.8))
     voice.tract = float(np.clip(voice.pitch**0.25 * np.exp(0.06 * generator.standard_normal()), 0.78, 1.25))
@@ -575,7 +576,7 @@ def spoken_clip(voice: HibariVoice, number: int, *, seed: int, words: Sequence[s
     # Silence between the turns pulls the mouth shut, as a pause does.
     gaps = [Phoneme("", a, b) for a, b in _between(phonemes, frames / FPS)]
     mouth = articulate(sorted([*phonemes, *gaps], key=lambda p: p.start_s), frames, loud_T)
-    intent_AI = Intent(counter.seed_of("clip-intent", seed), number, tempo=manner.tempo).rows(0, frames)
+    intent_AI = Intent(rng.seed_of("clip-intent", seed), number, tempo=manner.tempo).rows(0, frames)
     motion_AE = _perform(mouth, state_A, stress_A, intent_AI, manner, generator, spec)
     heard = Cues.sound(samples_S, phonemes, before_S=np.zeros(FRAME_SAMPLES, np.float32))
     cues = Cues(heard.mel_AF, heard.phones_AP, heard.heard_A, heard.said_A, state_A)
@@ -628,13 +629,13 @@ def real_clips(path: str | Path, *, seed: int, num_manners: int = 4) -> list[Cli
         rising_A = (loud_A[1:-1] > 1.0) & (loud_A[1:-1] >= loud_A[:-2]) & (loud_A[1:-1] > loud_A[2:])
         stress_A = np.pad(np.where(rising_A, loud_A[1:-1], 0.0), 1).astype(np.float32)
         for variant in range(num_manners):
-            generator = np.random.default_rng(counter.seed_of("take", seed, number, variant))
+            generator = np.random.default_rng(rng.seed_of("take", seed, number, variant))
             manner = _Manner.draw(generator)
             manner.smile, manner.asymmetry = 0.0, 0.0
             silent = {shape: np.zeros(frames, np.float32) for shape in _SHAPES}
             silent["upper"] = mouth_AE[:, spec.index("mouthUpperUpLeft")]
             stream = 10_000 + number * num_manners + variant
-            intent_AI = Intent(counter.seed_of("take-intent", seed), stream, tempo=manner.tempo).rows(0, frames)
+            intent_AI = Intent(rng.seed_of("take-intent", seed), stream, tempo=manner.tempo).rows(0, frames)
             state_A = heard.state_A
             motion_AE = _perform({**silent}, state_A, stress_A, intent_AI, manner, generator, spec)
             for name in (*_SINGLE.values(), *(v + s for v in _PAIRED.values() for s in ("Left", "Right"))):
@@ -877,7 +878,7 @@ def train(
     average = copy.deepcopy(model)
     progress = Progress()
     checkpoint = out.with_suffix(".training.pt")
-    generator = torch.Generator().manual_seed(counter.seed_of("batches", seed))
+    generator = torch.Generator().manual_seed(rng.seed_of("batches", seed))
     saved = torch.load(checkpoint, weights_only=True) if checkpoint.is_file() else None
     teacher: MotionModel | None = None
     if saved is not None:
@@ -1076,7 +1077,7 @@ def make_clips(minutes: float, *, seed: int, first: int = 0) -> list[Clip]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, judge, write weights and say how good they are."""
-    parser = argparse.ArgumentParser(prog="streamdiff.training.motion", description="Train the motion model.")
+    parser = argparse.ArgumentParser(prog="streamdiff.training.avatar.motion", description="Train the motion model.")
     parser.add_argument("--out", type=Path, required=True, help="where the weights go; checkpoints lie beside them")
     parser.add_argument("--data", type=Path, help="facegood_audio2rig.npz; without it, synthesised speech only")
     parser.add_argument("--minutes", type=float, default=45.0, help="CPU minutes of flow matching")

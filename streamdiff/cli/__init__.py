@@ -1,0 +1,1 @@
+"""The command line: argv and environment enter here, once, and become values."""

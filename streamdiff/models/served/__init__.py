@@ -1,0 +1,1 @@
+"""The step and the decoder as they are served: fused, captured, with fixed addresses."""

@@ -1,0 +1,1 @@
+"""Text to speech, and sound that comes from outside."""
