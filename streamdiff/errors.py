@@ -8,6 +8,7 @@
     ├── ScheduleError (ValueError)        steps, ranks and edges that cannot stream
     ├── RankFailed (RuntimeError)         another rank died, hung or failed; carries its number
     ├── SessionClosed (RuntimeError)      a call after the stream ended
+    ├── Unsupported (NotImplementedError) a call that this path of the engine cannot serve
     └── BackendError (RuntimeError)       an implementation that this machine cannot run
 
 A message says what is wrong, why, and what to do: ``sigmas must fall from noise to data, got (0.2, 1.0); try ...``.
@@ -62,6 +63,12 @@ class RankFailed(StreamdiffError, RuntimeError):  # noqa: N818  it says what hap
 
 class SessionClosed(StreamdiffError, RuntimeError):  # noqa: N818
     """A call to a session whose stream has ended."""
+
+
+class Unsupported(StreamdiffError, NotImplementedError):  # noqa: N818
+    """A call that a stream of this kind cannot serve; `Stream.can` says which it can."""
+
+    exit_code = 2
 
 
 class BackendError(StreamdiffError, RuntimeError):
