@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
-from tiny_avatar import Bars, Tones, tiny_motion
 
 from streamdiff.avatar.path import AvatarEngine, AvatarSession, AvatarStream, AVFrame, Segment
 from streamdiff.errors import InputError
+from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 WORDS = ("one", "two", "three,", "four!", "five", "six?", "seven", "eight;", "nine", "ten.", "Eleven", "twelve:", "old")
 RATES_HZ = (8_000, 11_025, 16_000, 24_000, 44_100, 48_000, 192_000)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_face import drawn_bundle
 
 from streamdiff.avatar.compiled import CompiledRenderer, compile_bundle
 from streamdiff.avatar.identity import IdentityBundle
@@ -19,6 +18,7 @@ from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import WarpRenderer
 from streamdiff.cli import avatar as commands
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
+from tests.avatar.drawn_face import drawn_bundle
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from drawn_face import drawn_bundle
 
 from streamdiff.avatar.head3d import rotation_matrix
 from streamdiff.avatar.identity import IdentityBundle, with_look
@@ -18,6 +17,7 @@ from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import POSE_LIMITS, WarpRenderer, ease_pose
 from streamdiff.errors import CheckpointError
 from streamdiff.training.avatar.fit import Clip, fit_clip, neutral_frame, read_motion
+from tests.avatar.drawn_face import drawn_bundle
 
 SPEC = arkit64()
 

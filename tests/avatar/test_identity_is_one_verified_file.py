@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_face import drawn_bundle, drawn_face
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +24,7 @@ from streamdiff.avatar.identity import (
 )
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from tests.avatar.drawn_face import drawn_bundle, drawn_face
 
 
 def test_a_bundle_returns_from_its_file_bit_for_bit(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from tiny_avatar import Bars, Tones, tiny_motion
 
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.path import AvatarStream, AVFrame
+from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 LONG = "A long sentence that goes on and on. " * 6
 

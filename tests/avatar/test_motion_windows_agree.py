@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_avatar import tiny_motion
 
 from streamdiff.avatar import motion
 from streamdiff.avatar.kinematics import arkit64
@@ -33,6 +32,7 @@ from streamdiff.avatar.motion import (
 )
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.voice.speech import Phoneme
+from tests.avatar.tiny_avatar import tiny_motion
 
 
 def noisy_cues(num_frames: int, seed: int = 0) -> Cues:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from drawn_face import drawn_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from streamdiff.avatar.head3d import interpolate, rasterize, rotation_matrix, ve
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.mouth import EXTENT_CM, NUM_CONDITIONS, PATCH, TOP_CM, MouthLook, paint, static_conditions
 from streamdiff.avatar.render import WarpRenderer, load_mouth_decoder
+from tests.avatar.drawn_face import drawn_bundle
 
 SPEC = arkit64()
 

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 import pytest
-from tiny_avatar import Bars, Tones, tiny_motion
 
 from streamdiff.avatar.path import AvatarStream, AVFrame
+from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 
 def scene(*, voice_s: float = 0.0, render_s: float = 0.0, pause_s: float = 0.0) -> list[AVFrame]:

@@ -10,10 +10,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tiny_avatar import Bars, Tones, tiny_motion
 
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Segment
 from streamdiff.voice.speech import ExternalAudio
+from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 TEXT = "One two three. Four and five, and six. Seven?"
 

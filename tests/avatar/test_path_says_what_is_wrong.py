@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
-from tiny_avatar import Bars, Tones, tiny_motion
 from torch import Tensor
 
 from streamdiff.avatar.path import AvatarEngine, AvatarStream
 from streamdiff.errors import InputError, SessionClosed
 from streamdiff.voice.speech import SpeechChunk
+from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 
 def test_words_need_a_voice_and_letters() -> None:

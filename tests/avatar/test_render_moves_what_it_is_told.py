@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from drawn_face import drawn_bundle
 
 from streamdiff.avatar.identity import LEFT_EYE, MOUTH, RIGHT_EYE
 from streamdiff.avatar.kinematics import ARKIT_NAMES, arkit64, full256
 from streamdiff.avatar.render import WarpRenderer, _rotation
 from streamdiff.errors import InputError
+from tests.avatar.drawn_face import drawn_bundle
 
 SPEC = arkit64()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_face import drawn_bundle
 from torch import nn
 
 from streamdiff.avatar import liveportrait
 from streamdiff.avatar.kinematics import arkit64, lp70, lp70_to_lp265, lp265
 from streamdiff.avatar.liveportrait import FILES, NETWORKS, LivePortraitRenderer
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from tests.avatar.drawn_face import drawn_bundle
 
 PUBLISHED = {
     "appearance": (107, "8ffe3a4eb733e654"),

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_avatar import Bars, Tones, tiny_motion
 
 from streamdiff.avatar.kinematics import arkit64, read_json_lines
 from streamdiff.avatar.motion import save_motion
 from streamdiff.cli import avatar as commands
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.media import SYNTHETIC_MARK
+from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 Run = Callable[[Sequence[str]], int]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from stream_case import eventful_packets, small_config
 
 from streamdiff.engine import Engine
 from streamdiff.pipeline.packet import Packet
@@ -12,6 +11,7 @@ from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.schedule import Schedule
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
+from tests.engine.stream_case import eventful_packets, small_config
 
 Result = list[tuple[int, int, np.ndarray, np.ndarray]]
 """Chunk, epoch, latent and frames; arrays, because a tensor would travel as a handle to a process that has ended."""

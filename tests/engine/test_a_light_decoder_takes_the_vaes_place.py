@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from stream_case import eventful_packets, same, small_config
 
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import CheckpointError
 from streamdiff.models.tae import TAEConfig, TAEDecoder, initialise
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
+from tests.engine.stream_case import eventful_packets, same, small_config
 
 
 @pytest.fixture(scope="module")

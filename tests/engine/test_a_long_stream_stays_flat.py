@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from stream_case import small_config
 
 from streamdiff import presets
 from streamdiff.config import EngineConfig
@@ -22,6 +21,7 @@ from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, plan
 from streamdiff.pipeline.stage import Chain, DenoiseStage
 from streamdiff.rope import THETA, sink_position
+from tests.engine.stream_case import small_config
 
 SEED = 11
 

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stream_case import small_config
 
 from streamdiff.engine import Engine
 from streamdiff.memory import Ring
@@ -16,6 +15,7 @@ from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent, Rewind, SetReference
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
+from tests.engine.stream_case import small_config
 
 CONFIG = small_config(2)
 SOUND = AudioChunk(torch.zeros(1, 2, 8, 12), torch.zeros(7680))

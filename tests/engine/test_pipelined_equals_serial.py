@@ -8,14 +8,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from stream_case import NUM_ENTRIES, REWIND_TO, eventful_packets, same, small_config
-from stream_ranks import make_stream
 
 from streamdiff.engine import Engine
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SwitchPrompt
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Schedule, plan
+from tests.engine.stream_case import NUM_ENTRIES, REWIND_TO, eventful_packets, same, small_config
+from tests.engine.stream_ranks import make_stream
+from tests.pipeline.ranks import run_ranks
 
 
 def run(engine: Engine, schedule: Schedule) -> list[Packet]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import av
 import pytest
-from processes import Ranks, wait_for_bytes, write_inputs
+
+from tests.generate.processes import Ranks, wait_for_bytes, write_inputs
 
 NUM_RANKS = 3
 DEADLINE_S = 10.0

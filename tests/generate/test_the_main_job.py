@@ -8,7 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from processes import run_alone, run_torchrun, write_inputs
+
+from tests.generate.processes import run_alone, run_torchrun, write_inputs
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_without_transformers_tiny_still_works() -> None:
     import subprocess
     import sys
 
-    from processes import environment
+    from tests.generate.processes import environment
 
     script = (
         "import sys, streamdiff.cli.main; "

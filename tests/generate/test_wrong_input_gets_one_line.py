@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Ranks, write_inputs
 from safetensors.torch import save_file
 
 from streamdiff.cli.main import main
 from streamdiff.generate import engine_for
+from tests.generate.processes import Ranks, write_inputs
 
 
 @pytest.fixture

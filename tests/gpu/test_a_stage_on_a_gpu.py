@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from step_case import Case, config_of, distance, rms_distance
 
 import streamdiff_kernels as kernels
 from streamdiff import presets
@@ -22,6 +21,7 @@ from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import reference
 from streamdiff_kernels.tolerance import TOLERANCES
+from tests.models.step_case import Case, config_of, distance, rms_distance
 
 CUDA = pytest.param(
     "cuda",

@@ -14,9 +14,8 @@ from streamdiff.pipeline.schedule import Schedule, plan
 pytest.importorskip("PIL", reason="the engine reads pictures")
 pytest.importorskip("av", reason="the engine writes video")
 
-from stream_case import eventful_packets, same, small_config
-
 from streamdiff.engine import Engine
+from tests.engine.stream_case import eventful_packets, same, small_config
 
 CUDA = pytest.param(
     "cuda",

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton", reason="kernels are compiled by Triton")
 
 import triton
-from paper_gpu import ATTENTION, CALLS, GOLDEN, ODD_CALLS, SHARED_LIMIT, Compiled, compile_call
+
+from tests.kernels.paper_gpu import ATTENTION, CALLS, GOLDEN, ODD_CALLS, SHARED_LIMIT, Compiled, compile_call
 
 pytestmark = pytest.mark.skipif(
     not hasattr(triton, "compile") or getattr(triton.knobs.runtime, "interpret", False),

@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="Gluon comes with Triton 3.5 and above")
 
 import triton
-from paper_gpu import SHARED_LIMIT, compile_call
 from try_gluon import WARPS, attend
+
+from tests.kernels.paper_gpu import SHARED_LIMIT, compile_call
 
 pytestmark = pytest.mark.skipif(
     getattr(triton.knobs.runtime, "interpret", False), reason="the interpreter compiles nothing"

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_files import play, write_film
 
 from streamdiff.media import VideoWriter
+from tests.media.made_files import play, write_film
 
 ROOT = Path(__file__).parents[2]
 
 _WRITER = """
 import sys
-sys.path[:0] = [{root!r}, {here!r}]
-from made_files import film_chunk
+sys.path[:0] = [{root!r}]
+from tests.media.made_files import film_chunk
 from streamdiff.media import VideoWriter
 
 writer = VideoWriter({path!r}, width=96, height=64, fps=25, rate_hz=16000)
@@ -36,7 +36,6 @@ def _kill_after(path: Path, num_chunks: int, *, pause: bool) -> None:
     """Start a writer, kill it when it has reported its chunks: at rest, or while it writes the next ones."""
     program = _WRITER.format(
         root=str(ROOT),
-        here=str(Path(__file__).parent),
         path=str(path),
         pause_after=num_chunks - 1 if pause else -1,
     )

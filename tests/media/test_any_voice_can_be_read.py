@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_files import tone, write_film, write_sound
 
 from streamdiff.errors import InputError
 from streamdiff.media import audio_duration_s, read_audio
+from tests.media.made_files import tone, write_film, write_sound
 
 
 def _read(path: Path) -> torch.Tensor:

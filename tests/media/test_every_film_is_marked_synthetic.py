@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_files import play
 
 from streamdiff.media import SYNTHETIC_MARK, VideoWriter
+from tests.media.made_files import play
 
 
 @pytest.mark.parametrize("close", [True, False])

@@ -9,10 +9,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from made_files import play, write_film
 
 from streamdiff.errors import ConfigError, InputError, SessionClosed
 from streamdiff.media import VideoWriter, frame_boundary
+from tests.media.made_files import play, write_film
 
 
 @pytest.mark.parametrize(

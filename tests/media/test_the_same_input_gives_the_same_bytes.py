@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from made_files import tone, write_sound
 
 from streamdiff.media import VideoWriter, read_audio, read_image
+from tests.media.made_files import tone, write_sound
 
 
 def _write(path: Path, seed: int) -> bytes:

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import pytest
 import torch
-from step_case import Case, config_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +20,7 @@ from streamdiff.models.dit import AudioCondition, TextCondition
 from streamdiff.models.served.step import ServedStep, ServedWeights, StepOptions
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
+from tests.models.step_case import Case, config_of
 
 T = TypeVar("T")
 NUM_CHUNKS = 7

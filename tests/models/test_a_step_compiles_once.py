@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._dynamo
-from step_case import Case, config_of, distance, rms_distance
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 
 from streamdiff.models.served.step import Precision, StepOptions
+from tests.models.step_case import Case, config_of, distance, rms_distance
 
 NUM_CHUNKS = 100
 COMPILED = StepOptions(compile=True)

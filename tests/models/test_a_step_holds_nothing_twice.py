@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from step_case import Case, config_of, rms_distance
-from step_on_paper import Watched, packet, stage_on_paper
 from torch import Tensor, nn
 
 from streamdiff import presets
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.served.step import Precision, ServedWeights, StepOptions
+from tests.models.step_case import Case, config_of, rms_distance
+from tests.models.step_on_paper import Watched, packet, stage_on_paper
 
 EIGHT = StepOptions(precision=Precision.FP8, kept_layers=0)
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import torch
-from step_case import Case, config_of, distance, rms_distance
+from tests.models.step_case import Case, config_of, distance, rms_distance
 from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff_kernels import Impl
 
@@ -69,7 +69,7 @@ print("kept decoder")
 def interpreted(script: str) -> list[str]:
     """What a script prints, its kernels interpreted."""
     pytest.importorskip("triton")
-    folders = (ROOT, ROOT / "kernels", ROOT / "tests" / "models")
+    folders = (ROOT, ROOT / "kernels")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "OPENBLAS_NUM_THREADS": "1",

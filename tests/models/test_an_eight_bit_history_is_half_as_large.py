@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 import torch._dynamo
-from step_case import Case, config_of, rms_distance
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -16,6 +15,7 @@ from streamdiff.models import cost
 from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import Impl, quantise_rows
+from tests.models.step_case import Case, config_of, rms_distance
 
 EIGHT = StepOptions(history=Precision.FP8)
 NUM_CHUNKS = 12

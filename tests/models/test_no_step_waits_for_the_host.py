@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_on_paper import Watched, packet, stage_on_paper
 from torch import Tensor
 
 from streamdiff import memory, presets
@@ -16,6 +15,7 @@ from streamdiff.models.served import step
 from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline import stage
 from streamdiff_kernels import plain
+from tests.models.step_on_paper import Watched, packet, stage_on_paper
 
 WAITING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select", "any", "all", "equal"}
 """Methods that bring a value, or a shape that depends on values, to the host."""

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 import torch
-from step_case import Case, config_of, distance, rms_distance
 from torch import Tensor
 
 from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import LayerMemory
 from streamdiff.models.served.step import Precision, ServedWeights, StepOptions
 from streamdiff_kernels import Impl
+from tests.models.step_case import Case, config_of, distance, rms_distance
 
 FLOAT32 = 2e-6
 """Of the largest value; seen: 4e-7. The order of sums differs, and biases of the embedding are added up first."""

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_audio_streams_equal_whole_files import cut, speech_like, streamed
 from torch import Tensor
 
 from streamdiff.errors import BackendError, CheckpointError, ConfigError
 from streamdiff.models.audio import Wav2Vec2Features, chunks
+from tests.models.test_audio_streams_equal_whole_files import cut, speech_like, streamed
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from line import SHAPE, SleepingStage
 
 from streamdiff.errors import RankFailed
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent
@@ -18,6 +17,7 @@ from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.schedule import Schedule
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
+from tests.pipeline.line import SHAPE, SleepingStage
 
 
 def endless_source(num_chunks: int = 10**9) -> Iterator[Packet]:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import faults
 import pytest
-from ranks import Outcome, Ranks, run_ranks, wait_for_line
+
+from tests.pipeline import faults
+from tests.pipeline.ranks import Outcome, Ranks, run_ranks, wait_for_line
 
 DEADLINE_S = 5.0
 

@@ -13,13 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from line import MODULUS, gpu_packets, gpu_stream
-from ranks import run_ranks, values
 
 from streamdiff.errors import BackendError
 from streamdiff.pipeline.packet import RefreshSink
 from streamdiff.pipeline.schedule import Schedule
 from streamdiff.pipeline.transport import Group, World
+from tests.pipeline.line import MODULUS, gpu_packets, gpu_stream
+from tests.pipeline.ranks import run_ranks, values
 
 NUM_CHUNKS = 40
 SCHEDULE = Schedule(partition=(1,), decode_alone=True, refresh_chunk=3)

@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from line import (
+
+from streamdiff.pipeline.run import run_local, serve
+from streamdiff.pipeline.schedule import Schedule, check
+from streamdiff.pipeline.transport import Group, World
+from streamdiff.pipeline.watch import Limits
+from tests.pipeline.line import (
     assert_equal_streams,
     counting_stage,
     eventful_source,
     serial,
     summary,
 )
-from ranks import free_port, run_ranks, values
-
-from streamdiff.pipeline.run import run_local, serve
-from streamdiff.pipeline.schedule import Schedule, check
-from streamdiff.pipeline.transport import Group, World
-from streamdiff.pipeline.watch import Limits
+from tests.pipeline.ranks import free_port, run_ranks, values
 
 NUM_CHUNKS = 14
 

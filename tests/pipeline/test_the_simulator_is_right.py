@@ -13,12 +13,12 @@ from statistics import median
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from line import timed_stream
-from ranks import free_port, run_ranks, values
 
 from streamdiff.errors import ScheduleError
 from streamdiff.pipeline.schedule import Costs, Schedule, plan, rank_costs_us
 from streamdiff.pipeline.simulate import Hop, Loss, Playback, render_timeline, simulate
+from tests.pipeline.line import timed_stream
+from tests.pipeline.ranks import free_port, run_ranks, values
 
 TOLERANCE = 0.06
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from faults import Trouble, boom, endless_source
-from line import SHAPE, SleepingStage
 
 from streamdiff.errors import MemoryOrderError, RankFailed, ScheduleError
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent, Rewind, SetReference
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, plan
 from streamdiff.trace import Recorder
+from tests.pipeline.faults import Trouble, boom, endless_source
+from tests.pipeline.line import SHAPE, SleepingStage
 
 
 def rank_threads() -> list[threading.Thread]:

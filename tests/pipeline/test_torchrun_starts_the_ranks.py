@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+
+from tests.pipeline.ranks import free_port
 
 HERE = Path(__file__).parent
 

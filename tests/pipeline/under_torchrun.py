@@ -6,13 +6,12 @@ import os
 import signal
 import sys
 
-from faults import Trouble, endless_source, layout, stop_by_exception
-from line import SleepingStage
-
 from streamdiff.errors import RankFailed
 from streamdiff.pipeline.run import serve
 from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
+from tests.pipeline.faults import Trouble, endless_source, layout, stop_by_exception
+from tests.pipeline.line import SleepingStage
 
 
 def main(culprit: int) -> None:

@@ -7,12 +7,12 @@ import dataclasses
 
 import pytest
 import torch
-from stream_case import small_config
 
 from streamdiff.config import AudioInjectionConfig
 from streamdiff.engine import Engine
 from streamdiff.errors import InputError, SessionClosed
 from streamdiff.session import Session, Shown
+from tests.engine.stream_case import small_config
 
 LIMIT_S = 60.0
 

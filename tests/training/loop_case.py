@@ -1,6 +1,6 @@
 """A task small enough for the loop to be tested with, and a process of its own to be killed.
 
-python loop_case.py FOLDER STEPS SECONDS_PER_STEP [--resume]
+python -m tests.training.loop_case FOLDER STEPS SECONDS_PER_STEP [--resume]
 """
 
 from __future__ import annotations

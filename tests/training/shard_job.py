@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ranks import free_port as free_port
 from torch import Tensor
 
 from streamdiff import presets, rng
@@ -17,6 +16,7 @@ from streamdiff.pipeline.transport import World
 from streamdiff.training import lora, shard
 from streamdiff.training.distil import ClipModel, Cut, accumulate, clip_velocity, conditions, critic_loss, roll_out
 from streamdiff.training.sequence import Visit, directly, windowed
+from tests.pipeline.ranks import free_port as free_port
 
 FULL = presets.portrait().dit
 assert FULL.audio is not None

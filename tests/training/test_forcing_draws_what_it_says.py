@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forcing_case import NUM_FRAMES, PROMPTS, clip_tensors, small_config, write_clips
 from safetensors.torch import save_file
 
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.text import HashedText
 from streamdiff.rope import sink_position
 from streamdiff.training.forcing import Draws, ForcingConfig, LatentClips, draw
+from tests.training.forcing_case import NUM_FRAMES, PROMPTS, clip_tensors, small_config, write_clips
 
 CONFIG = small_config()
 ENCODER = HashedText(CONFIG.dit.text_dim, max_tokens=CONFIG.dit.text_len)

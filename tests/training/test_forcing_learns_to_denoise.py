@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forcing_case import small_config, write_clips
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -33,6 +32,7 @@ from streamdiff.training.forcing import (
     random_dit,
 )
 from streamdiff.training.loop import CHECKPOINT, Plan, Trainer
+from tests.training.forcing_case import small_config, write_clips
 
 CONFIG = small_config()
 ENCODER = HashedText(CONFIG.dit.text_dim, max_tokens=CONFIG.dit.text_len)

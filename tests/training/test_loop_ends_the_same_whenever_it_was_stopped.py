@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_case import Regression, run
 from safetensors.torch import load_file
 
 from streamdiff.training.loop import CHECKPOINT, LOG, Plan, Trainer
+from tests.training.loop_case import Regression, run
 
 STEPS = 6
 
@@ -62,7 +62,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_killed_loses_nothing_but_time(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("loop_case.py")), str(tmp_path), str(STEPS)]
+    command = [sys.executable, "-m", "tests.training.loop_case", str(tmp_path), str(STEPS)]
     path = os.pathsep.join(p or "." for p in sys.path)
     process = subprocess.Popen(
         [*command, "5"], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loop_case import Regression
 from PIL import Image
 
 from streamdiff.training.loop import CURVES, Plan, Trainer, draw_curves, learning_rate
+from tests.training.loop_case import Regression
 
 
 def test_weights_are_those_of_adamw_with_clipping_and_schedule(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loop_case import Regression, run
 from safetensors.torch import load_file
 
 from streamdiff.errors import CheckpointError, ConfigError, StreamdiffError
 from streamdiff.training.loop import CHECKPOINT, Part, Plan, Trainer
+from tests.training.loop_case import Regression, run
 
 
 class Poisoned(Regression):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import shard_job
 import torch
-from ranks import run_ranks, values
 from torch import Tensor
 
 from streamdiff.models.dit import CausalDiT
 from streamdiff.pipeline.transport import World
 from streamdiff.training import shard
+from tests.pipeline.ranks import run_ranks, values
+from tests.training import shard_job
 
 CASES = (
     ("flow", 0, 0.5, False),
