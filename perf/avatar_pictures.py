@@ -18,13 +18,14 @@ import torch
 from PIL import Image, ImageDraw
 
 from streamdiff import demo
-from streamdiff.avatar.identity import IdentityBundle, create_bundle
+from streamdiff.avatar.bundle import IdentityBundle
+from streamdiff.avatar.identity import create_bundle
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.path import AvatarEngine, AvatarStream
 from streamdiff.avatar.render import WarpRenderer
 from streamdiff.cli.avatar import Sheet
 from streamdiff.media import read_audio
-from streamdiff.voice.speech import RATE_HZ, HibariVoice
+from streamdiff.voice import RATE_HZ, HibariVoice
 
 TEXT = "Good morning. My name is on the map, and before we move, maybe I should tell you about five very big boats."
 SHAPES: tuple[tuple[str, Mapping[str, float]], ...] = (

@@ -32,15 +32,17 @@ from measure import machine_card
 from PIL import Image, ImageFilter
 
 from streamdiff import demo
+from streamdiff.avatar.cues import FRAME_SAMPLES, Cues
 from streamdiff.avatar.identity import create_bundle
 from streamdiff.avatar.kinematics import FPS, arkit64
 from streamdiff.avatar.landmarks import Landmarker, fetch_task
-from streamdiff.avatar.motion import FRAME_SAMPLES, Cues, MotionStream, load_motion
+from streamdiff.avatar.motion import MotionStream
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame
 from streamdiff.avatar.render import WarpRenderer
+from streamdiff.avatar.window import load_motion
 from streamdiff.errors import BackendError, InputError, StreamdiffError
 from streamdiff.media import read_audio
-from streamdiff.voice.speech import RATE_HZ, HibariVoice
+from streamdiff.voice import RATE_HZ, HibariVoice
 
 SENTENCES = tuple(
     line.strip()

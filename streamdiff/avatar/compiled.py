@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streamdiff.avatar.identity import IdentityBundle
+from streamdiff.avatar.bundle import IdentityBundle
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import WarpRenderer, as_motion
 from streamdiff.errors import BackendError, CheckpointError, InputError

@@ -31,20 +31,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamdiff.arrays import Floats
+from streamdiff.avatar.cues import FRAME_SAMPLES, Cues, State
 from streamdiff.avatar.kinematics import FPS
-from streamdiff.avatar.motion import (
-    FRAME_SAMPLES,
-    MAX_REWIND,
-    SETTLE_FRAMES,
-    Cues,
-    MotionModel,
-    MotionStream,
-    State,
-    load_motion,
-)
+from streamdiff.avatar.motion import MAX_REWIND, SETTLE_FRAMES, MotionStream
+from streamdiff.avatar.window import MotionModel, load_motion
 from streamdiff.errors import InputError, SessionClosed, StreamdiffError
 from streamdiff.trace import Observer, Silent, span
-from streamdiff.voice.speech import RATE_HZ, ExternalAudio, Phoneme, SpeechChunk, Synthesizer
+from streamdiff.voice import RATE_HZ, ExternalAudio, Phoneme, SpeechChunk, Synthesizer
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +299,7 @@ class AvatarStream:
         renderer: draws the frames.
         voice: says what `say` is given; None: only `push_audio`.
         motion: see `load_motion`; None: the packaged model.
-        style: how it moves, by name (`streamdiff.avatar.motion.STYLE_NAMES`).
+        style: how it moves, by name (`streamdiff.avatar.style.STYLE_NAMES`).
         seed, stream: same numbers and same calls, same frames.
         realtime: True: frames come at 25 per second, and the avatar idles while words are not ready. False:
             as fast as they are asked for, and words are waited for; what is shown depends only on the calls
@@ -835,7 +828,7 @@ class AvatarEngine:
 
     Args:
         renderer: draws this person; see `streamdiff.avatar.render`.
-        voice: see `streamdiff.voice.speech.open_voice`; None: sound from outside only.
+        voice: see `streamdiff.voice.open_voice`; None: sound from outside only.
         motion: see `load_motion`; None: the packaged model.
         style: how this person moves, by name.
     """

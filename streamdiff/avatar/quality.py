@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from streamdiff.arrays import Floats
 from streamdiff.avatar.landmarks import Face, Landmarker
 from streamdiff.errors import BackendError, InputError
-from streamdiff.voice.speech import Resampler
+from streamdiff.voice import Resampler
 
 Frames = NDArray[np.uint8]
 

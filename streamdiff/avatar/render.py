@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from streamdiff.avatar.identity import GRID, IRISES, SIDES_DIFFER, SLITS, IdentityBundle
+from streamdiff.avatar.bundle import GRID, IRISES, SIDES_DIFFER, SLITS, IdentityBundle
 from streamdiff.avatar.kinematics import KinematicSpec, arkit64
 from streamdiff.avatar.mouth import (
     EXTENT_CM,

@@ -25,14 +25,15 @@ from torch import Tensor
 from streamdiff import demo
 from streamdiff.arrays import Floats
 from streamdiff.avatar.kinematics import FPS, KinematicSpec, frame_to_osc, json_lines
-from streamdiff.avatar.motion import STYLE_NAMES, load_motion, style_vector
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Renderer, Segment
+from streamdiff.avatar.style import STYLE_NAMES, style_vector
+from streamdiff.avatar.window import load_motion
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import VideoWriter, contact_sheet, read_audio
-from streamdiff.voice.speech import RATE_HZ, open_voice
+from streamdiff.voice import RATE_HZ, open_voice
 
 if TYPE_CHECKING:
-    from streamdiff.avatar.identity import IdentityBundle
+    from streamdiff.avatar.bundle import IdentityBundle
 
 _TEXT = "Hello! A moment ago I was only a photograph. Every movement that you see was made on this machine."
 _LEAD_FRAMES, _TAIL_FRAMES = 8, 14
@@ -169,7 +170,8 @@ def _add_inspect(actions: Any) -> None:
 
 def open_bundle(path: Path | None, *, size: int = 256) -> IdentityBundle:
     """A bundle from a bundle file or a photo; None: the photo of the demo."""
-    from streamdiff.avatar.identity import IdentityBundle, create_bundle
+    from streamdiff.avatar.bundle import IdentityBundle
+    from streamdiff.avatar.identity import create_bundle
 
     path = path if path is not None else demo.demo_image()
     if path.suffix == BUNDLE_SUFFIX:
@@ -244,7 +246,8 @@ def run_compile(args: argparse.Namespace) -> int:
 
 def run_voice(args: argparse.Namespace) -> int:
     """``streamdiff avatar voice``."""
-    from streamdiff.voice.timbre import GE2EEncoder, fit_voice
+    from streamdiff.voice.encoder import GE2EEncoder
+    from streamdiff.voice.timbre import fit_voice
 
     _check_suffix(args.out, ".npz")
     if args.rounds < 1:
@@ -270,8 +273,8 @@ def run_voice(args: argparse.Namespace) -> int:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """``streamdiff avatar inspect``."""
+    from streamdiff.avatar.bundle import IdentityBundle
     from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer
-    from streamdiff.avatar.identity import IdentityBundle
 
     if args.bundle.suffix == ENGINE_SUFFIX:
         _write(json.dumps(CompiledRenderer(args.bundle).facts, indent=1))

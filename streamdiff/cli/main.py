@@ -50,7 +50,7 @@ from streamdiff.training import commands as training_commands
 from streamdiff_kernels import BACKENDS
 
 if TYPE_CHECKING:
-    from streamdiff.avatar.identity import IdentityBundle
+    from streamdiff.avatar.bundle import IdentityBundle
 
 _T = TypeVar("_T")
 with contextlib.suppress(ValueError):

@@ -175,7 +175,7 @@ class Voices:
 
     def __init__(self, recordings: Sequence[Floats] = (), *, recorded_share: float = 0.4) -> None:
         from streamdiff.training.avatar.motion import lexicon_words
-        from streamdiff.voice.speech import HibariVoice
+        from streamdiff.voice import HibariVoice
 
         self._voice = HibariVoice()
         self._words = lexicon_words()
@@ -207,9 +207,9 @@ class Voices:
 
 
 def _at_16_khz(samples_S: Floats) -> Floats:
-    from streamdiff.voice import speech
+    from streamdiff import voice
 
-    resampler = speech.Resampler(speech.RATE_HZ, RATE_HZ)
+    resampler = voice.Resampler(voice.RATE_HZ, RATE_HZ)
     return np.concatenate([resampler.push(samples_S), resampler.finish()]).astype(np.float32)
 
 

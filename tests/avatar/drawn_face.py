@@ -6,14 +6,9 @@ import functools
 
 import numpy as np
 
-from streamdiff.avatar.identity import (
-    LEFT_EYE,
-    MOUTH,
-    RIGHT_EYE,
-    IdentityBundle,
-    bundle_from_landmarks,
-    load_rig,
-)
+from streamdiff.avatar.bundle import LEFT_EYE, MOUTH, RIGHT_EYE, IdentityBundle
+from streamdiff.avatar.identity import bundle_from_landmarks
+from streamdiff.avatar.rig import load_rig
 
 _LIPS = [61, 185, 40, 39, 37, 0, 267, 269, 270, 409, 291, 375, 321, 405, 314, 17, 84, 181, 91, 146]
 _OVAL = [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from streamdiff.avatar.bundle import IdentityBundle
 from streamdiff.avatar.compiled import CompiledRenderer, compile_bundle
-from streamdiff.avatar.identity import IdentityBundle
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import WarpRenderer
 from streamdiff.cli import avatar as commands

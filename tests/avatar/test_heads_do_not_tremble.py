@@ -7,11 +7,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from streamdiff.avatar.cues import FRAME_SAMPLES, Cues
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.motion import FRAME_SAMPLES, Cues, MotionStream, load_motion
+from streamdiff.avatar.motion import MotionStream
+from streamdiff.avatar.window import load_motion
 from streamdiff.errors import ConfigError
 from streamdiff.training.avatar.motion import aperture, seam_ratio
-from streamdiff.voice.speech import HibariVoice
+from streamdiff.voice import HibariVoice
 
 TEXT = (
     "The judge and the jury believed it, because nobody had noticed the map of the village. Please wait a moment. "

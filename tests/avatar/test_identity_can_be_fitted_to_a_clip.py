@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from streamdiff.avatar.bundle import IdentityBundle, with_look
 from streamdiff.avatar.head3d import rotation_matrix
-from streamdiff.avatar.identity import IdentityBundle, with_look
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import POSE_LIMITS, WarpRenderer, ease_pose
 from streamdiff.errors import CheckpointError

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from streamdiff.avatar.identity import IdentityBundle, create_bundle
+from streamdiff.avatar.bundle import IdentityBundle
+from streamdiff.avatar.identity import create_bundle
 from streamdiff.avatar.kinematics import ARKIT_NAMES, arkit64
-from streamdiff.avatar.landmarks import Graph, Landmarker, fetch_task
+from streamdiff.avatar.landmarks import Landmarker, fetch_task
 from streamdiff.avatar.quality import FaceEmbedder, lip_apertures, read_faces, round_trip
 from streamdiff.avatar.render import WarpRenderer
+from streamdiff.avatar.tflite import Graph
 from streamdiff.demo import demo_image
 from streamdiff.errors import BackendError, CheckpointError, InputError
 

@@ -12,17 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from streamdiff.avatar.identity import (
-    GRID,
-    IdentityBundle,
-    bundle_from_landmarks,
-    create_bundle,
-    fill_smoothly,
-    load_rig,
-    read_photo,
-    with_look,
-)
+from streamdiff.avatar.bundle import GRID, IdentityBundle, with_look
+from streamdiff.avatar.fields import fill_smoothly
+from streamdiff.avatar.identity import bundle_from_landmarks, create_bundle, read_photo
 from streamdiff.avatar.kinematics import ARKIT_NAMES
+from streamdiff.avatar.rig import load_rig
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from tests.avatar.drawn_face import drawn_bundle, drawn_face
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.motion import load_motion
+from streamdiff.avatar.window import load_motion
 from streamdiff.training.avatar.motion import Clip, aperture, evaluate, lexicon_words, spoken_clip
-from streamdiff.voice.speech import HibariVoice
+from streamdiff.voice import HibariVoice
 
 
 @pytest.fixture(scope="module")

@@ -11,27 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from streamdiff.avatar import motion
+from streamdiff.avatar.cues import PHONES, Cues, State, mel_of, phone_class, phones_of
+from streamdiff.avatar.intent import HEAD_CORRELATION, HEAD_TEMPO, NUM_INTENT, Intent
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.motion import (
-    MAX_REWIND,
-    SETTLE_FRAMES,
-    Cues,
-    Intent,
-    MotionConfig,
-    MotionStream,
-    State,
-    blended,
-    frame_noise,
-    load_motion,
-    measure_style,
-    mel_of,
-    phones_of,
-    save_motion,
-    seam_weights,
-    style_vector,
-)
+from streamdiff.avatar.motion import MAX_REWIND, SETTLE_FRAMES, MotionStream, blended, frame_noise, seam_weights
+from streamdiff.avatar.style import STYLE_NAMES, measure_style, style_vector
+from streamdiff.avatar.window import MotionConfig, load_motion, save_motion
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.voice.speech import Phoneme
+from streamdiff.voice import Phoneme
 from tests.avatar.tiny_avatar import tiny_motion
 
 
@@ -79,11 +66,11 @@ def test_phonemes_fill_every_half_frame() -> None:
     phones_AP = phones_of([Phoneme("m", 0.01, 0.05), Phoneme(",", 0.05, 0.3), Phoneme("₤", 0.3, 9.0)], 10)
     halves = phones_AP.reshape(20, -1)
     assert np.allclose(halves.sum(axis=1), 1.0)
-    names = [motion.PHONES[i] for i in halves.argmax(axis=1)]
+    names = [PHONES[i] for i in halves.argmax(axis=1)]
     assert names[1] == "m"
     assert names[3:15] == ["pause"] * 12
     assert names[15:] == ["other"] * 5
-    assert halves[0, motion.phone_class("m")] == pytest.approx(0.5)
+    assert halves[0, phone_class("m")] == pytest.approx(0.5)
 
 
 def test_a_frame_has_the_same_noise_in_every_window() -> None:
@@ -148,7 +135,7 @@ def test_each_cue_matters() -> None:
 def test_what_is_unknown_says_nothing() -> None:
     no = np.zeros(24, np.bool_)
     one, two = (Cues(c.mel_AF, c.phones_AP, no, no, c.state_A) for c in (noisy_cues(24, 1), noisy_cues(24, 2)))
-    intent_AI = np.zeros((24, motion.NUM_INTENT), np.float32)
+    intent_AI = np.zeros((24, NUM_INTENT), np.float32)
     assert np.array_equal(one.rows(intent_AI), two.rows(intent_AI))
 
 
@@ -226,8 +213,8 @@ def test_posture_has_the_spread_tempo_and_correlation_that_were_measured() -> No
     rows_AI = Intent(1, 0).rows(0, 60 * 60 * 25)[:, 3:8]
     assert rows_AI.std(axis=0) == pytest.approx(1.0, abs=0.08)
     tempo = np.diff(rows_AI, axis=0).std(axis=0) * 25
-    assert tempo == pytest.approx(motion.HEAD_TEMPO, rel=0.25)
-    assert np.corrcoef(rows_AI.T) == pytest.approx(np.array(motion.HEAD_CORRELATION), abs=0.12)
+    assert tempo == pytest.approx(HEAD_TEMPO, rel=0.25)
+    assert np.corrcoef(rows_AI.T) == pytest.approx(np.array(HEAD_CORRELATION), abs=0.12)
 
 
 def test_posture_does_not_drift() -> None:
@@ -254,7 +241,7 @@ def test_a_style_is_measured_in_its_own_units() -> None:
     clip_AE[:, spec.index("jawOpen")] *= 2
     lively = measure_style(clip_AE, spec)
     assert lively["articulation"] > calm["articulation"] + 1
-    assert style_vector(calm).shape == (len(motion.STYLE_NAMES),)
+    assert style_vector(calm).shape == (len(STYLE_NAMES),)
     with pytest.raises(InputError, match="10 s"):
         measure_style(clip_AE[:100], spec)
     with pytest.raises(ConfigError, match="no style 'speed'"):
@@ -294,5 +281,5 @@ def test_a_wrong_shape_is_told_when_it_is_given() -> None:
 
 def test_states_are_told_apart() -> None:
     quiet = Cues.silence(4, State.LISTENING)
-    states = slice(-3 - motion.NUM_INTENT, -motion.NUM_INTENT)
-    assert quiet.rows(np.zeros((4, motion.NUM_INTENT), np.float32))[:, states].tolist() == [[0, 1, 0]] * 4
+    states = slice(-3 - NUM_INTENT, -NUM_INTENT)
+    assert quiet.rows(np.zeros((4, NUM_INTENT), np.float32))[:, states].tolist() == [[0, 1, 0]] * 4

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Segment
-from streamdiff.voice.speech import ExternalAudio
+from streamdiff.voice import ExternalAudio
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 TEXT = "One two three. Four and five, and six. Seven?"

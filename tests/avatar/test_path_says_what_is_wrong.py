@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamdiff.avatar.path import AvatarEngine, AvatarStream
 from streamdiff.errors import InputError, SessionClosed
-from streamdiff.voice.speech import SpeechChunk
+from streamdiff.voice import SpeechChunk
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamdiff.avatar.identity import LEFT_EYE, MOUTH, RIGHT_EYE
+from streamdiff.avatar.bundle import LEFT_EYE, MOUTH, RIGHT_EYE
 from streamdiff.avatar.kinematics import ARKIT_NAMES, arkit64, full256
 from streamdiff.avatar.render import WarpRenderer, _rotation
 from streamdiff.errors import InputError

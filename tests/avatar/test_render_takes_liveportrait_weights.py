@@ -12,7 +12,8 @@ from torch import nn
 
 from streamdiff.avatar import liveportrait
 from streamdiff.avatar.kinematics import arkit64, lp70, lp70_to_lp265, lp265
-from streamdiff.avatar.liveportrait import FILES, NETWORKS, LivePortraitRenderer
+from streamdiff.avatar.liveportrait import FILES, LivePortraitRenderer
+from streamdiff.avatar.liveportrait_networks import NETWORKS
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from tests.avatar.drawn_face import drawn_bundle
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streamdiff.errors import ConfigError, InputError
-from streamdiff.voice.speech import HibariVoice, open_voice
+from streamdiff.voice import HibariVoice, open_voice
 
 hibari = pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
 

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamdiff.voice import speech
-from streamdiff.voice.speech import sentences
+from streamdiff.voice import sentences, text
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(speech).failed == 0
+    assert doctest.testmod(text).failed == 0
 
 
 def test_a_clause_leaves_before_the_sentence_is_written() -> None:

@@ -11,9 +11,10 @@ import torch
 
 from streamdiff.cli import avatar as commands
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.voice import timbre
-from streamdiff.voice.speech import Phoneme, kokoro_names, kokoro_styles
-from streamdiff.voice.timbre import GE2EEncoder, adapt_timbre, fit_timbre, mel_spectra
+from streamdiff.voice import Phoneme, timbre
+from streamdiff.voice.encoder import GE2EEncoder, mel_spectra
+from streamdiff.voice.kokoro import kokoro_names, kokoro_styles
+from streamdiff.voice.timbre import adapt_timbre, fit_timbre
 
 
 def test_a_timbre_is_found_among_the_mixtures_of_voices() -> None:
@@ -96,7 +97,7 @@ def test_a_recording_becomes_a_voice_that_the_command_line_can_name(
     voices = {name: np.full((70, 1, 256), level, np.float32) for name, level in (("a", 0.0), ("b", 0.5), ("c", 1.0))}
     np.savez(tmp_path / "voices.npz", **voices)
     monkeypatch.setattr(timbre, "KokoroVoice", NamedTone)
-    monkeypatch.setattr(timbre, "GE2EEncoder", lambda _: Level())
+    monkeypatch.setattr("streamdiff.voice.encoder.GE2EEncoder", lambda _: Level())
     monkeypatch.setattr(commands, "read_audio", lambda *_: iter([torch.full((24_000,), 0.7)]))
     parser = argparse.ArgumentParser()
     commands.register(parser.add_subparsers(required=True))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streamdiff.errors import InputError
-from streamdiff.voice.speech import RATE_HZ, ExternalAudio, Resampler, waveform
+from streamdiff.voice import RATE_HZ, ExternalAudio, Resampler, waveform
 
 RATES = [8_000, 11_025, 16_000, 22_050, 24_000, 44_100, 48_000, 96_000, 192_000, 44_101]
 

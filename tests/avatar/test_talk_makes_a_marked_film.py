@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from streamdiff.avatar.kinematics import arkit64, read_json_lines
-from streamdiff.avatar.motion import save_motion
+from streamdiff.avatar.window import save_motion
 from streamdiff.cli import avatar as commands
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.media import SYNTHETIC_MARK

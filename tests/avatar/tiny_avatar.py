@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamdiff.avatar.motion import MotionConfig, MotionModel
-from streamdiff.voice.speech import RATE_HZ, Phoneme, SpeechChunk, sentences
+from streamdiff.avatar.window import MotionConfig, MotionModel
+from streamdiff.voice import RATE_HZ, Phoneme, SpeechChunk, sentences
 
 
 def tiny_motion(seed: int = 0) -> MotionModel:

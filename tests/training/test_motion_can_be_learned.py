@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from streamdiff.avatar.cues import State
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.motion import MotionConfig, State
+from streamdiff.avatar.window import MotionConfig
 from streamdiff.training.avatar import motion
-from streamdiff.voice.speech import Phoneme
+from streamdiff.voice import Phoneme
 
 pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
 

@@ -33,19 +33,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamdiff.arrays import Floats
-from streamdiff.avatar.identity import (
-    IRISES,
-    LEFT_EYE,
-    MOUTH,
-    RIGHT_EYE,
-    IdentityBundle,
-    bundle_from_landmarks,
-    find_face,
-    similarity,
-)
+from streamdiff.avatar.bundle import IRISES, LEFT_EYE, MOUTH, RIGHT_EYE, IdentityBundle
+from streamdiff.avatar.identity import bundle_from_landmarks, find_face, similarity
 from streamdiff.avatar.kinematics import ARKIT_NAMES, FPS, arkit64
 from streamdiff.avatar.landmarks import Face, Landmarker, fetch_task
-from streamdiff.avatar.motion import measure_style
 from streamdiff.avatar.mouth import (
     FACE_EXTENT_CM,
     FACE_LEFT_CM,
@@ -55,6 +46,7 @@ from streamdiff.avatar.mouth import (
     face_window,
 )
 from streamdiff.avatar.render import EYE_RADIUS_CM, POSE_LIMITS, WarpRenderer, ease_pose
+from streamdiff.avatar.style import measure_style
 from streamdiff.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ What is learned from:
   (Cohen and Massaro 1993) over viseme targets, opened by loudness;
 * with ``--data``: 656 s of real speech with the face that spoke it (FACEGOOD-Audio2Face, MIT), mapped to ARKit names;
 * head, brows, lids and eyes as random processes with the spreads, speeds, correlations and intervals that were
-  measured on 200 s of a person in conversation (`streamdiff.avatar.motion.HEAD_STD`), tied to stress, state and gaze.
+  measured on 200 s of a person in conversation (`streamdiff.avatar.intent.HEAD_STD`), tied to stress, state and gaze.
 
 One thread; a checkpoint every two minutes; started again with the same ``--out`` it goes on. The clips are kept there.
-Axes as in `streamdiff.avatar.motion`; T visits of the clock of 100 Hz.
+Axes as in `streamdiff.avatar.window`; T visits of the clock of 100 Hz.
 """
 
 # The phonetic alphabet is meant, and lists of sentences read best as text.
@@ -39,24 +39,14 @@ from torch import Tensor
 
 from streamdiff import rng
 from streamdiff.arrays import Floats
+from streamdiff.avatar.cues import FRAME_SAMPLES, NUM_MEL, Cues, State
+from streamdiff.avatar.intent import HEAD_STD, Intent
 from streamdiff.avatar.kinematics import FPS, KinematicSpec, arkit64, gaze_to_looks
-from streamdiff.avatar.motion import (
-    FRAME_SAMPLES,
-    HEAD_STD,
-    NUM_MEL,
-    STYLE_NAMES,
-    Cues,
-    Intent,
-    MotionConfig,
-    MotionModel,
-    MotionStream,
-    State,
-    measure_style,
-    save_motion,
-    style_vector,
-)
+from streamdiff.avatar.motion import MotionStream
+from streamdiff.avatar.style import STYLE_NAMES, measure_style, style_vector
+from streamdiff.avatar.window import MotionConfig, MotionModel, save_motion
 from streamdiff.errors import CheckpointError, InputError
-from streamdiff.voice.speech import PAUSES, RATE_HZ, HibariVoice, Phoneme, Resampler
+from streamdiff.voice import PAUSES, RATE_HZ, HibariVoice, Phoneme, Resampler
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,211 @@
+"""One person's frozen looks as one verified file: the identity bundle, ``.avatar`` (safetensors).
+
+A frame is always a warp of the reference picture (`streamdiff.avatar.render`); nothing generated ever comes back in
+here, so that the face of minute thirty is that of second one. The content is hashed: two bundles with the same
+``sha256`` draw the same pixels.
+
+    H, W pixels   G cells along a side of the flow grid (128)   J landmarks   K drivers (1 + shapes)
+    S slits (mouth, right eye, left eye)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from streamdiff.avatar.mouth import MouthLook
+from streamdiff.errors import CheckpointError
+
+FORMAT = "streamdiff.identity"
+VERSION = 1
+GRID = 128
+"""Cells along a side of the flow grid."""
+SIZES = (256, 512)
+"""Sides of a frame, in pixels."""
+# Landmarks along the opening of each slit, from the picture's left to its right: upper side, lower side.
+MOUTH = (
+    (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308),
+    (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308),
+)
+RIGHT_EYE = ((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133))
+LEFT_EYE = ((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263))
+SLITS = (MOUTH, RIGHT_EYE, LEFT_EYE)
+HOLD = (0.4, 0.2)
+"""How far past its edge the upper, and the lower, side of a slit is carried on, in widths of the slit."""
+SIDES_DIFFER = (1.2, 0.65, 0.65)
+"""How far below mouth and eyes a frame has to ask for the lower side: the hold, and how far the skin there drops."""
+IRISES = (468, 473)
+"""Centres of the right and of the left iris; the four that follow lie on its rim."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the 3D head lies in the picture, and how its mouth is lit."""
+
+    pixels_per_cm: float
+    stomion: tuple[float, float]
+    """Middle of the closed lip line, pixels."""
+    roll: float
+    yaw: float
+    pitch: float
+    """The photo's own head pose, radians (signs of `kinematics`)."""
+    pivot: tuple[float, float, float]
+    """What the head turns about: pixels, and depth in pixels."""
+    eye_distance: float
+    """Between the outer eye corners, pixels: the unit of translation."""
+    gain: tuple[float, float, float]
+    """What a white thing in the mouth would measure, of 1, in sRGB."""
+    look: MouthLook = field(default_factory=MouthLook)
+
+
+def _placement(facts: dict[str, Any]) -> Placement:
+    def tuples(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+    fixed = tuples(facts)
+    fixed["look"] = MouthLook(**tuples(facts["look"]))
+    return Placement(**fixed)
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityBundle:
+    """One person's frozen looks. Pixels count from the top left corner, their centres at +0.5."""
+
+    reference_3HW: Tensor
+    """The picture, sRGB, uint8."""
+    eyes_3HW: Tensor
+    """The picture with the eyelids taken away (filled from the eyeballs), uint8."""
+    mask_HW: Tensor
+    """How much of the head's movement each pixel follows, uint8, 255: all of it."""
+    landmarks_J3: Tensor
+    """Pixels; x right, y down, z away."""
+    motion_KJ2: Tensor
+    """How far each driver moves each landmark, pixels. Driver 0 is always on: it shuts parted lips."""
+    upper_K2GG: Tensor
+    """The same for every cell: what lies above the slits, and all that is far from them; float16 pixels."""
+    lower_K2GG: Tensor
+    """What lies below the slits."""
+    pose_2GG: Tensor
+    """Share in the head's movement, and that share times the depth behind the pivot, pixels."""
+    placement: Placement
+    name: str = "avatar"
+    source_sha256: str = ""
+    """Of the photo or clip this was made from."""
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+    """Learned weights of this person, by name; empty for a bundle made from a photo."""
+    idle_AE: Tensor | None = None
+    """Motion of the person at rest (`arkit64`, 25 a second), when a clip was given."""
+    style: dict[str, float] = field(default_factory=dict)
+    """How the person moves (`motion.measure_style`), when a clip was given."""
+
+    @property
+    def size(self) -> int:
+        """Side of a frame, pixels."""
+        return self.reference_3HW.shape[-1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the names they have in the file."""
+        named = {
+            name: getattr(self, name)
+            for name in IdentityBundle.__dataclass_fields__
+            if name.rpartition("_")[2] in ("3HW", "HW", "J3", "KJ2", "K2GG", "2GG")
+        }
+        named |= {f"decoder.{name}": value for name, value in self.decoder.items()}
+        if self.idle_AE is not None:
+            named["idle_AE"] = self.idle_AE
+        return named
+
+    def _facts(self) -> str:
+        facts = {
+            "name": self.name,
+            "source_sha256": self.source_sha256,
+            "placement": asdict(self.placement),
+            "style": self.style,
+        }
+        return json.dumps(facts, sort_keys=True)
+
+    @property
+    def sha256(self) -> str:
+        """Of all content: every tensor's name, shape, type and bytes, and every fact."""
+        digest = hashlib.sha256(self._facts().encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write one file; nobody ever sees half of it."""
+        path = Path(path)
+        metadata = {"format": FORMAT, "version": str(VERSION), "facts": self._facts(), "sha256": self.sha256}
+        partial = path.with_name(path.name + ".partial")
+        save_file({k: v.cpu().contiguous() for k, v in self.tensors().items()}, partial, metadata)
+        partial.replace(path)
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> IdentityBundle:
+        """Read and verify a bundle; `CheckpointError` when it is none, is newer, or was altered."""
+        try:
+            with safe_open(path, "pt") as opened:
+                metadata = dict(opened.metadata() or {})
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as an identity bundle ({error}); make one with create_bundle()"
+            ) from error
+        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+            raise CheckpointError(
+                f"{path} is no identity bundle of version {VERSION}; make it again with create_bundle()"
+            )
+        facts = json.loads(metadata["facts"])
+        decoder = {k.removeprefix("decoder."): tensors.pop(k) for k in list(tensors) if k.startswith("decoder.")}
+        try:
+            bundle = IdentityBundle(
+                **tensors,
+                placement=_placement(facts["placement"]),
+                name=facts["name"],
+                source_sha256=facts["source_sha256"],
+                style=facts["style"],
+                decoder=decoder,
+            )
+        except TypeError as error:
+            raise CheckpointError(f"{path} lacks or adds tensors: {error}") from error
+        if bundle.sha256 != metadata["sha256"]:
+            raise CheckpointError(f"{path} was altered after it was made: its hash differs; make it again")
+        return bundle
+
+    def inspect(self) -> dict[str, Any]:
+        """What the bundle holds, for people: sizes, pose, light, hash."""
+        place = self.placement
+        tensors = self.tensors()
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "source_sha256": self.source_sha256,
+            "size": self.size,
+            "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+            "eye_distance_px": round(place.eye_distance, 1),
+            "pose_degrees": {k: round(math.degrees(getattr(place, k)), 1) for k in ("yaw", "pitch", "roll")},
+            "light": {"x": round(place.look.light_x, 2), "y": round(place.look.light_y, 2)},
+            "fitted": bool(self.decoder),
+            "style": {name: round(value, 2) for name, value in self.style.items()},
+            "idle_frames": 0 if self.idle_AE is None else len(self.idle_AE),
+            "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
+        }
+
+
+def with_look(bundle: IdentityBundle, **changes: Any) -> IdentityBundle:
+    """The same person with another mouth: `MouthLook` fields by name, or ``gain``."""
+    place = bundle.placement
+    if "gain" in changes:
+        place = replace(place, gain=changes.pop("gain"))
+    return replace(bundle, placement=replace(place, look=replace(place.look, **changes)))

@@ -1,0 +1,243 @@
+"""The motion model: a flow-matching transformer over one short window of named coefficients.
+
+A window is up to 8 frames that were already shown and 3 to 24 new ones; the model denoises the new ones, given what is
+heard (log-mel), what is said (phonemes, when they are known), what is intended (a blink, a look), what the avatar is
+doing (idle, listening, speaking) and how it moves (a style).
+
+Flow convention as in `streamdiff.flow`: x = (1 - sigma) * data + sigma * noise; the model predicts the data.
+
+Axes: B windows, A frames, E coefficients, C cues of a frame, D width, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from streamdiff import flow
+from streamdiff.avatar import kinematics
+from streamdiff.avatar.cues import NUM_CUES, PHONES
+from streamdiff.avatar.kinematics import KinematicSpec
+from streamdiff.avatar.style import STYLE_NAMES
+from streamdiff.errors import CheckpointError, ConfigError, InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MotionConfig:
+    """Shape of the motion model and of its windows."""
+
+    spec: str = "arkit64"
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    hidden: int = 768
+    history: int = 8
+    """Frames already shown that a window sees."""
+    lengths: tuple[int, ...] = (3, 8, 24)
+    """New frames in a window, rising; the shortest fits live sound with 80 ms of look-ahead."""
+    sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ConfigError(f"dim must split into {self.num_heads} heads, got {self.dim}")
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
+            raise ConfigError(f"lengths must rise from 1 on, got {self.lengths}")
+        if len(self.sigmas) < 2 or list(self.sigmas) != sorted(set(self.sigmas), reverse=True):
+            raise ConfigError(f"sigmas must fall from noise to data, got {self.sigmas}; try (1.0, 0.5, 0.0)")
+        if self.sigmas[0] != 1.0 or self.sigmas[-1] != 0.0:
+            raise ConfigError(f"sigmas must start at 1 and end at 0, got {self.sigmas}")
+
+    @property
+    def window(self) -> int:
+        """Frames in the longest window."""
+        return self.history + self.lengths[-1]
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: MotionConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.shift = nn.Parameter(torch.zeros(6, dim))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.up = nn.Linear(dim, config.hidden)
+        self.down = nn.Linear(config.hidden, dim)
+
+    def forward(self, x_BAD: Tensor, modulation_B6D: Tensor) -> Tensor:
+        B, A, D = x_BAD.shape
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (modulation_B6D + self.shift)[:, :, None].unbind(1)
+        h_BAD = F.layer_norm(x_BAD, (D,)) * (1 + scale_1) + shift_1
+        q_BNAK, k_BNAK, v_BNAK = self.qkv(h_BAD).view(B, A, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended_BNAK = F.scaled_dot_product_attention(q_BNAK, k_BNAK, v_BNAK)
+        x_BAD = x_BAD + gate_1 * self.out(attended_BNAK.transpose(1, 2).reshape(B, A, D))
+        h_BAD = F.layer_norm(x_BAD, (D,)) * (1 + scale_2) + shift_2
+        return x_BAD + gate_2 * self.down(F.gelu(self.up(h_BAD), approximate="tanh"))
+
+
+class MotionModel(nn.Module):
+    """Predicts the data of a window from its noisy frames: adaptive-norm transformer, one token per frame.
+
+    Coefficients inside are normalised: ``(motion - mean) / std`` per coefficient.
+    """
+
+    mean_E: Tensor
+    std_E: Tensor
+
+    def __init__(self, config: MotionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec_named(config.spec)
+        num_coefs, dim = self.spec.num_coefs, config.dim
+        self.enter = nn.Linear(num_coefs + 1, dim)
+        self.cue = nn.Sequential(nn.Linear(NUM_CUES, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.place = nn.Parameter(torch.randn(config.window, dim) * 0.02)
+        self.level = nn.Sequential(nn.Linear(64, dim), nn.SiLU())
+        self.style = nn.Linear(len(STYLE_NAMES), dim, bias=False)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.leave = nn.Linear(dim, num_coefs)
+        self.register_buffer("mean_E", torch.zeros(num_coefs))
+        self.register_buffer("std_E", torch.ones(num_coefs))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+        for layer in self.layers:
+            assert isinstance(layer, _Layer)
+            with torch.no_grad():
+                layer.shift[2].fill_(0.5)
+                layer.shift[5].fill_(0.5)
+
+    def cue_tokens(self, cues_BAC: Tensor, style_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """What does not change from step to step: cue tokens ``[B, A, D]`` and the style ``[B, D]``."""
+        return self.cue(cues_BAC) + self.place[: cues_BAC.shape[1]], self.style(style_BS)
+
+    def forward(self, x_BAE: Tensor, sigma_B: Tensor, tokens: tuple[Tensor, Tensor]) -> Tensor:
+        """Data ``[B, A, E]`` from history (clean) and new frames (noisy at ``sigma_B``), both normalised."""
+        cues_BAD, style_BD = tokens
+        is_new_A = torch.arange(x_BAE.shape[1], device=x_BAE.device) >= self.config.history
+        flag_BA1 = is_new_A.to(x_BAE.dtype)[None, :, None].expand(x_BAE.shape[0], -1, 1)
+        x_BAD = self.enter(torch.cat([x_BAE, flag_BA1], -1)) + cues_BAD
+        condition_BD = F.silu(self.level(_waves(sigma_B)) + style_BD)
+        modulation_B6D = self.modulation(condition_BD).view(x_BAE.shape[0], 6, -1)
+        for layer in self.layers:
+            x_BAD = layer(x_BAD, modulation_B6D)
+        return self.leave(F.layer_norm(x_BAD, (x_BAD.shape[-1],)))
+
+    def normal(self, motion: Tensor) -> Tensor:
+        """Normalised coefficients."""
+        return (motion - self.mean_E) / self.std_E
+
+    def motion(self, normal: Tensor) -> Tensor:
+        """Coefficients in their own units."""
+        return normal * self.std_E + self.mean_E
+
+    def denoise(
+        self,
+        noise_BAE: Tensor,
+        history_BAE: Tensor,
+        cues_BAC: Tensor,
+        style_BS: Tensor,
+        sigmas: Sequence[float] | None = None,
+    ) -> Tensor:
+        """New frames from noise: an Euler walk down ``sigmas`` (normalised in and out).
+
+        The walk follows the velocity ``(x - data) / sigma``, so the last step lands on the model's own
+        answer.
+        """
+        grid = sigmas or self.config.sigmas
+        tokens = self.cue_tokens(cues_BAC, style_BS)
+        x_BAE = noise_BAE
+        for sigma, sigma_next in itertools.pairwise(grid):
+            level_B = torch.full((len(x_BAE),), sigma, device=x_BAE.device)
+            whole_BAE = torch.cat([history_BAE, x_BAE], 1)
+            data_BAE = self(whole_BAE, level_B, tokens)[:, history_BAE.shape[1] :]
+            velocity_BAE = (x_BAE - data_BAE) / sigma
+            x_BAE = flow.euler_step(x_BAE, velocity_BAE, sigma=sigma, sigma_next=sigma_next)
+        return x_BAE
+
+
+def _waves(sigma_B: Tensor) -> Tensor:
+    angles = sigma_B[:, None] * torch.exp(torch.linspace(0.0, 6.0, 32, device=sigma_B.device))[None]
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def spec_named(name: str) -> KinematicSpec:
+    """A layout of `kinematics` by its name."""
+    specs = {"arkit64": kinematics.arkit64, "full256": kinematics.full256}
+    if name not in specs:
+        raise ConfigError(f"no motion layout {name!r}; the model moves {', '.join(specs)}")
+    return specs[name]()
+
+
+_FORMAT = "streamdiff.motion.1"
+
+
+def save_motion(model: MotionModel, path: str | Path, *, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a model as fp16 safetensors with its shape, and any facts worth keeping, in the metadata."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
+    # Means and deviations set the scale of everything: not a place to round.
+    tensors |= {name: getattr(model, name).detach().cpu().float().contiguous() for name in ("mean_E", "std_E")}
+    metadata = {"format": _FORMAT, "config": json.dumps(asdict(model.config)), "phones": json.dumps(PHONES)}
+    metadata["facts"] = json.dumps(facts or {}, sort_keys=True)
+    save_file(tensors, str(path), metadata)
+
+
+def load_motion(path: str | Path | None = None, *, device: str | torch.device = "cpu") -> MotionModel:
+    """The motion model from a file; None: the one that ships with the package.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: a file of something else, or of another shape.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path) if path is not None else weights_path()
+    if not path.is_file():
+        raise InputError(
+            f"no motion weights at {path}; check the path, or train: python -m streamdiff.training.avatar.motion"
+        )
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} holds no motion model: its format is {metadata.get('format')!r}, not {_FORMAT!r}"
+        )
+    if tuple(json.loads(metadata["phones"])) != PHONES:
+        raise CheckpointError(f"{path} was trained on another list of phonemes; train again")
+    config = MotionConfig(**{k: _frozen(v) for k, v in json.loads(metadata["config"]).items()})
+    model = MotionModel(config)
+    expected = model.state_dict()
+    wrong = sorted(
+        name
+        for name in expected.keys() | tensors.keys()
+        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
+    )
+    if wrong:
+        raise CheckpointError(f"{path} does not fit its own config: {', '.join(wrong)}")
+    model.load_state_dict(tensors)
+    return model.to(device).eval().requires_grad_(requires_grad=False)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def weights_path() -> Path:
+    """Where the packaged weights lie."""
+    return Path(__file__).parent.parent / "weights" / "motion_arkit64.safetensors"

@@ -1,0 +1,106 @@
+"""Speaker encoder: a sound to a vector that is close for one speaker and far for another (GE2E).
+
+Axes: S waveform samples, T spectra (100 per second), M mel bands, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from streamdiff.arrays import Floats
+from streamdiff.errors import CheckpointError, InputError
+from streamdiff.voice.resample import Resampler
+
+_RATE_HZ = 16_000
+_FFT, _HOP, _BANDS = 400, 160, 40
+_PART, _PART_HOP = 160, 77
+"""Spectra in a partial utterance, and between two: 1.6 s every 0.77 s."""
+_LEVEL_DBFS = -30.0
+
+
+class SpeakerEncoder(Protocol):
+    """Tells who speaks: a vector that is close for one speaker and far for another."""
+
+    def embed(self, samples_S: Floats, rate_hz: int) -> Floats:
+        """A vector of length 1."""
+        ...
+
+
+class GE2EEncoder:
+    """The speaker encoder of Resemblyzer (GE2E, Wan et al. 2018; Apache-2.0) from its ``pretrained.pt``.
+
+    Three LSTM layers over 40 mel bands, a projection, averaged over overlapping parts of 1.6 s: 256 numbers.
+
+    Raises:
+        InputError: no such file.
+        CheckpointError: a file of something else.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        if not Path(path).is_file():
+            raise InputError(f"no speaker encoder at {path}; it is pretrained.pt in the wheel of Resemblyzer 0.1.4")
+        self._lstm = nn.LSTM(_BANDS, 256, 3, batch_first=True)
+        self._linear = nn.Linear(256, 256)
+        try:
+            weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
+            self._lstm.load_state_dict({k[5:]: v for k, v in weights.items() if k.startswith("lstm.")})
+            self._linear.load_state_dict({k[7:]: v for k, v in weights.items() if k.startswith("linear.")})
+        except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{path} is not Resemblyzer's speaker encoder: {error}") from error
+
+    @torch.inference_mode()
+    def embed(self, samples_S: Floats, rate_hz: int) -> Floats:
+        """The speaker ``[256]`` of at least half a second of speech; length 1."""
+        if len(samples_S) < rate_hz // 2:
+            raise InputError(f"a speaker is told from at least 0.5 s of speech, got {len(samples_S) / rate_hz:.2f} s")
+        resampler = Resampler(rate_hz, _RATE_HZ)
+        sound_S = np.concatenate([resampler.push(samples_S), resampler.finish()])
+        level_db = 10 * math.log10(float(np.mean(sound_S.astype(np.float64) ** 2)) + 1e-12)
+        sound_S = sound_S * 10 ** (max(0.0, _LEVEL_DBFS - level_db) / 20)
+        mel_TM = torch.from_numpy(mel_spectra(sound_S))
+        if len(mel_TM) < _PART:
+            mel_TM = torch.nn.functional.pad(mel_TM, (0, 0, 0, _PART - len(mel_TM)))
+        starts = range(0, len(mel_TM) - _PART + 1, _PART_HOP)
+        parts_BTM = torch.stack([mel_TM[start : start + _PART] for start in starts])
+        _, (hidden, _) = self._lstm(parts_BTM)
+        embeddings_BD = torch.nn.functional.normalize(torch.relu(self._linear(hidden[-1])), dim=1)
+        return torch.nn.functional.normalize(embeddings_BD.mean(0), dim=0).numpy()
+
+
+def mel_spectra(sound_S: Floats) -> Floats:
+    """Power in 40 mel bands ``[T, 40]`` at 16 kHz, 100 per second, as librosa computes it by default.
+
+    Slaney's scale (linear to 1 kHz) and area normalisation, periodic Hann window, zeros beyond the ends.
+    """
+    padded_S = np.pad(sound_S.astype(np.float32), _FFT // 2)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)
+    views = np.lib.stride_tricks.sliding_window_view(padded_S, _FFT)[::_HOP]
+    power = np.abs(np.fft.rfft(views * window)) ** 2
+    hz = np.arange(_FFT // 2 + 1) * _RATE_HZ / _FFT
+    edges_hz = _slaney_hz(np.linspace(0.0, _slaney_mel(_RATE_HZ / 2), _BANDS + 2))
+    rise = (hz[:, None] - edges_hz[:-2]) / np.diff(edges_hz)[:-1]
+    fall = (edges_hz[2:] - hz[:, None]) / np.diff(edges_hz)[1:]
+    bank = np.maximum(0.0, np.minimum(rise, fall)) * (2.0 / (edges_hz[2:] - edges_hz[:-2]))
+    return (power @ bank).astype(np.float32)
+
+
+_LINEAR_HZ_PER_MEL, _LOG_FROM_HZ, _LOG_STEP = 200.0 / 3, 1000.0, math.log(6.4) / 27.0
+
+
+def _slaney_mel(hz: float) -> float:
+    if hz < _LOG_FROM_HZ:
+        return hz / _LINEAR_HZ_PER_MEL
+    return _LOG_FROM_HZ / _LINEAR_HZ_PER_MEL + math.log(hz / _LOG_FROM_HZ) / _LOG_STEP
+
+
+def _slaney_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
+    knee = _LOG_FROM_HZ / _LINEAR_HZ_PER_MEL
+    return np.where(mel < knee, mel * _LINEAR_HZ_PER_MEL, _LOG_FROM_HZ * np.exp((mel - knee) * _LOG_STEP))
