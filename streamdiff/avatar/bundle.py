@@ -26,6 +26,8 @@ from streamdiff.avatar.mouth import MouthLook
 from streamdiff.errors import CheckpointError
 
 FORMAT = "streamdiff.identity"
+ENGINE_SUFFIX = ".engine"
+"""Of a format that was removed; see `refuse_engine`."""
 VERSION = 1
 GRID = 128
 """Cells along a side of the flow grid."""
@@ -65,6 +67,15 @@ class Placement:
     gain: tuple[float, float, float]
     """What a white thing in the mouth would measure, of 1, in sRGB."""
     look: MouthLook = field(default_factory=MouthLook)
+
+
+def refuse_engine(path: str | Path) -> None:
+    """Raise `CheckpointError` for a file of the removed format ``.engine``, known by its name; nothing is opened."""
+    if Path(path).suffix.lower() == ENGINE_SUFFIX:
+        raise CheckpointError(
+            f"{path}: the format {ENGINE_SUFFIX} was removed, because opening such a file could run code from it; "
+            "make the .avatar from the photo again: streamdiff avatar create --photo PHOTO"
+        )
 
 
 def _placement(facts: dict[str, Any]) -> Placement:
@@ -154,6 +165,7 @@ class IdentityBundle:
     @staticmethod
     def load(path: str | Path) -> IdentityBundle:
         """Read and verify a bundle; `CheckpointError` when it is none, is newer, or was altered."""
+        refuse_engine(path)
         try:
             with safe_open(path, "pt") as opened:
                 metadata = dict(opened.metadata() or {})

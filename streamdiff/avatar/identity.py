@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from streamdiff.arrays import Floats
-from streamdiff.avatar.bundle import MOUTH, SIZES, SLITS, IdentityBundle, Placement
+from streamdiff.avatar.bundle import MOUTH, SIZES, SLITS, IdentityBundle, Placement, refuse_engine
 from streamdiff.avatar.fields import BLINKS, LASHES, NUM_MESH, fill_smoothly, pose_fields, spread
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
@@ -52,6 +52,7 @@ def read_photo(path: str | Path) -> tuple[NDArray[np.uint8], str]:
 
     Upright, in sRGB, at most 2048 pixels wide or high.
     """
+    refuse_engine(path)
     image = open_picture(path)
     image.thumbnail((_MAX_PHOTO_PX, _MAX_PHOTO_PX))
     return np.array(image.convert("RGB"), dtype=np.uint8), hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -63,7 +63,6 @@ def register(commands: Any, *, fit: Fit | None = None) -> None:
     _add_create(actions)
     if fit is not None:
         _add_fit(actions, fit)
-    _add_compile(actions)
     _add_voice(actions)
     _add_inspect(actions)
 
@@ -81,7 +80,7 @@ def _add_talk(commands: Any) -> None:
         "--avatar",
         type=Path,
         metavar="FILE",
-        help="a photo, a bundle or an engine of `streamdiff avatar` (default: the demo's)",
+        help="a photo, or a bundle of `streamdiff avatar` (default: the demo's)",
     )
     add("--voice", default="heart", help="heart[:pitch=0.8,tract=0.9,speed=1.1] or kokoro:MODEL:VOICES[:NAME]")
     add("--out", type=Path, default=Path("talk.mp4"), help="the MP4 to write (default: %(default)s)")
@@ -126,25 +125,6 @@ def _add_fit(actions: Any, fit: Fit) -> None:
     parser.set_defaults(run=functools.partial(run_fit, fit=fit))
 
 
-def _add_compile(actions: Any) -> None:
-    parser = actions.add_parser(
-        "compile",
-        help="make one person's engine ahead of time",
-        description="Write an engine: all that makes frames of one person, traced ahead. `streamdiff talk --avatar` "
-        "takes it in place of a photo or a bundle.",
-    )
-    parser.add_argument("bundle", type=Path, metavar="FILE", help="a bundle, or a photo")
-    parser.add_argument("--out", type=Path, help="the engine to write (default: FILE.engine)")
-    parser.add_argument("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
-    parser.add_argument("--device", default="cpu", help="it will run on (default: %(default)s)")
-    parser.add_argument(
-        "--native",
-        action="store_true",
-        help="machine code for this kind of machine: a little faster, half a minute to make, needs a C++ compiler",
-    )
-    parser.set_defaults(run=run_compile)
-
-
 def _add_voice(actions: Any) -> None:
     parser = actions.add_parser(
         "voice",
@@ -164,7 +144,7 @@ def _add_voice(actions: Any) -> None:
 
 def _add_inspect(actions: Any) -> None:
     inspect = actions.add_parser("inspect", help="say what a bundle holds, as JSON")
-    inspect.add_argument("bundle", type=Path, metavar="FILE", help="a bundle or an engine")
+    inspect.add_argument("bundle", type=Path, metavar="FILE", help="a bundle")
     inspect.set_defaults(run=run_inspect)
 
 
@@ -189,13 +169,9 @@ class Person:
 
 
 def open_person(path: Path | None, *, size: int = 256) -> Person:
-    """The person of an engine, a bundle or a photo; None: of the photo of the demo."""
-    from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer
+    """The person of a bundle or a photo; None: of the photo of the demo."""
     from streamdiff.avatar.render import WarpRenderer
 
-    if path is not None and path.suffix == ENGINE_SUFFIX:
-        engine = CompiledRenderer(path)
-        return Person(engine, engine.name, engine.style)
     bundle = open_bundle(path, size=size)
     return Person(WarpRenderer(bundle), bundle.name, bundle.style)
 
@@ -229,21 +205,6 @@ def _save(bundle: IdentityBundle, out: Path) -> None:
     _write(f"{out}: {bundle.name}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
 
 
-def run_compile(args: argparse.Namespace) -> int:
-    """``streamdiff avatar compile``."""
-    from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer, compile_bundle
-
-    out = args.out or args.bundle.with_suffix(ENGINE_SUFFIX)
-    _check_suffix(out, ENGINE_SUFFIX)
-    torch.set_num_threads(1)
-    compile_bundle(open_bundle(args.bundle, size=args.size), out, device=args.device, native=args.native)
-    engine = CompiledRenderer(out)
-    _write(
-        f"{out}: {engine.name}, {engine.size}x{engine.size}, {'native' if args.native else 'graph'} for {args.device}"
-    )
-    return 0
-
-
 def run_voice(args: argparse.Namespace) -> int:
     """``streamdiff avatar voice``."""
     from streamdiff.voice.encoder import GE2EEncoder
@@ -274,11 +235,7 @@ def run_voice(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     """``streamdiff avatar inspect``."""
     from streamdiff.avatar.bundle import IdentityBundle
-    from streamdiff.avatar.compiled import ENGINE_SUFFIX, CompiledRenderer
 
-    if args.bundle.suffix == ENGINE_SUFFIX:
-        _write(json.dumps(CompiledRenderer(args.bundle).facts, indent=1))
-        return 0
     _write(json.dumps(IdentityBundle.load(args.bundle).inspect(), indent=1))
     return 0
 
