@@ -333,7 +333,8 @@ def bench_stages(bench: Bench) -> dict[str, Any]:
 def bench_lips(bench: Bench) -> dict[str, Any]:
     """Commanded lips against landmarks read from the pixels; and against the sound's loudness."""
     from streamdiff.avatar.quality import lip_apertures, read_faces, round_trip
-    from streamdiff.training.avatar.motion import aperture, loudness
+    from streamdiff.training.avatar.motion_quality import aperture
+    from streamdiff.training.avatar.visemes import loudness
 
     spec = arkit64()
     with bench.stream() as stream:
@@ -418,7 +419,7 @@ def bench_memory(bench: Bench) -> dict[str, Any]:
 
 def bench_seams(bench: Bench) -> dict[str, Any]:
     """Jerk where windows meet over jerk elsewhere; and speed where idling becomes speech and ends."""
-    from streamdiff.training.avatar.motion import seam_ratio
+    from streamdiff.training.avatar.motion_quality import seam_ratio
 
     spec = arkit64()
     ratios = []

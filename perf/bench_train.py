@@ -34,7 +34,8 @@ from streamdiff.models.text import HashedText
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
 from streamdiff.training.codec import Codec, CodecTask
-from streamdiff.training.data import RATE_HZ, Shards
+from streamdiff.training.data.clip import RATE_HZ
+from streamdiff.training.data.shards import Shards
 from streamdiff.training.forcing import ForcingConfig, ForcingTask, LatentClips, random_dit
 from streamdiff.training.loop import Task
 from streamdiff.training.matching import MatchingConfig, MatchingTask

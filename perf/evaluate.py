@@ -93,19 +93,10 @@ from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, plan
 from streamdiff.pipeline.stage import Chain, DenoiseStage
 from streamdiff.rope import Rotation
-from streamdiff.training.data import (
-    FPS,
-    FRAME_SAMPLES,
-    PROMPTS,
-    RATE_HZ,
-    TRUTH,
-    Voices,
-    articulation,
-    compose,
-    leveled,
-    mouth_weights,
-    opening_cm,
-)
+from streamdiff.training.data.articulation import articulation, mouth_weights, opening_cm
+from streamdiff.training.data.clip import FPS, FRAME_SAMPLES, PROMPTS, RATE_HZ, TRUTH
+from streamdiff.training.data.score import compose
+from streamdiff.training.data.speech import Voices, leveled
 from streamdiff.training.faces import Build, Look, Painter, badge_box
 from streamdiff.training.probe import TRUTH_SPREAD, Probe, Reading, load_probe
 

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from streamdiff import __version__, checkpoint, demo, doctor, flow, presets
 from streamdiff.cli import avatar as avatar_commands
+from streamdiff.cli import train as train_commands
 from streamdiff.config import sparse
 from streamdiff.engine import Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
@@ -46,7 +47,6 @@ from streamdiff.models.served.step import Precision, StepOptions
 from streamdiff.pipeline.transport import World
 from streamdiff.pipeline.watch import Limits
 from streamdiff.trace import JsonLines, Observer, Silent
-from streamdiff.training import commands as training_commands
 from streamdiff_kernels import BACKENDS
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     avatar_commands.register(commands, fit=_fit)
-    training_commands.register(commands)
+    train_commands.register(commands)
     doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
     doctor_parser.set_defaults(run=run_doctor)
     return root

@@ -38,8 +38,9 @@ from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models import vae
 from streamdiff.models.audio import LogMelFeatures
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
-from streamdiff.training import commands
-from streamdiff.training.data import ALL_PROMPTS, FPS, FRAME_SAMPLES, Shards
+from streamdiff.training import recipe
+from streamdiff.training.data.clip import ALL_PROMPTS, FPS, FRAME_SAMPLES
+from streamdiff.training.data.shards import Shards
 from streamdiff.training.loop import Part, Trainer
 
 logger = logging.getLogger(__name__)
@@ -255,9 +256,6 @@ def encode_clips(codec: Codec, shards: Shards, encoder: LogMelFeatures, *, progr
     return tensors, {"prompts": json.dumps(list(texts))}
 
 
-# --- the commands
-
-
 class CodecTask:
     """What `streamdiff.training.loop` runs: one batch a step."""
 
@@ -315,7 +313,7 @@ _START_BATCHES = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train codec``."""
-    commands.add_training_arguments(parser, data="folder of clips (streamdiff train data)", batch=6, lr=4e-4)
+    recipe.add_training_arguments(parser, data="folder of clips (streamdiff train data)", batch=6, lr=4e-4)
     add = parser.add_argument
     add("--latents", type=int, default=5, help="latent frames of a clip (default: %(default)s)")
     add("--disturb", type=float, metavar="SIZE",
@@ -324,7 +322,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the codec."""
-    config = commands.preset_of(args)
+    config = recipe.preset_of(args)
     shards = Shards(args.data)
     if shards.size != config.height or shards.size != config.width:
         raise ConfigError(
@@ -357,8 +355,8 @@ def run(args: argparse.Namespace) -> int:
 
     facts = {"preset": config.name, "seed": args.seed, "batch": args.batch, "latents": args.latents, "lr": args.lr,
              "clips": len(shards), "init": args.init, "disturb": args.disturb}  # fmt: skip
-    plan = commands.plan_of(args, budget="10min", warmup_steps=50)
-    return commands.conduct("codec", task, args, plan, facts=facts, sample=sample, finish=finish)
+    plan = recipe.plan_of(args, budget="10min", warmup_steps=50)
+    return recipe.conduct("codec", task, args, plan, facts=facts, sample=sample, finish=finish)
 
 
 def add_encode_arguments(parser: argparse.ArgumentParser) -> None:

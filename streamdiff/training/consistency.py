@@ -25,7 +25,7 @@ from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
-from streamdiff.training import commands, distil, forcing, student
+from streamdiff.training import distil, forcing, recipe, student
 from streamdiff.training.distil import clip_velocity, conditions, guided
 from streamdiff.training.forcing import Batch, Draws, ForcingConfig, LatentClips
 from streamdiff.training.loop import Part, Trainer
@@ -146,9 +146,6 @@ class ConsistencyTask:
         return clip_velocity(dit, given, self._layout, draws.lead_Bn, sees_sink_B=draws.sees_sink_B, visit=self._visit)
 
 
-# -------------------------------------------------------------------------------------------------------- the command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train consistency``."""
     student.add_arguments(parser, lr=1e-4)
@@ -179,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         bf16=args.bf16,
         visit=run.visit,
     )
-    plan = commands.plan_of(args, budget="15min", warmup_steps=50)
+    plan = recipe.plan_of(args, budget="15min", warmup_steps=50)
     facts = {**run.facts(), "settings": settings, "draws": draws}
 
     def sample(trainer: Trainer) -> None:
@@ -189,4 +186,4 @@ def run(args: argparse.Namespace) -> int:
         task.followed.follow(trainer.step)
         return [run.save(task.followed.average.state_dict(), trainer)]
 
-    return commands.conduct("consistency", task, args, plan, facts=facts, sample=sample, finish=finish)
+    return recipe.conduct("consistency", task, args, plan, facts=facts, sample=sample, finish=finish)

@@ -47,9 +47,6 @@ _T = TypeVar("_T")
 _R = TypeVar("_R", bound="Forgetful")
 
 
-# ------------------------------------------------------------------------------------------------------ noise levels
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreLevels:
     """At which noise levels clips are compared: uniform, shifted towards noise, kept away from both ends (DMD)."""
@@ -98,8 +95,6 @@ def data_of(noisy_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_B: Tensor) -> Ten
 def _per_clip(sigma_B: Tensor, like_BCTHW: Tensor) -> Tensor:
     return sigma_B.to(like_BCTHW).view(-1, *([1] * (like_BCTHW.ndim - 1)))
 
-
-# ----------------------------------------------------------------------------------------------------------- losses
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """From noisy clips ``[B, C, T, H, W]`` and one level per clip ``[B]`` to the velocity of every chunk."""
@@ -168,9 +163,6 @@ def matching_gradient(
     size_B = (data_BCTHW - real_BCTHW).abs().flatten(1).mean(1)
     gradient_BCTHW = (fake_BCTHW - real_BCTHW) / _per_clip(size_B.clamp_min(1e-6), data_BCTHW)
     return gradient_BCTHW / gradient_BCTHW.numel()
-
-
-# ---------------------------------------------------------------------------------------------------------- rollouts
 
 
 class Forgetful(Protocol):
@@ -317,9 +309,6 @@ class Cut(Generic[_T]):
         reached = [(x, y.grad) for x, y in zip(self._before, self._after, strict=True) if y.grad is not None]
         if reached:
             torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
-
-
-# ------------------------------------------------------------------------------------------------- clips of the DiT
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,7 +39,7 @@ from streamdiff.models.text import HashedText, TextEncoder
 from streamdiff.models.vae import to_rgb8
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
 from streamdiff.pipeline.stage import DenoiseStage
-from streamdiff.training import commands, sequence
+from streamdiff.training import recipe, sequence
 from streamdiff.training.codec import Codec, attention_map, load_codec
 from streamdiff.training.loop import Part, Trainer
 from streamdiff.training.sequence import Layout, Visit, directly, sequence_velocity
@@ -47,9 +47,6 @@ from streamdiff.training.sequence import Layout, Visit, directly, sequence_veloc
 LATENTS = "latents.safetensors"
 
 _LEAST_SIGMA = 0.6
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,9 +189,6 @@ class LatentClips:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- the draws
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForcingConfig:
     """What is drawn how often."""
@@ -286,9 +280,6 @@ def draw(settings: ForcingConfig, config: EngineConfig, shape: tuple[int, ...], 
         hears_B=uniform(B) >= settings.no_audio,
         reads_B=uniform(B) >= settings.no_text,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ the loss
 
 
 def forcing_loss(
@@ -425,9 +416,6 @@ class ForcingTask:
         return loss_Bn, draws.sigma_Bn
 
 
-# ------------------------------------------------------------------------------------------------------ a look at it
-
-
 @torch.inference_mode()
 def serve(dit: CausalDiT, config: EngineConfig, batch: Batch, *, seed: int = 0) -> Tensor:
     """Latents of the batch's sound as the engine would make them, by its own denoising stage, ``[B, C, T, H, W]``."""
@@ -474,9 +462,6 @@ def _spread(length: int) -> list[int]:
     return [round(i * (length - 1) / (_SHOWN_FRAMES - 1)) for i in range(_SHOWN_FRAMES)]
 
 
-# -------------------------------------------------------------------------------------------------------- the command
-
-
 def random_dit(config: EngineConfig, *, seed: int) -> CausalDiT:
     """A DiT to begin with: it does nothing yet.
 
@@ -492,7 +477,7 @@ def random_dit(config: EngineConfig, *, seed: int) -> CausalDiT:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train forcing``."""
-    commands.add_training_arguments(parser, data="folder with latents.safetensors", batch=8, lr=1.2e-3)
+    recipe.add_training_arguments(parser, data="folder with latents.safetensors", batch=8, lr=1.2e-3)
     add = parser.add_argument
     add("--chunks", type=int, default=7, help="chunks of a clip (default: %(default)s)")
     add("--shared-only", action="store_true", help="one noise level a clip, and see the first and previous chunk only")
@@ -510,7 +495,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the video model."""
-    config = commands.preset_of(args)
+    config = recipe.preset_of(args)
     settings = ForcingConfig(
         num_chunks=args.chunks,
         sparse=args.shared_only,
@@ -523,7 +508,7 @@ def run(args: argparse.Namespace) -> int:
     codec = None if args.codec is None else load_codec(args.codec, config.vae)
     dit = random_dit(config, seed=args.seed)
     if args.init is not None:
-        commands.load_weights(dit, args.init)
+        recipe.load_weights(dit, args.init)
     dit.to(args.device)
     # Absent from this data; they would only decay.
     for name, parameter in dit.named_parameters():
@@ -553,7 +538,7 @@ def run(args: argparse.Namespace) -> int:
 
     def finish(trainer: Trainer) -> list[Path]:
         path = args.out / "dit.safetensors"
-        commands.save_average(trainer, "dit", path)
+        recipe.save_average(trainer, "dit", path)
         return [path]
 
     facts = {
@@ -566,4 +551,4 @@ def run(args: argparse.Namespace) -> int:
         "clips": clips.num_clips,
         "init": args.init,
     }
-    return commands.conduct("forcing", task, args, commands.plan_of(args), facts=facts, sample=sample, finish=finish)
+    return recipe.conduct("forcing", task, args, recipe.plan_of(args), facts=facts, sample=sample, finish=finish)

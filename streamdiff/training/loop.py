@@ -50,9 +50,6 @@ _BUDGET_SHARE = 0.92
 """Share of a budget that is planned for steps; the rest is for checkpoints, samples and a machine that slows down."""
 
 
-# --------------------------------------------------------------------------------------------------- what is trained
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
     """A module that learns, and how. Parameters that require no gradient stay as they are and are not saved."""
@@ -134,9 +131,6 @@ def steps_within(budget_s: float, *, done: int, spent_s: float, step_s: float) -
     542
     """
     return done + max(1, int((_BUDGET_SHARE * budget_s - spent_s + 1e-9) / step_s) if step_s > 0 else 1)
-
-
-# ------------------------------------------------------------------------------------------------------------ the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +260,6 @@ class Trainer:
         """Add numbers to the log that belong to the last step: what was measured beside it."""
         self._log.write(self.step - 1, numbers, lr={})
 
-    # The weights
-
     def average(self, part: str) -> dict[str, Tensor]:
         """State dict of a part with the running average in place of what was learned last; shares no memory."""
         learner = self._learners[part]
@@ -289,8 +281,6 @@ class Trainer:
             with torch.no_grad():
                 for p, k in zip(learner.parameters.values(), kept, strict=True):
                     p.copy_(k)
-
-    # The loop
 
     def train(
         self,
@@ -360,8 +350,6 @@ class Trainer:
             step_s = statistics.median(self._timed[_SETTLING_STEPS:])
             self.total = steps_within(self.plan.budget_s, done=self.step, spent_s=self.spent_s, step_s=step_s)
             logger.info("a step takes %.3f s: %d steps in all", step_s, self.total)
-
-    # The checkpoint
 
     def save(self) -> None:
         """Write the checkpoint and the curves; whoever kills the process meanwhile finds the checkpoint before."""
@@ -456,9 +444,6 @@ def _asked_to_stop() -> Generator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# ------------------------------------------------------------------------------------------------- the log, the curves
 
 
 class _Log:

@@ -29,7 +29,7 @@ from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
-from streamdiff.training import commands, distil, forcing, lora, sequence, student
+from streamdiff.training import distil, forcing, lora, recipe, sequence, student
 from streamdiff.training.distil import ClipModel, Cut, ScoreLevels, clip_velocity, conditions, guided
 from streamdiff.training.forcing import Batch, Draws, ForcingConfig, LatentClips
 from streamdiff.training.loop import Part, Trainer
@@ -223,9 +223,6 @@ class MatchingTask:
         return guided(led, self._velocity(self._teacher, without, sink_BCTHW, draws), self._settings.guidance)
 
 
-# -------------------------------------------------------------------------------------------------------- the command
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train distil``."""
     student.add_arguments(parser, lr=3e-5)
@@ -305,5 +302,5 @@ def run(args: argparse.Namespace) -> int:
                 lora.save_lora(module, written[-1])
         return written
 
-    plan = commands.plan_of(args, budget="15min", warmup_steps=20)
-    return commands.conduct("distil", task, args, plan, facts=facts, sample=sample, finish=finish)
+    plan = recipe.plan_of(args, budget="15min", warmup_steps=20)
+    return recipe.conduct("distil", task, args, plan, facts=facts, sample=sample, finish=finish)

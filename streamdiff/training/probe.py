@@ -1,10 +1,10 @@
 """A small network that reads a portrait: how far the mouth is open, where the head points, who it is.
 
-    python -m streamdiff.training.probe --data faces --held faces_held --codec codec.safetensors \\
+    streamdiff train probe --data faces --held faces_held --codec codec.safetensors \\
         --head ict_facekit.npz --out runs/probe --budget 12min
 
 It learns from drawn heads, of whom everything is known, and reads generated ones: half of what it sees went through the
-codec, the rest is blurred and noisy now and then. Its answers are the columns `data.TRUTH` and what makes a person
+codec, the rest is blurred and noisy now and then. Its answers are the columns `clip.TRUTH` and what makes a person
 (`IDENTITY`); the layer before them (`FEATURES` wide) is what Frechet distances are measured in. It has seen nothing but
 drawn heads: on photographs it means nothing, and no distance of it is an FID or an FVD.
 
@@ -31,13 +31,15 @@ from tqdm import tqdm
 
 from streamdiff import checkpoint, rng
 from streamdiff.avatar.head3d import HeadModel
+from streamdiff.config import EngineConfig
 from streamdiff.errors import InputError
 from streamdiff.models.vae import from_rgb8, to_rgb8
 from streamdiff.training.codec import Codec, load_codec
-from streamdiff.training.commands import add_training_arguments, conduct, load_weights, plan_of, preset_of, save_average
-from streamdiff.training.data import TRUTH, Shards
+from streamdiff.training.data.clip import TRUTH
+from streamdiff.training.data.shards import Shards
 from streamdiff.training.faces import CLASSES, Build, Look
 from streamdiff.training.loop import Part, Trainer
+from streamdiff.training.recipe import add_training_arguments, conduct, load_weights, plan_of, preset_of, save_average
 
 SIZE = 128
 FEATURES = 64
@@ -67,7 +69,7 @@ class Reading:
     """What the probe says of some frames; float32."""
 
     truth_NE: Tensor
-    """Columns `data.TRUTH`, in their units."""
+    """Columns `clip.TRUTH`, in their units."""
     identity_NE: Tensor
     """Columns `IDENTITY`, each in units of its spread over people."""
     features_NF: Tensor
@@ -126,12 +128,9 @@ def load_probe(path: Path = WEIGHTS) -> Probe:
     """A trained probe; the shipped one by default. Raises CheckpointError when the file does not fit."""
     probe = Probe()
     if not path.is_file():
-        raise InputError(f"{path} is not there; train it with: python -m streamdiff.training.probe --help")
+        raise InputError(f"{path} is not there; train it with: streamdiff train probe --help")
     checkpoint.load_strict(probe, {n: t.float() for n, t in load_file(path).items()}, what=str(path))
     return probe.eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
 
 
 def identity_of(number: int, member: int, *, num_modes: int, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -235,9 +234,6 @@ def through(codec: Codec, frames_THWC: Tensor) -> Tensor:
     return to_rgb8(codec.decode(mean))[0]
 
 
-# -------------------------------------------------------------------------------------------------------- the learning
-
-
 def probe_loss(answer_NE: Tensor, truth_NE: Tensor, identity_NE: Tensor) -> tuple[Tensor, Tensor]:
     """Smooth L1 of what is seen and of who it is. A badge behind a hand is not asked for."""
     # Square up to one spread: what is rarely anything but zero, as a blink, would stay there under L1.
@@ -262,9 +258,6 @@ class ProbeTask:
         seen, who = probe_loss(answer, truth, identity)
         (seen + _IDENTITY_WEIGHT * who).backward()
         return {"loss": float(seen.detach()), "identity": float(who.detach())}
-
-
-# ------------------------------------------------------------------------------------------------------- how good it is
 
 
 def judge(probe: Probe, faces: KnownFaces, *, coded: bool, every: int = 6) -> dict[str, float]:
@@ -303,28 +296,20 @@ def judge(probe: Probe, faces: KnownFaces, *, coded: bool, every: int = 6) -> di
     return facts
 
 
-# --------------------------------------------------------------------------------------------------------- the command
-
-
-def main() -> int:
-    """Run as ``python -m streamdiff.training.probe``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``streamdiff train probe``."""
     add_training_arguments(parser, data="drawn clips", batch=48, lr=2e-3)
     add = parser.add_argument
     add("--head", type=Path, required=True, metavar="FILE", help="ict_facekit.npz, the head that the clips show")
     add("--codec", type=Path, metavar="FILE", help="show half of the frames as this codec does")
     add("--coded-clips", type=int, default=120, metavar="N", help="clips to send through the codec (default: 120)")
     add("--held", type=Path, metavar="DIR", help="clips to judge by, drawn with --first 1000000")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the probe, and judge it by clips that were held out."""
     config = preset_of(args)
-    num_modes = len(HeadModel.load(args.head).identity_KV3)
-    faces = KnownFaces(Shards(args.data), num_modes=num_modes)
-    held = KnownFaces(Shards(args.held), num_modes=num_modes, first=1_000_000) if args.held is not None else None
-    if args.codec is not None:
-        codec = load_codec(args.codec, config.vae)
-        faces.code(codec, args.coded_clips)
-        if held is not None:
-            held.code(codec, 24)
+    faces, held = _faces_of(args, config)
     probe = Probe()
     _initialise(probe, seed=args.seed)
     if args.init is not None:
@@ -347,6 +332,19 @@ def main() -> int:
     return conduct("probe", task, args, plan_of(args, budget="12min"), facts=facts, finish=finish)
 
 
+def _faces_of(args: argparse.Namespace, config: EngineConfig) -> tuple[KnownFaces, KnownFaces | None]:
+    """Clips to learn from, and those that are held out; both through the codec where one is given."""
+    num_modes = len(HeadModel.load(args.head).identity_KV3)
+    faces = KnownFaces(Shards(args.data), num_modes=num_modes)
+    held = KnownFaces(Shards(args.held), num_modes=num_modes, first=1_000_000) if args.held is not None else None
+    if args.codec is not None:
+        codec = load_codec(args.codec, config.vae)
+        faces.code(codec, args.coded_clips)
+        if held is not None:
+            held.code(codec, 24)
+    return faces, held
+
+
 def _initialise(probe: Probe, *, seed: int) -> None:
     """Kaiming-normal weights keyed by name, so that the order of construction does not matter."""
     with torch.no_grad():
@@ -356,7 +354,3 @@ def _initialise(probe: Probe, *, seed: int) -> None:
                 gain = 0.3 if name == "answer.weight" else 1.4
                 drawn = rng.normal(tuple(parameter.shape), "probe", seed, name)
                 parameter.copy_(drawn * gain / math.sqrt(fan_in))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -40,9 +40,6 @@ from streamdiff.models.dit import Attention, AudioCondition, Block, CausalDiT, T
 _T = TypeVar("_T")
 
 
-# ------------------------------------------------------------------------------------------------------ who sees whom
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Which chunks each chunk sees, itself among them, and where the chunks stand."""
@@ -105,9 +102,6 @@ def sparse(num_chunks: int, *, frames_per_chunk: int) -> Layout:
     )
 
 
-# -------------------------------------------------------------------------------------------------- how layers are run
-
-
 class Visit(Protocol):
     """Runs ``function(*tensors)``, which uses the weights of ``module``."""
 
@@ -122,9 +116,6 @@ def directly(module: nn.Module, function: Callable[..., _T], /, *tensors: Tensor
 def recomputed(module: nn.Module, function: Callable[..., _T], /, *tensors: Tensor) -> _T:
     """Keep only the inputs and run it again in the backward pass: a third more work, one layer of activations."""
     return cast("_T", checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False))
-
-
-# --------------------------------------------------------------------------------------------------------- conditions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -183,8 +174,6 @@ class Remembered:
         """The same values without their past."""
         return Remembered(tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values))
 
-
-# -------------------------------------------------------------------------------------------------------------- layers
 
 _Look = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries, keys and values, un-rotated, ``[B, n, L, N, K]``, to what the chunks see in them, ``[B, n, L, D]``."""
@@ -287,9 +276,6 @@ def remember_sink(
         keys.append(k.squeeze(1))
         values.append(v.squeeze(1))
     return Remembered(tuple(keys), tuple(values))
-
-
-# --------------------------------------------------------------------------------------------------------- whole clips
 
 
 def sequence_velocity(
@@ -403,9 +389,6 @@ def _gathered(sink_BnSNK: Tensor | None, own_BnLNK: Tensor, index_M: Tensor, num
     if sink_BnSNK is not None:
         frames = torch.cat([sink_BnSNK.flatten(2), frames], dim=1)
     return frames.index_select(1, index_M).view(B * n, -1, N, K)
-
-
-# ----------------------------------------------------------------------------------------------------- one at a time
 
 
 def chunk_velocity(

@@ -56,9 +56,6 @@ from streamdiff.training.sequence import recomputed
 _T = TypeVar("_T")
 
 
-# ------------------------------------------------------------------------------------------------------- the processes
-
-
 @contextlib.contextmanager
 def processes(world: World, *, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Generator[DeviceMesh]:
     """All ranks of one training, met at ``world.host``; a mesh of one axis. They part when the context ends.
@@ -83,9 +80,6 @@ def processes(world: World, *, device: torch.device | str = "cpu", timeout_s: fl
             yield init_device_mesh(device.type, (world.size,), mesh_dim_names=("data",))
     finally:
         dist.destroy_process_group()
-
-
-# ---------------------------------------------------------------------------------------------------------- the shards
 
 
 def _through(_self: nn.Module, function: Callable[..., _T], *tensors: Tensor) -> _T:
@@ -224,9 +218,6 @@ def fill(dit: nn.Module, read: Callable[[str], Tensor]) -> None:
             tensor.to_local().copy_(own.to_local())
         else:
             tensor.copy_(whole)
-
-
-# -------------------------------------------------------------------------------------- the recipe for the large model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
-from streamdiff.training import commands, forcing, sequence
+from streamdiff.training import forcing, recipe, sequence
 from streamdiff.training.codec import load_codec
 from streamdiff.training.forcing import Batch, LatentClips
 from streamdiff.training.loop import Trainer
@@ -28,7 +28,7 @@ WEIGHTS = "dit.safetensors"
 
 def add_arguments(parser: argparse.ArgumentParser, *, lr: float) -> None:
     """Options of every recipe that makes a student."""
-    commands.add_training_arguments(parser, data="folder with latents.safetensors", batch=8, lr=lr)
+    recipe.add_training_arguments(parser, data="folder with latents.safetensors", batch=8, lr=lr)
     add = parser.add_argument
     add("--chunks", type=int, default=7, help="chunks of a clip (default: %(default)s)")
     add("--frames-per-chunk", type=int, metavar="T", help="latent frames of a chunk, 1..7 (default: the preset's)")
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, lr: float) -> None:
 
 def served_config(args: argparse.Namespace) -> EngineConfig:
     """The preset, served as the options say."""
-    config = commands.preset_of(args)
+    config = recipe.preset_of(args)
     if args.chunks < 1:
         raise ConfigError(f"--chunks counts the chunks of a clip, at least 1, got {args.chunks}")
     if args.frames_per_chunk is not None:
@@ -68,7 +68,7 @@ class StudentRun:
     def load(self, path: Path) -> CausalDiT:
         """A model from a file of weights; what its clips never reach is left as it is."""
         dit = CausalDiT(self._config.dit)
-        commands.load_weights(dit, path)
+        recipe.load_weights(dit, path)
         for name, parameter in dit.named_parameters():
             if name.startswith("frame_packer.") or name == "cond_encoder.weight":
                 parameter.requires_grad_(False)

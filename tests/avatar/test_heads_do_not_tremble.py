@@ -12,7 +12,7 @@ from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.motion import MotionStream
 from streamdiff.avatar.window import load_motion
 from streamdiff.errors import ConfigError
-from streamdiff.training.avatar.motion import aperture, seam_ratio
+from streamdiff.training.avatar.motion_quality import aperture, seam_ratio
 from streamdiff.voice import HibariVoice
 
 TEXT = (

@@ -16,7 +16,7 @@ from streamdiff.avatar.head3d import rotation_matrix
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import POSE_LIMITS, WarpRenderer, ease_pose
 from streamdiff.errors import CheckpointError
-from streamdiff.training.avatar.fit import Clip, fit_clip, neutral_frame, read_motion
+from streamdiff.training.avatar.fit import Footage, fit_footage, neutral_frame, read_motion
 from tests.avatar.drawn_face import drawn_bundle
 
 SPEC = arkit64()
@@ -67,13 +67,13 @@ def other_mouth() -> IdentityBundle:
     return with_look(drawn_bundle(), teeth=(0.1, 0.8, 0.2), flesh=(0.1, 0.1, 0.9))
 
 
-def make_clip(num_frames: int) -> Clip:
+def make_footage(num_frames: int) -> Footage:
     bundle, motion = other_mouth(), clip_motion(num_frames)
-    return Clip(WarpRenderer(bundle).render(motion).numpy(), landmarks_of(bundle, motion), 25.0, "made")
+    return Footage(WarpRenderer(bundle).render(motion).numpy(), landmarks_of(bundle, motion), 25.0, "made")
 
 
 def test_the_neutral_frame_is_shut_awake_and_straight() -> None:
-    clip = make_clip(60)
+    clip = make_footage(60)
     motion = clip_motion(60)[neutral_frame(clip)]
     assert motion[SPEC.index("jawOpen")] < 0.03
     assert motion[SPEC.index("eyeBlinkLeft")] == 0
@@ -85,7 +85,7 @@ def test_the_neutral_frame_is_shut_awake_and_straight() -> None:
 def test_a_fitted_face_is_nearer_to_its_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A minute of this process, however busy the machine is: another one's work must not cut the training short.
     monkeypatch.setattr("streamdiff.training.avatar.fit.time", SimpleNamespace(perf_counter=time.process_time))
-    bundle, report = fit_clip(make_clip(300), minutes=1.0)
+    bundle, report = fit_footage(make_footage(300), minutes=1.0)
     assert report.num_frames == 300
     assert report.mouth_error_fitted < 0.8 * report.mouth_error_warp
     assert report.error_fitted < report.error_warp

@@ -10,18 +10,21 @@ import pytest
 
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.window import load_motion
-from streamdiff.training.avatar.motion import Clip, aperture, evaluate, lexicon_words, spoken_clip
+from streamdiff.training.avatar.motion_quality import aperture, evaluate
+from streamdiff.training.avatar.performance import Performance
+from streamdiff.training.avatar.spoken import spoken
+from streamdiff.training.sentences import lexicon_words
 from streamdiff.voice import HibariVoice
 
 
 @pytest.fixture(scope="module")
-def clip() -> Clip:
-    return spoken_clip(HibariVoice(), 2_000_000, seed=1, words=lexicon_words(), seconds=20.0)
+def performance() -> Performance:
+    return spoken(HibariVoice(), 2_000_000, seed=1, words=lexicon_words(), seconds=20.0)
 
 
 @pytest.fixture(scope="module")
-def quality(clip: Clip) -> dict[str, float]:
-    return evaluate(load_motion(), [clip])
+def quality(performance: Performance) -> dict[str, float]:
+    return evaluate(load_motion(), [performance])
 
 
 def test_lips_follow_a_text(quality: dict[str, float]) -> None:
@@ -42,7 +45,7 @@ def test_head_and_lids_move_as_much_as_they_should(quality: dict[str, float]) ->
         assert 4 < quality[f"{way} blinks per minute"] < 45
 
 
-def test_lips_that_heard_something_else_do_not_agree(clip: Clip) -> None:
+def test_lips_that_heard_something_else_do_not_agree(performance: Performance) -> None:
     """The numbers above mean something: the same lips, half a clip later, agree with nothing."""
-    lips = aperture(clip.motion_AE, arkit64())
+    lips = aperture(performance.motion_AE, arkit64())
     assert abs(float(np.corrcoef(lips, np.roll(lips, len(lips) // 2))[0, 1])) < 0.3

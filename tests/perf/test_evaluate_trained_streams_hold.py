@@ -19,7 +19,7 @@ from streamdiff.models.audio import chunks
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.training.data import leveled
+from streamdiff.training.data.speech import leveled
 from streamdiff.training.probe import WEIGHTS, load_probe
 
 _FOLDER = checkpoint.shipped(presets.portrait())

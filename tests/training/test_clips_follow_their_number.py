@@ -14,20 +14,13 @@ from streamdiff.avatar.head3d import HeadModel
 from streamdiff.cli.main import main
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media.video import VideoWriter
-from streamdiff.training import data
-from streamdiff.training.data import (
-    FRAME_SAMPLES,
-    PROMPTS,
-    TRUTH,
-    DrawnClips,
-    RecordedClips,
-    Shards,
-    articulation,
-    compose,
-    leveled,
-    mouth_weights,
-    write_shards,
-)
+from streamdiff.training.data.articulation import articulation, mouth_weights
+from streamdiff.training.data.clip import FRAME_SAMPLES, NUM_FRAMES, PROMPTS, RATE_HZ, TRUTH
+from streamdiff.training.data.drawn import DrawnClips
+from streamdiff.training.data.recorded import RecordedClips
+from streamdiff.training.data.score import compose
+from streamdiff.training.data.shards import Shards, write_shards
+from streamdiff.training.data.speech import leveled
 from streamdiff.training.faces import Build, Look, Painter, Pose, badge_box
 
 _FRAMES = 9
@@ -37,7 +30,7 @@ class _Hum:
     """A voice without a package: bursts of a tone, quiet between."""
 
     def sound(self, num_samples: int, generator: np.random.Generator) -> Floats:
-        clock = np.arange(num_samples) / data.RATE_HZ
+        clock = np.arange(num_samples) / RATE_HZ
         gate = (np.sin(2 * np.pi * 2.5 * clock + generator.random()) > 0).astype(np.float32)
         return leveled((np.sin(2 * np.pi * 300 * clock) * gate).astype(np.float32))
 
@@ -98,7 +91,7 @@ def test_far_numbers_give_other_people(head: HeadModel) -> None:
 
 def test_a_mouth_opens_with_the_sound_and_not_before_it_is_heard() -> None:
     sound = np.zeros(20 * FRAME_SAMPLES, np.float32)
-    clock = np.arange(10 * FRAME_SAMPLES) / data.RATE_HZ
+    clock = np.arange(10 * FRAME_SAMPLES) / RATE_HZ
     sound[10 * FRAME_SAMPLES :] = 0.1 * np.sin(2 * np.pi * 600 * clock)
     opened = articulation(sound)["open"]
     assert opened[:9].max() == 0
@@ -174,7 +167,7 @@ def test_a_folder_without_clips_says_how_to_make_some(tmp_path: Path) -> None:
 
 def test_recorded_clips_have_the_same_interface(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
-    with VideoWriter(path, width=48, height=32, fps=25, rate_hz=data.RATE_HZ) as film:
+    with VideoWriter(path, width=48, height=32, fps=25, rate_hz=RATE_HZ) as film:
         for frame in range(12):
             picture = torch.full((1, 32, 48, 3), 20 * frame, dtype=torch.uint8)
             film.write(picture, torch.zeros(FRAME_SAMPLES) + 0.1 * (frame % 2))
@@ -196,8 +189,8 @@ def test_recorded_clips_have_the_same_interface(tmp_path: Path) -> None:
 
 def test_videos_become_shards_from_the_command_line(tmp_path: Path) -> None:
     path, out = tmp_path / "film.mp4", tmp_path / "faces"
-    with VideoWriter(path, width=48, height=32, fps=25, rate_hz=data.RATE_HZ) as film:
-        for frame in range(2 * data.NUM_FRAMES + 3):
+    with VideoWriter(path, width=48, height=32, fps=25, rate_hz=RATE_HZ) as film:
+        for frame in range(2 * NUM_FRAMES + 3):
             film.write(torch.full((1, 32, 48, 3), frame, dtype=torch.uint8), 0.1 * torch.ones(FRAME_SAMPLES))
     asked = ["train", "data", "--video", str(path), "--prompt", "Somebody waits.", "--size", "16", "--out", str(out)]
     assert main(asked) == 0
@@ -205,7 +198,7 @@ def test_videos_become_shards_from_the_command_line(tmp_path: Path) -> None:
     assert len(shards) == 2
     assert shards.clip(1).prompt == "Somebody waits."
     assert shards.clip(1).truth_TE is None
-    assert abs(int(shards.frames(1)[0].float().mean()) - data.NUM_FRAMES) < 8
+    assert abs(int(shards.frames(1)[0].float().mean()) - NUM_FRAMES) < 8
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamdiff import presets, rng
+from streamdiff.cli.train import run_train
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
-from streamdiff.training import commands, consistency, lora, matching
+from streamdiff.training import consistency, lora, matching, recipe
 from streamdiff.training.forcing import ForcingConfig, LatentClips, random_dit
 from streamdiff.training.loop import Plan, Trainer
 
@@ -93,7 +94,7 @@ def consistency_task(folder: Path) -> consistency.ConsistencyTask:
 
 
 def train(recipe: str, *arguments: object) -> int:
-    return commands.run_train(argparse.Namespace(recipe=recipe, arguments=[str(a) for a in arguments]))
+    return run_train(argparse.Namespace(recipe=recipe, arguments=[str(a) for a in arguments]))
 
 
 @pytest.mark.parametrize("make", [matching_task, consistency_task], ids=["distil", "consistency"])
@@ -204,7 +205,7 @@ def test_the_commands_write_weights_that_load(data: Path, weights: Path, tmp_pat
     assert train("distil", *common, *student) == 0
     dit = CausalDiT(CONFIG.dit)
     for path in (after, tmp_path / "dmd" / "dit.safetensors"):
-        commands.load_weights(dit, path)
+        recipe.load_weights(dit, path)
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
         assert facts["steps"] == "2"
@@ -218,7 +219,7 @@ def test_chunks_of_one_frame_sparse_with_adapters(data: Path, weights: Path, tmp
     special = ("--frames-per-chunk", 1, "--sparse", "--no-renoise", "--lora", 3, "--student-every", 1)
     assert train("distil", *options, *special, "--teacher", weights) == 0
     merged = CausalDiT(CONFIG.dit)
-    commands.load_weights(merged, out / "dit.safetensors")
+    recipe.load_weights(merged, out / "dit.safetensors")
     adapted = teacher()
     lora.adapt(adapted, rank=3)
     lora.load_lora_(adapted, out / "lora.safetensors")

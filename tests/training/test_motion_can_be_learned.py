@@ -15,7 +15,14 @@ from streamdiff.avatar.cues import State
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.window import MotionConfig
 from streamdiff.training.avatar import motion
-from streamdiff.voice import Phoneme
+from streamdiff.training.avatar.facegood import rig_to_arkit
+from streamdiff.training.avatar.motion_quality import aperture, lag, seam_ratio
+from streamdiff.training.avatar.performance import Performance
+from streamdiff.training.avatar.spoken import spoken, spoken_minutes
+from streamdiff.training.avatar.visemes import articulate
+from streamdiff.training.avatar.windows import Dataset
+from streamdiff.training.sentences import lexicon_words
+from streamdiff.voice import HibariVoice, Phoneme
 
 pytest.importorskip("hibari", reason="pip install 'streamdiff[avatar]'")
 
@@ -23,13 +30,13 @@ SMALL = MotionConfig(dim=32, num_layers=1, num_heads=2, hidden=64)
 
 
 @pytest.fixture(scope="module")
-def clips() -> list[motion.Clip]:
-    return motion.make_clips(0.8, seed=0)
+def performances() -> list[Performance]:
+    return spoken_minutes(0.8, seed=0)
 
 
 @pytest.fixture(scope="module")
-def dataset(clips: list[motion.Clip]) -> motion.Dataset:
-    return motion.Dataset(motion.Dataset.pack(clips), SMALL)
+def dataset(performances: list[Performance]) -> Dataset:
+    return Dataset(Dataset.pack(performances), SMALL)
 
 
 def said(symbols: str, each_s: float = 0.12) -> list[Phoneme]:
@@ -39,7 +46,7 @@ def said(symbols: str, each_s: float = 0.12) -> list[Phoneme]:
 def test_lips_meet_for_closures_and_part_for_vowels() -> None:
     """A sentence of /m ɑ p ɑ b ɑ/: every vowel opens the jaw, every closure presses the lips."""
     phonemes = said("mɑpɑbɑ")
-    mouth = motion.articulate(phonemes, 18, np.ones(72, np.float32))
+    mouth = articulate(phonemes, 18, np.ones(72, np.float32))
     for i, (symbol, *_) in enumerate(phonemes):
         middle = slice(3 * i + 1, 3 * i + 2)
         if symbol == "ɑ":
@@ -52,42 +59,42 @@ def test_lips_meet_for_closures_and_part_for_vowels() -> None:
 
 def test_rounding_is_prepared_earlier_than_a_closure() -> None:
     def rise(symbols: str, shape: str) -> float:
-        curve = motion.articulate(said(symbols), 15, np.ones(60, np.float32))[shape]
+        curve = articulate(said(symbols), 15, np.ones(60, np.float32))[shape]
         return float(np.argmax(curve > 0.3 * curve.max()))
 
     assert rise("ɪtku", "pucker") < rise("ɪtkp", "press")
 
 
 def test_loud_speech_opens_wider() -> None:
-    quiet, loud = (motion.articulate(said("tɑtɑ"), 12, np.full(48, x, np.float32))["jaw"].max() for x in (0.3, 1.2))
+    quiet, loud = (articulate(said("tɑtɑ"), 12, np.full(48, x, np.float32))["jaw"].max() for x in (0.3, 1.2))
     assert loud > 1.2 * quiet
 
 
-def test_a_clip_holds_states_sound_and_a_face_in_range(clips: list[motion.Clip]) -> None:
+def test_a_performance_holds_states_sound_and_a_face_in_range(performances: list[Performance]) -> None:
     spec = arkit64()
-    clip = clips[0]
-    assert np.array_equal(spec.clamp(clip.motion_AE), clip.motion_AE)
-    assert set(clip.cues.state_A.tolist()) >= {int(State.SPEAKING)}
-    jaw_A = clip.motion_AE[:, spec.index("jawOpen")]
-    speaking = clip.cues.state_A == State.SPEAKING
+    shown = performances[0]
+    assert np.array_equal(spec.clamp(shown.motion_AE), shown.motion_AE)
+    assert set(shown.cues.state_A.tolist()) >= {int(State.SPEAKING)}
+    jaw_A = shown.motion_AE[:, spec.index("jawOpen")]
+    speaking = shown.cues.state_A == State.SPEAKING
     assert jaw_A[speaking].mean() > 3 * jaw_A[~speaking].mean()
 
 
-def test_the_mouth_of_a_clip_follows_its_sound(clips: list[motion.Clip]) -> None:
+def test_the_mouth_of_a_performance_follows_its_sound(performances: list[Performance]) -> None:
     spec = arkit64()
-    lips = np.concatenate([motion.aperture(c.motion_AE, spec) for c in clips])
-    loud = np.concatenate([c.cues.mel_AF.mean(axis=1) for c in clips])
-    correlation, lag = motion._lag(lips, loud)
+    lips = np.concatenate([aperture(c.motion_AE, spec) for c in performances])
+    loud = np.concatenate([c.cues.mel_AF.mean(axis=1) for c in performances])
+    correlation, late = lag(lips, loud)
     assert correlation > 0.5
-    assert abs(lag) <= 1
+    assert abs(late) <= 1
 
 
-def test_clips_depend_on_their_number_alone() -> None:
-    voice = motion.HibariVoice()
-    words = motion.lexicon_words()
-    one = motion.spoken_clip(voice, 3, seed=0, words=words, seconds=11)
-    motion.spoken_clip(voice, 4, seed=0, words=words, seconds=11)
-    two = motion.spoken_clip(voice, 3, seed=0, words=words, seconds=11)
+def test_performances_depend_on_their_number_alone() -> None:
+    voice = HibariVoice()
+    words = lexicon_words()
+    one = spoken(voice, 3, seed=0, words=words, seconds=11)
+    spoken(voice, 4, seed=0, words=words, seconds=11)
+    two = spoken(voice, 3, seed=0, words=words, seconds=11)
     assert np.array_equal(one.motion_AE, two.motion_AE)
     assert np.array_equal(one.cues.mel_AF, two.cues.mel_AF)
 
@@ -104,14 +111,14 @@ def test_rig_weights_become_named_shapes() -> None:
     weights_AR = np.zeros((2, len(names)), np.float32)
     weights_AR[1, names.index("mouth_stretch_c")] = 0.5
     weights_AR[1, names.index("mouth_lowerLipDepress_l")] = 0.4
-    motion_AE = motion.rig_to_arkit(weights_AR, names, spec)
+    motion_AE = rig_to_arkit(weights_AR, names, spec)
     assert np.array_equal(motion_AE[0], spec.rest_E)
     assert motion_AE[1, spec.index("jawOpen")] == pytest.approx(0.5)
     assert motion_AE[1, spec.index("mouthLowerDownLeft")] == pytest.approx(0.44)
     assert motion_AE[1, spec.index("mouthLowerDownRight")] == 0.0
 
 
-def test_loss_falls_and_training_goes_on_where_it_stopped(dataset: motion.Dataset, tmp_path: Path) -> None:
+def test_loss_falls_and_training_goes_on_where_it_stopped(dataset: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     weight_E = motion._weights(arkit64())
 
@@ -139,7 +146,7 @@ def test_a_seam_ratio_sees_a_seam() -> None:
     steps = rng.normal(0, 0.02, (400, spec.num_coefs)).cumsum(axis=0)
     smooth_AE = np.apply_along_axis(lambda x: np.convolve(x, np.hanning(9) / 4, "same"), 0, steps).astype(np.float32)
     borders = range(8, 400, 8)
-    assert motion.seam_ratio(smooth_AE, borders, spec) == pytest.approx(1.0, abs=0.15)
+    assert seam_ratio(smooth_AE, borders, spec) == pytest.approx(1.0, abs=0.15)
     for border in borders:
         smooth_AE[border:] += rng.normal(0, 0.1, spec.num_coefs).astype(np.float32)
-    assert motion.seam_ratio(smooth_AE, borders, spec) > 1.5
+    assert seam_ratio(smooth_AE, borders, spec) > 1.5

@@ -11,7 +11,8 @@ import torch
 from streamdiff import rng
 from streamdiff.errors import InputError
 from streamdiff.training import probe as probing
-from streamdiff.training.data import TRUTH, Clip, Shards, write_shards
+from streamdiff.training.data.clip import TRUTH, Clip
+from streamdiff.training.data.shards import Shards, write_shards
 from streamdiff.training.faces import Build, Look
 from streamdiff.training.probe import (
     FEATURES,

@@ -62,7 +62,7 @@ _UNSEEN = ("mouthClose", "tongueOut", "cheekPuff", "jawForward")
 
 
 @dataclass(frozen=True)
-class Clip:
+class Footage:
     """The frames of a video in which its one face was found."""
 
     frames_AHW3: Frames
@@ -96,7 +96,7 @@ class FitReport:
         )
 
 
-def read_clip(path: str | Path, landmarker: Landmarker, *, max_frames: int = 1500) -> Clip:
+def read_footage(path: str | Path, landmarker: Landmarker, *, max_frames: int = 1500) -> Footage:
     """Decode a video and find its face in every frame; at most ``max_frames``, evenly taken from its beginning.
 
     Raises `InputError` for what is no video, shows no face, several, or a tiny one, or is shorter than 100 frames.
@@ -120,7 +120,7 @@ def read_clip(path: str | Path, landmarker: Landmarker, *, max_frames: int = 150
     if len(found) < _MIN_FRAMES:
         raise InputError(f"{path} shows a face in {len(found)} frames; fitting needs {_MIN_FRAMES}, better 1500")
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Clip(np.stack(frames), np.stack([face.landmarks_J3 for face in found]), fps, digest)
+    return Footage(np.stack(frames), np.stack([face.landmarks_J3 for face in found]), fps, digest)
 
 
 def _open(path: str | Path) -> tuple[float, Generator[Frames, None, None]]:
@@ -144,7 +144,7 @@ def _decode(path: str | Path) -> Generator[Frames, None, None]:
         raise InputError(f"{path} is damaged ({error}); convert it to MP4 or WebM again") from error
 
 
-def neutral_frame(clip: Clip) -> int:
+def neutral_frame(clip: Footage) -> int:
     """The frame that shows most of the face at rest: lips shut, eyes open, turned to the camera, nothing in the way."""
     landmarks_AJ3 = clip.landmarks_AJ3
     # A hand or a passer-by makes a frame unlike the others, even in a small picture.
@@ -258,14 +258,14 @@ def fit_bundle(
     ``adversarial`` adds a patch discriminator and the distance of its features (sharper; by default only on a GPU).
     Raises `InputError` for a clip that cannot be used.
     """
-    clip = read_clip(video, landmarker or Landmarker(fetch_task()), max_frames=max_frames)
-    return fit_clip(
+    clip = read_footage(video, landmarker or Landmarker(fetch_task()), max_frames=max_frames)
+    return fit_footage(
         clip, size=size, minutes=minutes, device=device, adversarial=adversarial, seed=seed, name=Path(video).stem
     )
 
 
-def fit_clip(
-    clip: Clip,
+def fit_footage(
+    clip: Footage,
     *,
     size: int = 256,
     minutes: float = 10.0,
@@ -295,7 +295,7 @@ def fit_clip(
             f"the head of the clip stays near its rest in {len(near)} of {len(motion_AE)} frames; "
             f"fitting needs {_MIN_FRAMES}: use a clip of one who sits and talks to the camera"
         )
-    seen = Clip(clip.frames_AHW3[near], clip.landmarks_AJ3[near], clip.fps, clip.sha256)
+    seen = Footage(clip.frames_AHW3[near], clip.landmarks_AJ3[near], clip.fps, clip.sha256)
     warped, wanted = _pairs(bundle, seen, motion_AE[near], left_top, factor)
     conditions = _conditions(motion_AE[near])
     held = max(len(conditions) // 10, 20)
@@ -337,7 +337,7 @@ def _conditions(motion_AE: Floats) -> Tensor:
 
 
 def _pairs(
-    bundle: IdentityBundle, clip: Clip, motion_AE: Floats, left_top: Floats, factor: float
+    bundle: IdentityBundle, clip: Footage, motion_AE: Floats, left_top: Floats, factor: float
 ) -> tuple[Tensor, Tensor]:
     """What the warp makes of every frame's lower face, and what the clip shows there: ``[A, 3, P, P]`` uint8."""
     spec = arkit64()

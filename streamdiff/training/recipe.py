@@ -1,23 +1,21 @@
-"""What the command line trains: ``streamdiff train RECIPE``.
+"""What training recipes have alike: their options, and how a run is shown, stopped and finished.
 
-A recipe is a function that adds options to a parser and one that runs; its module is imported when it is asked for.
-Those that learn share their options (`add_training_arguments`) and the way a run is shown and stopped (`conduct`).
+A recipe (`streamdiff.cli.train` lists them) is one function that adds options to a parser and one that runs. Those that
+learn share `add_training_arguments`, turn options into values with `preset_of` and `plan_of`, and run by `conduct`.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import json
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,65 +27,6 @@ from streamdiff import checkpoint, presets
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.training.loop import Plan, Task, Trainer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """Where a recipe is written: a module with one function that adds its options and one that runs it."""
-
-    what: str
-    module: str
-    add_arguments: str = "add_arguments"
-    run: str = "run"
-
-    def load(self) -> tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]:
-        module = importlib.import_module(f"streamdiff.training.{self.module}")
-        return getattr(module, self.add_arguments), getattr(module, self.run)
-
-
-RECIPES: Mapping[str, Recipe] = {
-    "data": Recipe(what="clips to learn from: heads drawn with known truth, or your videos", module="data"),
-    "codec": Recipe(what="a small causal video codec", module="codec"),
-    "encode": Recipe(
-        what="clips to latents, with a trained codec",
-        module="codec",
-        add_arguments="add_encode_arguments",
-        run="run_encode",
-    ),
-    "forcing": Recipe(what="the video model: flow matching with diffusion forcing", module="forcing"),
-    "consistency": Recipe(what="fewer steps: causal consistency", module="consistency"),
-    "distil": Recipe(what="few steps: self-forcing distribution matching", module="matching"),
-}
-
-
-def register(commands: Any) -> None:
-    """Add ``train`` to the sub-commands of a parser (what ``add_subparsers`` returned)."""
-    listed = "\n".join(f"  {name:<13}{recipe.what}" for name, recipe in RECIPES.items())
-    train = commands.add_parser(
-        "train",
-        help="train the video model, step by step",
-        description=f"Train by a recipe; in this order:\n{listed}\n\n`streamdiff train RECIPE --help` says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
-    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe")
-    train.set_defaults(run=run_train)
-
-
-def run_train(args: argparse.Namespace) -> int:
-    """``streamdiff train``."""
-    if args.recipe not in RECIPES:
-        raise ConfigError(f"there is no recipe {args.recipe!r}; choose from {', '.join(RECIPES)}")
-    recipe = RECIPES[args.recipe]
-    add_arguments, run = recipe.load()
-    parser = argparse.ArgumentParser(
-        prog=f"streamdiff train {args.recipe}", description=recipe.what[0].upper() + recipe.what[1:] + "."
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(args.arguments))
-
-
-# -------------------------------------------------------------------------------------------- what recipes have alike
 
 
 def add_training_arguments(
@@ -209,16 +148,6 @@ def conduct(
     """
     named = {"recipe": recipe, **{name: str(value) for name, value in facts.items()}}
     trainer = Trainer(task, args.out, plan, facts=named, resume=args.resume)
-    bar: tqdm[NoReturn] = tqdm(total=trainer.total, initial=trainer.step, unit="step", desc=recipe, disable=None)
-    smooth: float | None = None
-
-    def on_step(step: int, total: int | None, numbers: Mapping[str, float]) -> None:
-        nonlocal smooth
-        loss = next(iter(numbers.values()))
-        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
-        bar.total = total
-        bar.set_postfix_str(f"{next(iter(numbers))} {smooth:.4f}", refresh=False)
-        bar.update(step - bar.n)
 
     def on_sample(_step: int) -> None:
         assert sample is not None
@@ -227,8 +156,8 @@ def conduct(
     # Numbers too small to be normal cost a CPU a hundred times the others.
     torch.set_flush_denormal(True)
     try:
-        with bar:
-            outcome = trainer.train(on_step=on_step, on_sample=None if sample is None else on_sample)
+        with _Bar(recipe, trainer) as bar:
+            outcome = trainer.train(on_step=bar.on_step, on_sample=None if sample is None else on_sample)
     finally:
         torch.set_flush_denormal(False)
     if outcome.stopped_by is not None:
@@ -241,3 +170,26 @@ def conduct(
     for path in finish(trainer):
         sys.stdout.write(f"{path}: after {outcome.step} steps in {trainer.spent_s / 60:.1f} min\n")
     return 0
+
+
+class _Bar:
+    """A progress bar with a running mean of the loss."""
+
+    def __init__(self, recipe: str, trainer: Trainer) -> None:
+        self._bar: tqdm[NoReturn] = tqdm(
+            total=trainer.total, initial=trainer.step, unit="step", desc=recipe, disable=None
+        )
+        self._smooth: float | None = None
+
+    def on_step(self, step: int, total: int | None, numbers: Mapping[str, float]) -> None:
+        name, loss = next(iter(numbers.items()))
+        self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        self._bar.total = total
+        self._bar.set_postfix_str(f"{name} {self._smooth:.4f}", refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
