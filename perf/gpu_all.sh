@@ -152,5 +152,5 @@ for part in "${parts[@]}"; do
 done
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"
-[ -n "$tiny" ] || echo "results are in $out; python perf/table.py --write README.md puts them into the table"
+[ -n "$tiny" ] || echo "results are in $out; python perf/table.py --write puts them into the tables"
 exit "$failed"

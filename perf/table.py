@@ -1,8 +1,8 @@
-"""The README's table, made from what benches left in perf/results/.
+"""The tables of perf/NUMBERS.md and of the README, made from what benches left in perf/results/.
 
-    python perf/table.py                                            print it
-    python perf/table.py --write README.md                          put it between the markers
-    python perf/table.py --check README.md                          exit 1 when it is stale there
+    python perf/table.py                                            print the long one
+    python perf/table.py --write [FILE...]                          put both between their markers
+    python perf/table.py --check [FILE...]                          exit 1 when one is stale there
     python perf/bench_reference.py | python perf/table.py --keep reference      keep a result: its last line, and a card
 
 A row is *measured*, with the machine it was measured on; *counted*, where arithmetic on shapes decides and a test holds
@@ -24,7 +24,7 @@ from roofline import ASSUMED, Shapes, step_costs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+DOCUMENTS = (ROOT / "perf" / "NUMBERS.md", ROOT / "README.md")
 
 Result = dict[str, Any]
 
@@ -437,6 +437,21 @@ ROWS = (
 )
 
 
+HEADLINES = {
+    "step against the published way of writing it, CPU, float32": "a denoising step against the published code",
+    "peak memory of that step, float32": "its peak memory",
+    "simulator against real ranks": "the simulator against real ranks",
+    "portrait: a second of video, one CPU thread": "`generate`: CPU time for a second of video",
+    "avatar: text to first voice, 12-100 characters: median, p95": "`talk`: text to first voice, median, p95",
+    "avatar: text to first speaking frame, p95": "text to first speaking frame, p95",
+    "avatar: live sound to picture, look-ahead and compute, p95": "live sound to picture, p95",
+    "avatar: talking by the clock for 10 min, 256x256": "ten minutes by the clock",
+    "avatar: pixels of a probe at the start and after 30 min": "the same expression, 30 minutes later: pixels",
+    "avatar: words of the voice that a recogniser mishears, 50 sentences": "words that a recogniser mishears",
+}
+"""Rows that the README shows, and their names there."""
+
+
 def load(folder: Path) -> list[Result]:
     """Every kept result, oldest first by the date it carries, then by name."""
     found: list[tuple[str, str, Result]] = []
@@ -453,22 +468,54 @@ def table(results: Sequence[Result]) -> str:
     """Markdown."""
     lines = ["| what | goal | result | met | how it is known | command |", "|---|---|---|---|---|---|"]
     for row in ROWS:
-        found = row.measured(results) or (row.otherwise() if row.otherwise else _none_kept())
+        found = _found(row, results)
         met = {True: "yes", False: "no", None: "open"}[found.met]
         lines.append(f"| {row.what} | {row.goal} | {found.text} | {met} | {found.how} | `{row.command}` |")
     return "\n".join(lines)
+
+
+def headlines(results: Sequence[Result]) -> str:
+    """Markdown: the rows of the README; only what was measured has a place there."""
+    rows = {row.what: row for row in ROWS}
+    lines = ["| what | goal | result |", "|---|---|---|"]
+    for what, name in HEADLINES.items():
+        found = _found(rows[what], results)
+        text = found.text if found.how.startswith("measured") else "not measured"
+        lines.append(f"| {name} | {rows[what].goal} | {text.partition(' (')[0]} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Sequence[Result]], str]] = {"results": table, "headlines": headlines}
+
+
+def _found(row: Row, results: Sequence[Result]) -> Found:
+    return row.measured(results) or (row.otherwise() if row.otherwise else _none_kept())
 
 
 def _none_kept() -> Found:
     return Found("not measured", None, "no result is kept")
 
 
-def with_table(text: str, made: str) -> str:
+def with_table(text: str, name: str, made: str) -> str:
     """A document with the table between its markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"error: the document needs one {BEGIN} and, after it, one {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}"
+    begin, end = markers(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise SystemExit(f"error: the document needs one {begin} and, after it, one {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments that a table stands between."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def with_tables(text: str, results: Sequence[Result]) -> str:
+    """A document with all tables replaced that it has a place for; it has one at least."""
+    places = [name for name in TABLES if any(marker in text for marker in markers(name))]
+    for name in places or TABLES:
+        text = with_table(text, name, TABLES[name](results))
+    return text
 
 
 def keep(output: str, folder: Path, name: str, *, date: str, commit: str | None) -> Path:
@@ -495,8 +542,9 @@ def keep(output: str, folder: Path, name: str, *, date: str, commit: str | None)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: perf/results)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between its markers")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="exit 1 when the table in it is stale")
+    files = "FILE (default: perf/NUMBERS.md and README.md)"
+    parser.add_argument("--write", type=Path, nargs="*", metavar="FILE", help=f"put the tables into {files}")
+    parser.add_argument("--check", type=Path, nargs="*", metavar="FILE", help=f"exit 1 if one is stale in {files}")
     parser.add_argument("--keep", metavar="NAME", help="read a bench's output and keep its result under this name")
     parser.add_argument("--commit", help="with --keep: what the card says where there is no repository")
     args = parser.parse_args()
@@ -508,17 +556,17 @@ def main() -> None:
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         keep(output, args.results, args.keep, date=date, commit=args.commit)
         return
-    made = table(load(args.results))
-    document = args.write or args.check
-    if document is None:
-        print(made)
+    results = load(args.results)
+    if args.write is None and args.check is None:
+        print(table(results))
         return
-    text = document.read_text(encoding="utf-8")
-    fresh = with_table(text, made)
-    if args.write is not None:
-        document.write_text(fresh, encoding="utf-8")
-    elif fresh != text:
-        raise SystemExit(f"error: the table in {document} is stale; python perf/table.py --write {document}")
+    for document in (args.write if args.write is not None else args.check) or DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        fresh = with_tables(text, results)
+        if args.write is not None:
+            document.write_text(fresh, encoding="utf-8")
+        elif fresh != text:
+            raise SystemExit(f"error: a table in {document} is stale; python perf/table.py --write {document}")
 
 
 if __name__ == "__main__":

@@ -103,12 +103,21 @@ def test_the_newest_result_wins(tmp_path: Path) -> None:
 
 
 def test_the_table_goes_between_its_markers_and_nowhere_else() -> None:
-    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
-    assert table.with_table(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
-    assert table.with_table(table.with_table(text, "new"), "new") == table.with_table(text, "new")
-    for broken in ("no markers", f"{table.END} {table.BEGIN}", f"{table.BEGIN}{table.BEGIN}{table.END}"):
+    begin, end = table.markers("results")
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    once = table.with_table(text, "results", "new")
+    assert once == f"before\n{begin}\nnew\n{end}\nafter\n"
+    assert table.with_table(once, "results", "new") == once
+    for broken in ("no markers", f"{end} {begin}", f"{begin}{begin}{end}"):
         with pytest.raises(SystemExit, match="needs one"):
-            table.with_table(broken, "new")
+            table.with_tables(broken, [])
+
+
+def test_ten_numbers_are_headlines_and_none_of_them_is_a_prediction() -> None:
+    rows = table.headlines(table.load(table.RESULTS)).splitlines()[2:]
+    assert len(rows) == 10
+    assert [row for row in rows if "not measured" in row] == []
+    assert "not measured" in line(table.headlines([]), "a denoising step")
 
 
 def run_table(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
@@ -118,7 +127,7 @@ def run_table(*arguments: str, said: str = "") -> subprocess.CompletedProcess[st
 
 def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
-    document.write_text(f"# title\n{table.BEGIN}\n{table.END}\n")
+    document.write_text("# title\n" + "\n".join(table.markers("headlines")) + "\n")
     (tmp_path / "results").mkdir()
     options = ("--results", str(tmp_path / "results"))
     stale = run_table(*options, "--check", str(document))
@@ -129,8 +138,8 @@ def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
     assert "# title" in document.read_text()
 
 
-def test_the_readme_shows_what_is_kept() -> None:
-    done = run_table("--check", "README.md")
+def test_documents_show_what_is_kept() -> None:
+    done = run_table("--check")
     assert done.returncode == 0, done.stderr
 
 
