@@ -31,11 +31,12 @@ from typing import Any
 import torch
 from measure import machine_card
 
+from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.run import serve
+from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.schedule import Costs, Schedule, plan
 from streamdiff.pipeline.simulate import Hop, simulate
-from streamdiff.pipeline.transport import Group, Payload, World
+from streamdiff.pipeline.transport import Payload
 from streamdiff.pipeline.watch import Limits
 from streamdiff.trace import Recorder
 
@@ -87,7 +88,7 @@ def source(told: Plan, device: torch.device) -> Iterator[Packet]:
         yield Packet(chunk=chunk, epoch=0, lead=4, latent_BCTHW=latent)
 
 
-def run_rank(world: World, told: Plan, results: Any) -> None:
+def measure_rank(world: World, told: Plan, results: Any) -> None:
     torch.set_num_threads(1)
     device = torch.device(told.devices[world.rank])
     if device.type == "cuda":
@@ -103,7 +104,7 @@ def run_rank(world: World, told: Plan, results: Any) -> None:
     limits = Limits(deadline_s=60, startup_s=300)
     with Group(world, told.schedule, limits=limits, device=device, payload=told.payload) as group:
         work = Work(told.work_s, device)
-        serve(work, group.link(source=source(told, device), deliver=deliver), recorder)
+        run_rank(work, group.link(source=source(told, device), deliver=deliver), recorder)
     spans = [(span.name, span.start_s, span.end_s) for span in recorder.spans]
     results.put((world.rank, spans, delivered))
     results.close()
@@ -119,7 +120,9 @@ def run(told: Plan, timeout_s: float) -> tuple[list[list[tuple[str, float, float
         port = probe.getsockname()[1]
     num_ranks = told.schedule.num_ranks
     processes = [
-        context.Process(target=run_rank, args=(World(rank=rank, size=num_ranks, port=port), told, results), daemon=True)
+        context.Process(
+            target=measure_rank, args=(World(rank=rank, size=num_ranks, port=port), told, results), daemon=True
+        )
         for rank in range(num_ranks)
     ]
     for process in processes:

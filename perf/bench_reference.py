@@ -30,7 +30,8 @@ from streamdiff.config import DiTConfig, EngineConfig
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.models.served.step import ServedStep, ServedWeights, StepOptions
+from streamdiff.models.served.options import StepOptions
+from streamdiff.models.served.step import ServedStep, ServedWeights
 
 
 class PeakBytes(TorchDispatchMode):

@@ -37,9 +37,9 @@ from streamdiff import presets
 from streamdiff.config import EngineConfig
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.models.served.step import Precision, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import measure_backends
 
 PRECISIONS = {"bf16": Precision.WEIGHTS, "fp8": Precision.FP8}

@@ -88,10 +88,11 @@ from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models.audio import chunks
 from streamdiff.models.served.step import ServedStep
 from streamdiff.models.vae import from_rgb8, to_rgb8
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, plan
-from streamdiff.pipeline.stage import Chain, DenoiseStage
+from streamdiff.pipeline.stage import Chain
 from streamdiff.rope import Rotation
 from streamdiff.training.data.articulation import articulation, mouth_weights, opening_cm
 from streamdiff.training.data.clip import FPS, FRAME_SAMPLES, PROMPTS, RATE_HZ, TRUTH

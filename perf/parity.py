@@ -24,8 +24,8 @@ from streamdiff.checkpoint import load_strict
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig, VAEConfig
 from streamdiff.errors import StreamdiffError
 from streamdiff.models.dit import CausalDiT
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Command, Packet, RefreshSink, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 
 LIMIT = 1e-4
 

@@ -177,7 +177,7 @@ def profile_step(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     from bench_stage import PRECISIONS, Rig, bench_config, fitting_layers, with_layers
     from measure import machine_card, pick_device
 
-    from streamdiff.models.served.step import StepOptions
+    from streamdiff.models.served.options import StepOptions
 
     device = pick_device(args.device)
     config = bench_config(args)

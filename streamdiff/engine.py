@@ -28,15 +28,17 @@ from streamdiff.models import cost, vae
 from streamdiff.models.audio import AudioEncoder, LogMelFeatures, Wav2Vec2Features
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.served.decoder import ServedDecoder
-from streamdiff.models.served.step import StepOptions
+from streamdiff.models.served.options import StepOptions
 from streamdiff.models.tae import TAEConfig, TAEDecoder
 from streamdiff.models.text import HashedText, TextEncoder, UMT5Text
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb8
+from streamdiff.pipeline.decode import PRIMING_LATENTS, DecodeStage
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.packet import SetReference
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
-from streamdiff.pipeline.stage import PRIMING_LATENTS, Chain, DecodeStage, DenoiseStage, Stage
+from streamdiff.pipeline.stage import Chain, Stage
 from streamdiff.session import Session
 from streamdiff.trace import Observer
 

@@ -15,10 +15,10 @@ from streamdiff.engine import Engine
 from streamdiff.errors import BackendError
 from streamdiff.models import cost
 from streamdiff.models.audio import AudioChunk
-from streamdiff.models.served.step import Precision, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.models.vae import vae_flops
+from streamdiff.pipeline.decode import PRIMING_LATENTS
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us, render
-from streamdiff.pipeline.stage import PRIMING_LATENTS
 
 _TEXT_ENCODER_BYTES = 11_400_000_000
 """The published umT5-xxl encoder in bfloat16; it is loaded into host memory."""

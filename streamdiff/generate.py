@@ -24,13 +24,13 @@ from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.estimate import available_bytes, predicted_costs, role_bytes
 from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_image
 from streamdiff.models.audio import SPEECH_HZ, AudioChunk, chunks
-from streamdiff.models.served.step import StepOptions
+from streamdiff.models.served.options import StepOptions
 from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
 from streamdiff.pipeline.delivery import Delivery
+from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.run import run_local, serve
+from streamdiff.pipeline.run import run_local, run_rank
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, plan
-from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 from streamdiff.trace import Observer
 
@@ -189,12 +189,12 @@ def generate(
         stage = engine.stage(role, seed=job.seed, observer=observer)
         source = _source(job, engine, num_frames) if role.encodes else None
         if not role.decodes:
-            serve(stage, group.link(source=source), observer)
+            run_rank(stage, group.link(source=source), observer)
             return None
         with _Film(job, num_frames, progress) as film:
             link = group.link(source=source, deliver=film.show)
             film.start()
-            serve(stage, link, observer)
+            run_rank(stage, link, observer)
         return film.made()
 
 

@@ -43,8 +43,8 @@ from streamdiff.engine import Weights
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.estimate import describe, forecast
 from streamdiff.generate import Job, Made, check, engine_for, generate, schedule_for
-from streamdiff.models.served.step import Precision, StepOptions
-from streamdiff.pipeline.transport import World
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.pipeline.group import World
 from streamdiff.pipeline.watch import Limits
 from streamdiff.trace import JsonLines, Observer, Silent
 from streamdiff_kernels import BACKENDS

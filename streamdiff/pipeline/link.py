@@ -1,6 +1,6 @@
 """A rank's place in the line: packets come in on one side and go out on the other.
 
-The ends of the line and the way back are hidden here, so that the rank loop (`serve`) needs to know of
+The ends of the line and the way back are hidden here, so that the rank loop (`run_rank`) needs to know of
 neither: the head's link draws packets from a source and fills returned latents into them, the link of the
 last DiT rank returns latents that are asked for, the tail's link delivers. What an edge is made of, a queue
 between threads or a process group, is the business of whoever makes the link.

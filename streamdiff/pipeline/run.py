@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +12,8 @@ from streamdiff.errors import RankFailed, ScheduleError
 from streamdiff.pipeline.link import Doing, LineLink, Link, Mailbox, local_links
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, render_around
+from streamdiff.pipeline.stage import Stage
 from streamdiff.trace import Observer, Silent, span
-
-if TYPE_CHECKING:  # the real stages live beside the protocol, and a rank that only sleeps needs no models
-    from streamdiff.pipeline.stage import Stage
 
 STOP_S = 10.0
 """How long the end of a stream waits for threads to finish the step they are in."""
@@ -32,7 +29,7 @@ def packets(link: Link, observer: Observer) -> Iterator[Packet]:
         yield packet
 
 
-def serve(stage: Stage, link: Link, observer: Observer | None = None) -> None:
+def run_rank(stage: Stage, link: Link, observer: Observer | None = None) -> None:
     """Run one rank until its stream ends.
 
     Spans: ``wait`` for a packet, ``step`` on it, ``send`` until the next rank has room for it.
@@ -72,7 +69,7 @@ def run_local(
     observers = [Silent()] * schedule.num_ranks if observers is None else observers
     if schedule.num_ranks == 1:
         return _run_alone(schedule, stages[0], source, observers[0])
-    return _run_threads(schedule, stages, source, observers, deadline_s)
+    return _Threads(schedule, stages, source, observers).packets(deadline_s)
 
 
 def _run_alone(schedule: Schedule, stage: Stage, source: Iterator[Packet], observer: Observer) -> Iterator[Packet]:
@@ -121,73 +118,76 @@ class _Board:
             self._stopped.set()
 
 
-def _run_threads(
-    schedule: Schedule,
-    stages: Sequence[Stage],
-    source: Iterator[Packet],
-    observers: Sequence[Observer],
-    deadline_s: float,
-) -> Iterator[Packet]:
-    board = _Board()
-    finished: Mailbox[Packet | None] = Mailbox(1, board.check)
-    links = local_links(
-        schedule.num_ranks,
-        last_dit_rank=schedule.last_dit_rank,
-        source=source,
-        deliver=finished.put,
-        check=board.check,
-        queue_depth=QUEUE_DEPTH,
-    )
-    # Both modes belong to a thread, not to the process: without this, ranks would record gradients.
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+class _Threads:
+    """The ranks of one stream as threads."""
 
-    def run(rank: int) -> None:
-        link = links[rank]
+    def __init__(
+        self, schedule: Schedule, stages: Sequence[Stage], source: Iterator[Packet], observers: Sequence[Observer]
+    ) -> None:
+        self._schedule, self._stages, self._observers = schedule, stages, observers
+        self._board = board = _Board()
+        self._finished: Mailbox[Packet | None] = Mailbox(1, board.check)
+        self._links = local_links(
+            schedule.num_ranks,
+            last_dit_rank=schedule.last_dit_rank,
+            source=source,
+            deliver=self._finished.put,
+            check=board.check,
+            queue_depth=QUEUE_DEPTH,
+        )
+        # Both modes belong to a thread, not to the process: without this, ranks would record gradients.
+        self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def packets(self, deadline_s: float) -> Iterator[Packet]:
+        """Start every rank, yield packets as they leave the tail, and end every rank."""
+        threads = [
+            threading.Thread(target=self._run, args=(rank,), name=f"rank{rank}", daemon=True)
+            for rank in range(self._schedule.num_ranks)
+        ]
+        board = self._board
         try:
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
-                serve(stages[rank], link, observers[rank])
-            if rank == schedule.num_ranks - 1:
-                finished.put(None)
+            for thread in threads:
+                thread.start()
+            while (packet := self._finished.get(lambda: self._check_deadline(deadline_s))) is not None:
+                yield packet
+        except _Stopped:
+            assert board.error is not None
+            raise board.error from None
+        finally:
+            board.stop()
+            end_s = time.monotonic() + (0.0 if isinstance(board.error, RankFailed) else STOP_S)
+            for thread in threads:
+                thread.join(max(0.0, end_s - time.monotonic()))
+
+    def _run(self, rank: int) -> None:
+        link = self._links[rank]
+        try:
+            with torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad):
+                run_rank(self._stages[rank], link, self._observers[rank])
+            if rank == self._schedule.num_ranks - 1:
+                self._finished.put(None)
         except _Stopped:
             pass
         except BaseException as error:  # noqa: BLE001  raised again where the packets are consumed
-            _point_at(schedule, rank, link, error)
-            board.stop(error)
+            _point_at(self._schedule, rank, link, error)
+            self._board.stop(error)
         finally:
             if rank == 0:
                 link.close()
 
-    def check_deadline() -> None:
-        board.check()
-        for rank, link in enumerate(links):
+    def _check_deadline(self, deadline_s: float) -> None:
+        self._board.check()
+        for rank, link in enumerate(self._links):
             now = link.activity
             if now.doing in (Doing.WORKING, Doing.SOURCING) and time.monotonic() - now.since_s > deadline_s:
                 error = RankFailed(
                     f"rank {rank} has been {now.doing.value} (chunk {now.chunk}) for more than "
                     f"{deadline_s:g} s; find what it waits for, or raise the deadline\n"
-                    f"{render_around(schedule, rank, max(0, now.chunk))}",
+                    f"{render_around(self._schedule, rank, max(0, now.chunk))}",
                     rank=rank,
                 )
-                board.stop(error)
+                self._board.stop(error)
                 raise _Stopped
-
-    threads = [
-        threading.Thread(target=run, args=(rank,), name=f"rank{rank}", daemon=True)
-        for rank in range(schedule.num_ranks)
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        while (packet := finished.get(check_deadline)) is not None:
-            yield packet
-    except _Stopped:
-        assert board.error is not None
-        raise board.error from None
-    finally:
-        board.stop()
-        end_s = time.monotonic() + (0.0 if isinstance(board.error, RankFailed) else STOP_S)
-        for thread in threads:
-            thread.join(max(0.0, end_s - time.monotonic()))
 
 
 def _point_at(schedule: Schedule, rank: int, link: LineLink, error: BaseException) -> None:

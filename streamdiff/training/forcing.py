@@ -37,8 +37,8 @@ from streamdiff.memory import sink_lead
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.text import HashedText, TextEncoder
 from streamdiff.models.vae import to_rgb8
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.training import recipe, sequence
 from streamdiff.training.codec import Codec, attention_map, load_codec
 from streamdiff.training.loop import Part, Trainer

@@ -48,7 +48,7 @@ from streamdiff.config import DiTConfig, EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
-from streamdiff.pipeline.transport import World
+from streamdiff.pipeline.group import World
 from streamdiff.training import lora
 from streamdiff.training.distil import mapped
 from streamdiff.training.sequence import recomputed

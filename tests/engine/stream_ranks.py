@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from streamdiff.engine import Engine
+from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.run import serve
+from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.schedule import Schedule
-from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 from tests.engine.stream_case import eventful_packets, small_config
 
@@ -32,5 +32,5 @@ def make_stream(world: World, partition: tuple[int, ...], decode_alone: bool) ->
     with Group(world, schedule, limits=Limits(deadline_s=60, startup_s=120)) as group:
         stage = engine.stage(role, seed=7)
         source = eventful_packets(engine) if role.encodes else None
-        serve(stage, group.link(source=source, deliver=keep if role.decodes else None))
+        run_rank(stage, group.link(source=source, deliver=keep if role.decodes else None))
     return made if role.decodes else None

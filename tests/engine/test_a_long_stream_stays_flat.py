@@ -17,9 +17,10 @@ from streamdiff.config import EngineConfig
 from streamdiff.engine import Engine
 from streamdiff.memory import sink_lead
 from streamdiff.models.audio import AudioChunk
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import Role, plan
-from streamdiff.pipeline.stage import Chain, DenoiseStage
+from streamdiff.pipeline.stage import Chain
 from streamdiff.rope import THETA, sink_position
 from tests.engine.stream_case import small_config
 

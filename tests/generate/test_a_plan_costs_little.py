@@ -12,7 +12,7 @@ from streamdiff.cli.main import main
 from streamdiff.engine import Engine
 from streamdiff.errors import BackendError
 from streamdiff.models import cost
-from streamdiff.models.served.step import Precision, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.pipeline.schedule import Role
 
 ALL_STEPS = Role(rank=0, encodes=True, steps=(0, 1, 2, 3), decodes=False)

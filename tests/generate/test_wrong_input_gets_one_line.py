@@ -188,7 +188,7 @@ def test_a_malformed_flag_is_argparse_s(capsys: pytest.CaptureFixture[str], flag
 
 def test_what_the_flags_of_the_step_say_is_what_the_engine_gets() -> None:
     from streamdiff.cli.main import job_from, parser
-    from streamdiff.models.served.step import Precision
+    from streamdiff.models.served.options import Precision
 
     flags = ["generate", "--image", "a", "--audio", "b"]
     plain, chosen = (

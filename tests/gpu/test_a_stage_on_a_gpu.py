@@ -16,9 +16,9 @@ from streamdiff import presets
 from streamdiff.config import EngineConfig
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
-from streamdiff.models.served.step import Precision, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff_kernels import reference
 from streamdiff_kernels.tolerance import TOLERANCES
 from tests.models.step_case import Case, config_of, distance, rms_distance

@@ -12,8 +12,8 @@ from streamdiff.config import VAEConfig
 from streamdiff.models import vae
 from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.vae import VAEDecoder, to_rgb8
+from streamdiff.pipeline.decode import PRIMING_LATENTS, DecodeStage
 from streamdiff.pipeline.packet import Packet, SetReference
-from streamdiff.pipeline.stage import PRIMING_LATENTS, DecodeStage
 
 CUDA = pytest.param(
     "cuda",

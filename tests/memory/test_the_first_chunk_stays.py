@@ -14,9 +14,9 @@ from streamdiff.config import EngineConfig, MemoryConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.models.served.step import Precision, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Command, Packet, Rewind, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.rope import FrameRotations, first_shift, grid_rotation, rotate, sink_position
 from streamdiff.training import sequence
 from streamdiff.training.sequence import Remembered, chunk_velocity, sparse

@@ -12,7 +12,8 @@ from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, Mem
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition, initialise
-from streamdiff.models.served.step import ServedStep, ServedWeights, StepOptions
+from streamdiff.models.served.options import StepOptions
+from streamdiff.models.served.step import ServedStep, ServedWeights
 from streamdiff.rope import Rotation
 
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from streamdiff.config import EngineConfig
 from streamdiff.models.dit import CausalDiT
-from streamdiff.models.served.step import StepOptions
+from streamdiff.models.served.options import StepOptions
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 
 
 @dataclass(slots=True)

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from streamdiff.errors import MemoryOrderError
 from streamdiff.memory import StepMemory
 from streamdiff.models.dit import AudioCondition, TextCondition
-from streamdiff.models.served.step import ServedStep, ServedWeights, StepOptions
+from streamdiff.models.served.options import StepOptions
+from streamdiff.models.served.step import ServedStep, ServedWeights
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from tests.models.step_case import Case, config_of
 
 T = TypeVar("T")

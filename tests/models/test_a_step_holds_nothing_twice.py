@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from streamdiff import presets
 from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT
-from streamdiff.models.served.step import Precision, ServedWeights, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.models.served.step import ServedWeights
 from tests.models.step_case import Case, config_of, rms_distance
 from tests.models.step_on_paper import Watched, packet, stage_on_paper
 
@@ -35,7 +36,7 @@ def tensors_within(thing: object, seen: set[int] | None = None) -> Iterator[Tens
         parts: list[object] = list(thing)
     elif isinstance(thing, dict):
         parts = list(thing.values())
-    elif type(thing).__module__.startswith("streamdiff.models.served.step"):
+    elif type(thing).__module__.startswith("streamdiff.models.served"):
         names = [*getattr(thing, "__dict__", {}), *getattr(thing, "__slots__", ())]
         parts = [getattr(thing, name) for name in names]
     else:

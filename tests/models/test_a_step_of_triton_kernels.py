@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import torch
 from tests.models.step_case import Case, config_of, distance, rms_distance
-from streamdiff.models.served.step import Precision, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff_kernels import Impl
 
 torch.set_num_threads(1)

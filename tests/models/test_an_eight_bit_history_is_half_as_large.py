@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 from streamdiff.memory import StepMemory
 from streamdiff.models import cost
-from streamdiff.models.served.step import Precision, StepOptions
-from streamdiff.pipeline.stage import DenoiseStage
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff_kernels import Impl, quantise_rows
 from tests.models.step_case import Case, config_of, rms_distance
 

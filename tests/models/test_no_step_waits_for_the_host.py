@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from streamdiff import memory, presets
-from streamdiff.models.served import step
-from streamdiff.models.served.step import Precision, StepOptions
-from streamdiff.pipeline import stage
+from streamdiff import presets
+from streamdiff.memory import ring
+from streamdiff.memory import step as cache
+from streamdiff.models.served import block, linear, step
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.pipeline import decode, denoise, stage
 from streamdiff_kernels import plain
 from tests.models.step_on_paper import Watched, packet, stage_on_paper
 
 WAITING = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "unique", "masked_select", "any", "all", "equal"}
 """Methods that bring a value, or a shape that depends on values, to the host."""
-EXCEPT = {("stage.py", "_leave", "synchronize"), ("stage.py", "_settle", "synchronize")}
+EXCEPT = {("decode.py", "_leave", "synchronize"), ("denoise.py", "_settle", "synchronize")}
 """Frames leave the device here, and are waited for; and a rank that is traced waits, so that its spans are its work."""
 
 
@@ -73,7 +75,7 @@ def _reads_tensor(node: ast.AST) -> bool:
     return any(_reads_tensor(child) for child in ast.iter_child_nodes(node))
 
 
-@pytest.mark.parametrize("module", [step, stage, memory])
+@pytest.mark.parametrize("module", [linear, block, step, stage, denoise, decode, ring, cache])
 def test_nothing_asks_for_a_value(module: object) -> None:
     assert Lint(Path(str(module.__file__))).found == []  # type: ignore[attr-defined]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from streamdiff.errors import BackendError, ConfigError
 from streamdiff.memory import LayerMemory
-from streamdiff.models.served.step import Precision, ServedWeights, StepOptions
+from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.models.served.step import ServedWeights
 from streamdiff_kernels import Impl
 from tests.models.step_case import Case, config_of, distance, rms_distance
 

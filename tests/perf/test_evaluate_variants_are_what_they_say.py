@@ -15,10 +15,10 @@ from streamdiff import presets
 from streamdiff.engine import Engine, Weights
 from streamdiff.errors import ConfigError
 from streamdiff.models.audio import chunks
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.run import run_local
 from streamdiff.pipeline.schedule import plan
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.rope import sink_position
 from streamdiff.training.probe import Probe
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from streamdiff.errors import RankFailed
+from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent
-from streamdiff.pipeline.run import serve
+from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.schedule import Schedule
-from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 from tests.pipeline.line import SHAPE, SleepingStage
 
@@ -49,7 +49,7 @@ def layout(size: int) -> Schedule:
 def stream_forever(world: World, log: Path, deadline_s: float) -> None:
     signal.signal(signal.SIGTERM, stop_by_exception)
     with Group(world, layout(world.size), limits=Limits(deadline_s=deadline_s)) as group:
-        serve(SleepingStage(0.02), group.link(source=endless_source(), deliver=Log(log)))
+        run_rank(SleepingStage(0.02), group.link(source=endless_source(), deliver=Log(log)))
 
 
 def load_forever(world: World, log: Path) -> None:
@@ -106,7 +106,7 @@ def stream_with_trouble(
     )
     with group:
         stage = Trouble(5, what) if world.rank == culprit else SleepingStage(0.01)
-        serve(stage, group.link(source=endless_source(), deliver=lambda packet: None))
+        run_rank(stage, group.link(source=endless_source(), deliver=lambda packet: None))
 
 
 def load_with_trouble(world: World, culprit: int, kind: str, startup_s: float) -> None:
@@ -123,7 +123,7 @@ def load_with_trouble(world: World, culprit: int, kind: str, startup_s: float) -
             {"raises": boom, "slow": hang, "other schedule": lambda: None}[kind]()
         elif kind == "raises":
             time.sleep(1000)  # still loading when the news comes
-        serve(SleepingStage(0), group.link(source=endless_source(3), deliver=lambda packet: None))
+        run_rank(SleepingStage(0), group.link(source=endless_source(3), deliver=lambda packet: None))
 
 
 def leave_early(world: World, culprit: int) -> None:
@@ -132,13 +132,13 @@ def leave_early(world: World, culprit: int) -> None:
         if world.rank == culprit:
             link.recv()
             return
-        serve(SleepingStage(0.01), link)
+        run_rank(SleepingStage(0.01), link)
 
 
 def lose_a_message(world: World, culprit: int) -> None:
     from streamdiff.pipeline import transport
 
-    send = transport._End.send
+    send = transport.EdgeEnd.send
 
     def forgetful(self, packet, ready) -> None:
         if world.rank == culprit and packet is not None and packet.chunk == 4:
@@ -146,22 +146,22 @@ def lose_a_message(world: World, culprit: int) -> None:
         else:
             send(self, packet, ready)
 
-    transport._End.send = forgetful
+    transport.EdgeEnd.send = forgetful
     with Group(world, layout(world.size), limits=Limits(deadline_s=4)) as group:
-        serve(SleepingStage(0.01), group.link(source=endless_source(), deliver=lambda packet: None))
+        run_rank(SleepingStage(0.01), group.link(source=endless_source(), deliver=lambda packet: None))
 
 
 def swallow_a_message(world: World, culprit: int) -> None:
     """Nothing is wrong with anybody, and yet nothing moves: the end of the stream never arrives."""
     from streamdiff.pipeline import transport
 
-    send = transport._End.send
+    send = transport.EdgeEnd.send
 
     def deaf(self, packet, ready) -> None:
         if world.rank == culprit and packet is None:
             time.sleep(1000)
         send(self, packet, ready)
 
-    transport._End.send = deaf
+    transport.EdgeEnd.send = deaf
     with Group(world, layout(world.size), limits=Limits(deadline_s=2)) as group:
-        serve(SleepingStage(0.01), group.link(source=endless_source(3), deliver=lambda packet: None))
+        run_rank(SleepingStage(0.01), group.link(source=endless_source(3), deliver=lambda packet: None))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import (
     Command,
     Packet,
@@ -25,9 +26,9 @@ from streamdiff.pipeline.packet import (
     SetReference,
     SwitchPrompt,
 )
-from streamdiff.pipeline.run import serve
+from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us
-from streamdiff.pipeline.transport import Group, Payload, World
+from streamdiff.pipeline.transport import Payload
 from streamdiff.pipeline.watch import Limits
 
 MODULUS = 1_000_003
@@ -229,7 +230,7 @@ def timed_stream(
     world = replace(world, port=port)
     with Group(world, schedule, limits=Limits(deadline_s=20)) as group:
         link = group.link(source=source(), deliver=lambda packet: delivered.append(time.monotonic()))
-        serve(SleepingStage(work_s), link)
+        run_rank(SleepingStage(work_s), link)
     return (asked[0] if asked else 0.0), delivered
 
 
@@ -266,7 +267,7 @@ def gpu_stream(world: World, schedule: Schedule, payload: Payload, num_chunks: i
         delivered.append((packet.chunk, packet.latent_BCTHW.cpu().numpy(), packet.sound_S.numpy()))
 
     with Group(world, schedule, limits=Limits(deadline_s=60), device=device, payload=payload) as group:
-        serve(LateCounting(device), group.link(source=source(), deliver=deliver))
+        run_rank(LateCounting(device), group.link(source=source(), deliver=deliver))
     return delivered
 
 

@@ -26,10 +26,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from streamdiff.pipeline.transport import World
+from streamdiff.pipeline.group import World
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch.distributed", "numpy", "streamdiff.pipeline.transport"])
+_PROCESSES.set_forkserver_preload(["torch.distributed", "numpy", "streamdiff.pipeline.group"])
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from streamdiff.errors import BackendError
+from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import RefreshSink
 from streamdiff.pipeline.schedule import Schedule
-from streamdiff.pipeline.transport import Group, World
 from tests.pipeline.line import MODULUS, gpu_packets, gpu_stream
 from tests.pipeline.ranks import run_ranks, values
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from streamdiff.pipeline.run import run_local, serve
+from streamdiff.pipeline.group import Group, World
+from streamdiff.pipeline.run import run_local, run_rank
 from streamdiff.pipeline.schedule import Schedule, check
-from streamdiff.pipeline.transport import Group, World
 from streamdiff.pipeline.watch import Limits
 from tests.pipeline.line import (
     assert_equal_streams,
@@ -74,7 +74,7 @@ def stream_one(world: World, schedule: Schedule, refresh: int, rewind: tuple[int
     with Group(world, schedule, limits=Limits(deadline_s=20)) as group:
         stage = counting_stage(schedule.roles[world.rank])
         source = eventful_source(NUM_CHUNKS, refresh_chunk=refresh, rewind=rewind)
-        serve(stage, group.link(source=source, deliver=lambda packet: delivered.append(summary(packet))))
+        run_rank(stage, group.link(source=source, deliver=lambda packet: delivered.append(summary(packet))))
     # As arrays: tensors would travel to the parent through shared memory that dies with this process.
     return [(chunk, epoch, latent.numpy(), frames.numpy()) for chunk, epoch, latent, frames in delivered]
 

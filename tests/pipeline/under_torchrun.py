@@ -7,8 +7,8 @@ import signal
 import sys
 
 from streamdiff.errors import RankFailed
-from streamdiff.pipeline.run import serve
-from streamdiff.pipeline.transport import Group, World
+from streamdiff.pipeline.group import Group, World
+from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.watch import Limits
 from tests.pipeline.faults import Trouble, endless_source, layout, stop_by_exception
 from tests.pipeline.line import SleepingStage
@@ -32,7 +32,7 @@ def main(culprit: int) -> None:
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
             stage = Trouble(5, kill) if world.rank == culprit else SleepingStage(0.01)
             link = group.link(source=endless_source(12), deliver=lambda packet: delivered.append(packet.chunk))
-            serve(stage, link)
+            run_rank(stage, link)
     except RankFailed as error:
         print(f"rank {world.rank} says: {error}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from streamdiff import presets, rng
 from streamdiff.config import DiTConfig
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.pipeline.transport import World
+from streamdiff.pipeline.group import World
 from streamdiff.training import lora, shard
 from streamdiff.training.distil import ClipModel, Cut, accumulate, clip_velocity, conditions, critic_loss, roll_out
 from streamdiff.training.sequence import Visit, directly, windowed

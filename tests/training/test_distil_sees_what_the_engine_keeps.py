@@ -14,8 +14,8 @@ from torch import Tensor
 from streamdiff import flow, presets, rng
 from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, MemoryConfig
 from streamdiff.models.dit import CausalDiT, initialise
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.rope import rotate, sink_position
 from streamdiff.training.distil import (
     ClipModel,

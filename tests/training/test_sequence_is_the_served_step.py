@@ -16,8 +16,8 @@ from streamdiff import presets
 from streamdiff.config import EngineConfig, MemoryConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT, initialise
+from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
-from streamdiff.pipeline.stage import DenoiseStage
 from streamdiff.rope import sink_position
 from streamdiff.training import sequence
 from streamdiff.training.sequence import Layout, Remembered, chunk_velocity, sequence_velocity, sparse, windowed

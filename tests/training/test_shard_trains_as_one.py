@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamdiff.models.dit import CausalDiT
-from streamdiff.pipeline.transport import World
+from streamdiff.pipeline.group import World
 from streamdiff.training import shard
 from tests.pipeline.ranks import run_ranks, values
 from tests.training import shard_job

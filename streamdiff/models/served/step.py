@@ -22,17 +22,13 @@ width, N heads, K head width, F hidden width, P prompt tokens, A audio tokens, E
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
-from streamdiff.config import DiTConfig
-from streamdiff.errors import BackendError, ConfigError
+from streamdiff.errors import BackendError
 from streamdiff.memory import StepMemory
 from streamdiff.models.dit import (
     ADAPTIVE_NORM_EPS,
@@ -43,446 +39,29 @@ from streamdiff.models.dit import (
     Modulation,
     TextCondition,
 )
+from streamdiff.models.served.block import (
+    CrossAttention,
+    FusedRowOps,
+    LayerHistory,
+    LayerModulation,
+    LayerWeights,
+    RowOps,
+    TracedRowOps,
+    run_block,
+)
 from streamdiff.models.served.graphs import CudaGraphs, Graphs
+from streamdiff.models.served.linear import (
+    Activation,
+    AnyLinear,
+    DenseLinear,
+    DequantisedLinear,
+    FP8Linear,
+    FP8Tensor,
+    by_frame,
+    stack_linears,
+)
+from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.rope import Rotation
-from streamdiff_kernels import BackendUnavailable, Impl, reference
-from streamdiff_kernels.attention import backend_named
-
-
-class Precision(StrEnum):
-    """Arithmetic of the large linear layers."""
-
-    WEIGHTS = "weights"
-    """That of the weights as loaded."""
-    FP8 = "fp8"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOptions:
-    """How a step is computed. The defaults give the same bits on every rank and in every run."""
-
-    impl: Impl | None = None
-    """None: Triton on CUDA, plain torch elsewhere."""
-    attention: str | None = None
-    """A backend of `streamdiff_kernels`, or ``auto`` to measure once and take the fastest (then ranks may differ).
-    None: oneDNN on a CPU that has it (heads narrower than 64 excepted, in float32), cuDNN from Hopper on, what torch
-    chooses elsewhere."""
-    precision: Precision = Precision.WEIGHTS
-    kept_layers: int = 1
-    """With fp8: how many layers at each end of the model keep the precision of their weights."""
-    history: Precision = Precision.WEIGHTS
-    """Of the keys and values that are remembered; fp8 takes half the memory, and on CUDA the attention ``triton``."""
-    graph: bool = True
-    """Replay CUDA graphs; no effect on a CPU."""
-    compile: bool = False
-    """Let ``torch.compile`` fuse the block instead of our kernels: one compilation for all layers, steps and chunks, or
-    two where attention wants the fill level as an integer. May be combined with ``graph``."""
-
-    def __post_init__(self) -> None:
-        if self.kept_layers < 0:
-            raise ConfigError(f"kept_layers counts layers at each end, got {self.kept_layers}; use 0 for none")
-
-    def resolved(self, device: torch.device) -> Impl:
-        if self.impl is not None:
-            return self.impl
-        return Impl.TRITON if device.type == "cuda" else Impl.TORCH
-
-    def resolved_attention(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-        """The backend to ask for; not yet whether it can run."""
-        if self.attention is not None:
-            return self.attention
-        if device.type == "cuda" and self.history is Precision.FP8:
-            return "triton"  # the others would widen the whole history at every call
-        ready = kernels.available_backends(device=device, dtype=dtype, head_dim=head_dim)
-        narrow = head_dim < 64 and dtype == torch.float32
-        if device.type == "cpu" and ready["onednn"] is None and not narrow:
-            return "onednn"  # narrow heads are left to torch: a chunk of the portrait preset takes 0.8 of the time
-        if device.type == "cuda" and ready["sdpa-cudnn"] is None and torch.cuda.get_device_capability(device) >= (9, 0):
-            return "sdpa-cudnn"
-        return "sdpa"
-
-    def check(self, config: DiTConfig, device: torch.device, dtype: torch.dtype) -> None:
-        """Find what cannot run here before weights are loaded.
-
-        Raises BackendError for an implementation, an attention backend or a precision that this device, these weights
-        or this model rule out. ``auto`` finds a backend everywhere.
-        """
-        try:
-            kernels.require(self.resolved(device), device)
-            if self.attention is not None and self.attention != "auto":
-                backend_named(self.attention, device=device, dtype=dtype, head_dim=config.head_dim)
-        except BackendUnavailable as error:
-            raise BackendError(str(error)) from error
-        if self.precision is Precision.FP8:
-            _check_eight_bits(config, device, dtype)
-
-
-def _check_eight_bits(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> None:
-    if dtype != torch.bfloat16:
-        raise BackendError(
-            f"fp8 linears accumulate to bfloat16 but the weights are {str(dtype).removeprefix('torch.')}; load them as "
-            "bfloat16, as is done on CUDA, or use the precision of the weights"
-        )
-    if config.dim % 16 or config.ffn_dim % 16:
-        raise BackendError(
-            f"fp8 products want widths in multiples of 16, got dim={config.dim} and ffn_dim={config.ffn_dim}; "
-            "use the precision of the weights"
-        )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        major, minor = torch.cuda.get_device_capability(device)
-        raise BackendError(
-            f"fp8 products need capability 8.9 (Ada, Hopper) and this GPU has {major}.{minor}; "
-            "use the precision of the weights"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------- linear layers
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Bytes:
-    """Activations in eight bits, one scale per token."""
-
-    x8_BLD: Tensor
-    scale_BL: Tensor
-
-    def frames(self, num_frames: int) -> _Bytes:
-        """Latent frames moved into the batch axis."""
-        return _Bytes(_frames(self.x8_BLD, num_frames), _frames(self.scale_BL, num_frames))
-
-
-Activation = Tensor | _Bytes
-"""What goes into a linear layer: as it is, or in eight bits."""
-
-
-def _frames(x_BL: Tensor, num_frames: int) -> Tensor:
-    return x_BL.unflatten(1, (num_frames, -1)).flatten(0, 1)
-
-
-class _Dense:
-    """A linear layer in the precision of its weights; ``impl`` None: one that a compiler sees through."""
-
-    eight_bits = False
-
-    def __init__(self, weight_ED: Tensor, bias_E: Tensor, impl: Impl | None) -> None:
-        self.weight_ED, self.bias_E, self._impl = weight_ED, bias_E, impl
-
-    def __call__(self, x: Activation, *, gelu: bool = False) -> Tensor:
-        assert isinstance(x, Tensor)
-        if self._impl is not None:
-            return kernels.linear(x, self.weight_ED, self.bias_E, gelu=gelu, impl=self._impl)
-        y = F.linear(x, self.weight_ED, self.bias_E)
-        return F.gelu(y, approximate="tanh") if gelu else y
-
-
-class _Dense8:
-    """A linear layer in eight bits."""
-
-    eight_bits = True
-
-    def __init__(self, weight8_ED: Tensor, scale_E: Tensor, bias_E: Tensor) -> None:
-        self.weight8_ED, self.scale_E, self.bias_E = weight8_ED, scale_E, bias_E
-
-    def __call__(self, x: Activation, *, gelu: bool = False) -> Tensor:
-        assert isinstance(x, _Bytes)
-        assert not gelu, "in eight bits GELU belongs to the pass that quantises it"
-        return kernels.linear_fp8(
-            x.x8_BLD,
-            x.scale_BL,
-            self.weight8_ED,
-            self.scale_E,
-            self.bias_E,
-            out_dtype=self.bias_E.dtype,
-            impl=Impl.TORCH,
-        )
-
-
-_Linear = _Dense | _Dense8
-
-
-class _Rested(nn.Linear):
-    """A linear layer of the DiT whose weight now lies in eight bits, widened anew at every call.
-
-    The sink is prefilled through it, once per reference; a chunk never is.
-    """
-
-    def __init__(self, weight8_ED: Tensor, scale_E: Tensor, bias_E: Tensor) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight8_ED.shape
-        self.weight8_ED = nn.Buffer(weight8_ED)
-        self.scale_E = nn.Buffer(scale_E)
-        self.bias = nn.Parameter(bias_E, requires_grad=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight_ED = (self.weight8_ED.float() * self.scale_E[:, None]).to(input.dtype)
-        return F.linear(input, weight_ED, self.bias)
-
-
-def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:
-    """Stack linear layers into one matrix and make each of them a view of it; one alone stays where it is."""
-    if len(linears) == 1:
-        return linears[0].weight.data, linears[0].bias.data
-    weight_ED = torch.cat([linear.weight.data for linear in linears])
-    bias_E = torch.cat([linear.bias.data for linear in linears])
-    sizes = [linear.out_features for linear in linears]
-    for linear, rows, shift in zip(linears, weight_ED.split(sizes), bias_E.split(sizes), strict=True):
-        linear.weight = nn.Parameter(rows, requires_grad=False)
-        linear.bias = nn.Parameter(shift, requires_grad=False)
-    return weight_ED, bias_E
-
-
-# ----------------------------------------------------------------------------------------- what stands between them
-
-
-class _Between(Protocol):
-    """All that a step does between its linear layers and its attention."""
-
-    def open(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
-        """Norm and modulation."""
-        ...
-
-    def close(
-        self,
-        x_BLD: Tensor,
-        y_BLD: Tensor,
-        gate: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-        *,
-        eight_bits: bool,
-    ) -> tuple[Tensor, Activation]:
-        """``x + gate * y``, and that opened again; may write over ``x``."""
-        ...
-
-    def place(self, qkv_BLE: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float) -> Tensor:
-        """Norm and rotate q and k, write k and v into their slot; returns ``q_BLNK``."""
-        ...
-
-    def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
-
-    def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
-        """An activation that no other pass prepared."""
-        ...
-
-    def gelu8(self, x_BLF: Tensor) -> Activation:
-        """GELU (tanh) of the hidden layer, in eight bits."""
-        ...
-
-
-class _Fused:
-    """Our kernels: one pass over memory each."""
-
-    def __init__(self, impl: Impl) -> None:
-        self._impl = impl
-
-    def open(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
-        if eight_bits:
-            return _Bytes(*kernels.norm_modulate_fp8(x_BLD, scale, shift, eps=eps, impl=self._impl))
-        return kernels.norm_modulate(x_BLD, scale, shift, eps=eps, impl=self._impl)
-
-    def close(
-        self,
-        x_BLD: Tensor,
-        y_BLD: Tensor,
-        gate: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-        *,
-        eight_bits: bool,
-    ) -> tuple[Tensor, Activation]:
-        arguments = (x_BLD, y_BLD, gate, scale, shift)
-        if eight_bits:
-            return x_BLD, _Bytes(*kernels.gate_residual_norm_modulate_fp8_(*arguments, eps=eps, impl=self._impl))
-        return x_BLD, kernels.gate_residual_norm_modulate_(*arguments, eps=eps, impl=self._impl)
-
-    def place(self, qkv_BLE: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float) -> Tensor:
-        q_BLD, k_BLD, v_BLD = qkv_BLE.chunk(3, dim=-1)
-        q_BLNK, _ = kernels.qk_norm_rope_write(
-            q_BLD,
-            k_BLD,
-            v_BLD,
-            q_weight_D=layer.norm_q_D,
-            k_weight_D=layer.norm_k_D,
-            cos_LR=rotation.cos_LF,
-            sin_LR=rotation.sin_LF,
-            keys_BMNK=ring.keys_BMNK,
-            values_BMNK=ring.values_BMNK,
-            key_scale_BMN=ring.key_scale_BMN,
-            value_scale_BMN=ring.value_scale_BMN,
-            slot=ring.slot,
-            ring_start=ring.sink_tokens,
-            eps=eps,
-            impl=self._impl,
-        )
-        return q_BLNK
-
-    def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        return kernels.rms_norm(x_BLD, weight_D, eps=eps, impl=self._impl)
-
-    def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
-        return _Bytes(*kernels.quantise_rows(x_BLD, impl=self._impl)) if eight_bits else x_BLD
-
-    def gelu8(self, x_BLF: Tensor) -> Activation:
-        return _Bytes(*kernels.gelu_fp8(x_BLF, impl=self._impl))
-
-
-class _Traced:
-    """The same in torch that a compiler can see through, so that it does the fusing."""
-
-    def open(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
-        if eight_bits:
-            return _Bytes(*reference.quantise_rows(reference.norm_modulate(x_BLD.float(), scale, shift, eps)))
-        return reference.norm_modulate(x_BLD, scale, shift, eps)
-
-    def close(
-        self,
-        x_BLD: Tensor,
-        y_BLD: Tensor,
-        gate: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        eps: float,
-        *,
-        eight_bits: bool,
-    ) -> tuple[Tensor, Activation]:
-        # A new tensor, not the old one overwritten: torch 2.13's compiler fails on a CPU where it fuses two writes.
-        x_BLD = reference.gate_residual(x_BLD, y_BLD, gate)
-        return x_BLD, self.open(x_BLD, scale, shift, eps, eight_bits=eight_bits)
-
-    def place(self, qkv_BLE: Tensor, layer: _Layer, rotation: Rotation, ring: _Ring, eps: float) -> Tensor:
-        q_BLD, k_BLD, v_BLD = qkv_BLE.chunk(3, dim=-1)
-        weights = (layer.norm_q_D, layer.norm_k_D)
-        q_BLNK, k_BLNK = reference.qk_norm_rope(q_BLD, k_BLD, *weights, rotation.cos_LF, rotation.sin_LF, eps)
-        L = q_BLD.shape[1]
-        rows_L = ring.sink_tokens + ring.slot * L + torch.arange(L, device=q_BLD.device)
-        v_BLNK = v_BLD.unflatten(-1, k_BLNK.shape[-2:])
-        for rows_BMNK, scales_BMN, x_BLNK in (
-            (ring.keys_BMNK, ring.key_scale_BMN, k_BLNK),
-            (ring.values_BMNK, ring.value_scale_BMN, v_BLNK),
-        ):
-            if scales_BMN is None:
-                rows_BMNK.index_copy_(1, rows_L, x_BLNK.to(rows_BMNK.dtype))
-            else:
-                x8_BLNK, scale_BLN = reference.quantise_rows(x_BLNK.float())
-                # The bits are what moves: no index_copy_ takes eight-bit floats.
-                rows_BMNK.view(torch.uint8).index_copy_(1, rows_L, x8_BLNK.view(torch.uint8))
-                scales_BMN.index_copy_(1, rows_L, scale_BLN)
-        return q_BLNK.to(q_BLD.dtype)
-
-    def norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        return reference.rms_norm(x_BLD, weight_D, eps)
-
-    def enter(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
-        return _Bytes(*reference.quantise_rows(x_BLD)) if eight_bits else x_BLD
-
-    def gelu8(self, x_BLF: Tensor) -> Activation:
-        return _Bytes(*reference.quantise_rows(reference.gelu_tanh(x_BLF.float())))
-
-
-# ------------------------------------------------------------------------------------------------------- one layer
-
-
-@dataclass(slots=True, eq=False)
-class _Query:
-    """A cross-attention whose keys and values are given."""
-
-    q: _Linear
-    norm_D: Tensor
-    o: _Linear
-    backend: str
-
-    def __call__(self, between: _Between, h: Activation, k_BPNK: Tensor, v_BPNK: Tensor, eps: float) -> Tensor:
-        q_BLNK = between.norm(self.q(h), self.norm_D, eps).unflatten(-1, k_BPNK.shape[-2:])
-        y_BLNK = kernels.attend(q_BLNK, k_BPNK, v_BPNK, k_BPNK.shape[1], backend=self.backend)
-        return self.o(between.enter(y_BLNK.flatten(2), eight_bits=self.o.eight_bits))
-
-
-@dataclass(slots=True, eq=False)
-class _Layer:
-    """One block's weights, laid out for use."""
-
-    qkv: _Linear
-    norm_q_D: Tensor
-    norm_k_D: Tensor
-    o: _Linear
-    text: _Query
-    norm3_scale_1D: Tensor
-    norm3_shift_1D: Tensor
-    up: _Linear
-    down: _Linear
-    audio: _Query | None
-
-
-@dataclass(slots=True, eq=False)
-class _Constants:
-    """Modulation of one layer at one noise level, float32 ``[1, D]``."""
-
-    shift1: Tensor
-    scale1: Tensor
-    gate1: Tensor
-    shift2: Tensor
-    scale2: Tensor
-    gate2: Tensor
-
-
-@dataclass(slots=True, eq=False)
-class _Ring:
-    """One layer's history, and where in it this chunk goes and how far it sees."""
-
-    keys_BMNK: Tensor
-    values_BMNK: Tensor
-    key_scale_BMN: Tensor | None
-    value_scale_BMN: Tensor | None
-    slot: Tensor
-    sink_tokens: int
-    length: Tensor | int
-    backend: str
-
-
-def _attend(between: _Between, eps: float, h: Activation, layer: _Layer, rotation: Rotation, ring: _Ring) -> Tensor:
-    """Self-attention over the history. What is used once has no name here, so that its memory is free at once."""
-    q_BLNK = between.place(layer.qkv(h), layer, rotation, ring, eps)
-    y_BLNK = kernels.attend(
-        q_BLNK,
-        ring.keys_BMNK,
-        ring.values_BMNK,
-        ring.length,
-        backend=ring.backend,
-        key_scale_BMN=ring.key_scale_BMN,
-        value_scale_BMN=ring.value_scale_BMN,
-    )
-    return layer.o(between.enter(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
-
-
-def _block(
-    between: _Between,
-    eps: float,
-    x_BLD: Tensor,
-    h: Activation,
-    layer: _Layer,
-    constants: _Constants,
-    rotation: Rotation,
-    text_k_BPNK: Tensor,
-    text_v_BPNK: Tensor,
-    ring: _Ring,
-) -> tuple[Tensor, Tensor]:
-    """Self-attention and attention to the prompt, added to ``x``; returns that and the feed-forward's branch.
-
-    ``h`` is ``x``, normed and modulated for this layer. ``x`` may be overwritten.
-    """
-    y_BLD = _attend(between, eps, h, layer, rotation, ring)
-    scale, shift = layer.norm3_scale_1D, layer.norm3_shift_1D
-    x_BLD, h = between.close(x_BLD, y_BLD, constants.gate1, scale, shift, eps, eight_bits=layer.text.q.eight_bits)
-    y_BLD = layer.text(between, h, text_k_BPNK, text_v_BPNK, eps)
-    scale, shift = constants.scale2, constants.shift2
-    x_BLD, h = between.close(x_BLD, y_BLD, None, scale, shift, eps, eight_bits=layer.up.eight_bits)
-    hidden = between.gelu8(layer.up(h)) if layer.down.eight_bits else layer.up(h, gelu=True)
-    return x_BLD, layer.down(hidden)
-
-
-# -------------------------------------------------------------------------------------------------- what is served
 
 
 class _Inputs:
@@ -627,11 +206,11 @@ class ServedWeights:
         patches_BLC = cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(1, 3).flatten(2)
         return F.linear(patches_BLC.to(self._embed_weight_DC.dtype), self._embed_weight_DC, self._embed_bias_D)
 
-    def _layer(self, index: int, block: Block, *, eight_bits: bool) -> _Layer:
+    def _layer(self, index: int, block: Block, *, eight_bits: bool) -> LayerWeights:
         dit = self.dit
         injector = dit.injector_of.get(index)
         audio = None if injector is None else dit.audio_injector.injector.at(injector)
-        return _Layer(
+        return LayerWeights(
             qkv=self._linear(block.self_attn, ("q", "k", "v"), eight_bits=eight_bits),
             norm_q_D=block.self_attn.norm_q.weight.data,
             norm_k_D=block.self_attn.norm_k.weight.data,
@@ -645,35 +224,35 @@ class ServedWeights:
             audio=None if audio is None else self._query(audio, eight_bits=eight_bits),
         )
 
-    def _query(self, attention: Attention, *, eight_bits: bool) -> _Query:
-        return _Query(
+    def _query(self, attention: Attention, *, eight_bits: bool) -> CrossAttention:
+        return CrossAttention(
             q=self._linear(attention, ("q",), eight_bits=eight_bits),
             norm_D=attention.norm_q.weight.data,
             o=self._linear(attention, ("o",), eight_bits=eight_bits),
             backend="sdpa",
         )
 
-    def _linear(self, parent: nn.Module, names: tuple[str, ...], *, eight_bits: bool) -> _Linear:
+    def _linear(self, parent: nn.Module, names: tuple[str, ...], *, eight_bits: bool) -> AnyLinear:
         """Linear layers of a module as one; in eight bits they take the place of the originals."""
         linears: list[nn.Linear] = []
         for name in names:
             linear = getattr(parent, name)
-            if not isinstance(linear, nn.Linear) or isinstance(linear, _Rested):
+            if not isinstance(linear, nn.Linear) or isinstance(linear, DequantisedLinear):
                 raise BackendError(
-                    "these weights were quantised for serving before; share one ServedWeights between steps, "
+                    "these weights were quantised for serving before; share one ServedWeights ops steps, "
                     "or load the model again"
                 )
             linears.append(linear)
-        weight_ED, bias_E = _joined(tuple(linears))
+        weight_ED, bias_E = stack_linears(tuple(linears))
         if not eight_bits:
-            return _Dense(weight_ED, bias_E, None if self.options.compile else self.impl)
+            return DenseLinear(weight_ED, bias_E, None if self.options.compile else self.impl)
         weight8_ED, scale_E = kernels.quantise_rows(weight_ED, impl=self.impl)
         first = 0
         for name, linear in zip(names, linears, strict=True):
             rows = slice(first, first + linear.out_features)
-            setattr(parent, name, _Rested(weight8_ED[rows], scale_E[rows], bias_E[rows]))
+            setattr(parent, name, DequantisedLinear(weight8_ED[rows], scale_E[rows], bias_E[rows]))
             first += linear.out_features
-        return _Dense8(weight8_ED, scale_E, bias_E)
+        return FP8Linear(weight8_ED, scale_E, bias_E)
 
 
 class ServedStep:
@@ -688,15 +267,15 @@ class ServedStep:
     ) -> None:
         self._weights = weights
         self._memory = memory
-        self._between = _Fused(weights.impl)
-        self._within: _Between = _Traced() if options.compile else self._between
+        self._ops = FusedRowOps(weights.impl)
+        self._block_ops: RowOps = TracedRowOps() if options.compile else self._ops
         self._eps = weights.dit.config.eps
-        self._constants = [_Constants(*(row[None] for row in rows)) for rows in modulation.layers_Z6D]
+        self._constants = [LayerModulation(*(row[None] for row in rows)) for rows in modulation.layers_Z6D]
         self._sigma = modulation.sigma
         self._head_shift_1D, self._head_scale_1D = modulation.head_2D[:1], modulation.head_2D[1:]
         self._backend = weights.backend(memory)
         # A function, not a method: one compilation serves all steps.
-        self._block = torch.compile(_block, fullgraph=True) if options.compile else _block
+        self._block = torch.compile(run_block, fullgraph=True) if options.compile else run_block
         none = [None] * memory.keys_ZBMNK.shape[0]
         key_scales = none if memory.key_scale_ZBMN is None else memory.key_scale_ZBMN
         value_scales = none if memory.value_scale_ZBMN is None else memory.value_scale_ZBMN
@@ -751,20 +330,20 @@ class ServedStep:
     def _forward(
         self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
     ) -> Tensor:
-        weights, memory, between, eps = self._weights, self._memory, self._between, self._eps
+        weights, memory, ops, eps = self._weights, self._memory, self._ops, self._eps
         layers = weights.layers
         _, _, T, H, W = latent_BCTHW.shape
         length = memory.length if self._follows_length else memory.length_on_host
         x_BLD = weights.embed(latent_BCTHW)
         constants = self._constants[0]
-        h: Activation = between.open(
+        h: Activation = ops.norm_modulate(
             x_BLD, constants.scale1, constants.shift1, eps, eight_bits=layers[0].qkv.eight_bits
         )
         y_BLD, gate = x_BLD, constants.gate2
         injector = 0
         for z, layer in enumerate(layers):
             x_BLD, y_BLD = self._block(
-                self._within,
+                self._block_ops,
                 eps,
                 x_BLD,
                 h,
@@ -773,7 +352,7 @@ class ServedStep:
                 rotation,
                 text.keys_ZBPNK[z],
                 text.values_ZBPNK[z],
-                _Ring(*self._rings[z], memory.slot_index, memory.sink_tokens, length, self._backend),
+                LayerHistory(*self._rings[z], memory.slot_index, memory.sink_tokens, length, self._backend),
             )
             gate = self._constants[z].gate2
             if layer.audio is not None and audio is not None:
@@ -783,23 +362,23 @@ class ServedStep:
             if z + 1 < len(layers):
                 constants, eight_bits = self._constants[z + 1], layers[z + 1].qkv.eight_bits
                 scale, shift = constants.scale1, constants.shift1
-                x_BLD, h = between.close(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=eight_bits)
+                x_BLD, h = ops.residual_norm_modulate(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=eight_bits)
         scale, shift = self._head_scale_1D, self._head_shift_1D
-        _, h = between.close(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False)
+        _, h = ops.residual_norm_modulate(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False)
         assert isinstance(h, Tensor)
         said_BCTHW = weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
         return weights.dit.velocity(latent_BCTHW, said_BCTHW, self._sigma)
 
     def _hear(
-        self, x_BLD: Tensor, y_BLD: Tensor, gate_1D: Tensor, query: _Query, audio: AudioCondition, injector: int
+        self, x_BLD: Tensor, y_BLD: Tensor, gate_1D: Tensor, query: CrossAttention, audio: AudioCondition, injector: int
     ) -> tuple[Tensor, Tensor]:
         """Add the last branch to ``x``, and open the one in which every latent frame hears its own moment."""
         scale_BTD, shift_BTD = audio.scales[injector][:, :, 0], audio.shifts[injector][:, :, 0]
         T = scale_BTD.shape[1]
         gate_TD = gate_1D.expand(T, -1)
-        x_BLD, h = self._between.close(
+        x_BLD, h = self._ops.residual_norm_modulate(
             x_BLD, y_BLD, gate_TD, scale_BTD, shift_BTD, ADAPTIVE_NORM_EPS, eight_bits=query.q.eight_bits
         )
-        frames = h.frames(T) if isinstance(h, _Bytes) else _frames(h, T)
-        y = query(self._between, frames, audio.keys[injector], audio.values[injector], self._eps)
+        frames = h.frames(T) if isinstance(h, FP8Tensor) else by_frame(h, T)
+        y = query(self._ops, frames, audio.keys[injector], audio.values[injector], self._eps)
         return x_BLD, y.view_as(x_BLD)

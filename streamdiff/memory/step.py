@@ -1,23 +1,4 @@
-"""What a denoising step remembers of its own stream, at its own noise level.
-
-Every step keeps a history of its own: the keys and values that it computed itself, from the noisy chunk it was given
-(Live Avatar, timestep-forcing). Per layer there is one buffer of fixed address,
-
-    [ sink | slot 0 | slot 1 | ... | slot W-1 ]
-
-and chunk c always lives in slot ``c mod W``. Softmax does not care about the order of keys once they carry their
-positions, so a chunk attends to one dense prefix of that buffer: no concatenation, no mask, no eviction.
-
-- The chunks' keys are stored already rotated to their absolute positions.
-- The sink's keys are kept un-rotated in a pristine copy and rotated from it into the buffer for every chunk. Rotating
-  the rotated keys again would lose a little each time: 5 % after 100 chunks in bfloat16, 52 % after 1000.
-- A window may keep the first chunk for good, in slot 0; the others take turns in the slots after it. Its keys move
-  along with the stream like the sink's, turned from a copy.
-- A slot that is overwritten is first copied to a spill, so that ``slack_chunks`` chunks can be taken back.
-- Keys and values may lie in eight bits (e4m3) with one scale per token and head: half the memory. The pristine sink
-  does not, so that turning it rounds once.
-
-What is where is decided with integers in `Ring`; `StepMemory` moves the tensors.
+"""The key-value cache of one denoising step: rings of fixed address, and the sink turned into them for every chunk.
 
 Axes: Z layers, B streams, S sink tokens, M tokens remembered, L tokens of a chunk, N heads, K head width.
 """
@@ -31,128 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamdiff import rng
 from streamdiff.errors import MemoryOrderError
+from streamdiff.memory.ring import Ring, Slot
 from streamdiff.rope import Rotation
 from streamdiff_kernels import Impl, quantise_rows, rotate_sink_
-
-
-def sink_lead(*, seed: int, stream: int, chunk: int, low: int, high: int) -> int:
-    """Latent frames by which the sink leads a chunk: drawn per chunk, the same on every rank and step.
-
-    The published code draws it anew in every forward on every rank, unseeded, and so cannot be reproduced.
-    """
-    return rng.integer(low, high, "lead", seed, stream, chunk)
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where a chunk goes."""
-
-    index: int
-    """Slot in the ring."""
-    filled: int
-    """Slots that hold something, this chunk's included: the chunk attends to slots 0 .. filled - 1."""
-    evicted: int | None
-    """Chunk that this one displaces, or None."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """A chunk that a rewind brings back from the spill."""
-
-    chunk: int
-    slot: int
-    spill: int
-
-
-class Ring:
-    """Which chunk lives in which slot. Integers only.
-
-    The same chunk overwrites itself, the next chunk advances, anything else is an error.
-
-    >>> ring = Ring(window=3, slack=2)
-    >>> [ring.admit(c).index for c in (0, 1, 2, 2, 3)]
-    [0, 1, 2, 2, 0]
-    >>> ring.resident
-    (1, 2, 3)
-    """
-
-    def __init__(self, *, window: int, slack: int, keeps_first: bool = False) -> None:
-        self.window = window
-        self.slack = slack
-        self.keeps_first = keeps_first
-        self.latest = -1
-        self._period = window - 1 if keeps_first else window
-        """Chunks after which a slot is used again."""
-        self._held: dict[int, int] = {}
-        """Slot -> chunk whose keys are really there."""
-        self._spilled: dict[int, int] = {}
-        """Spill slot -> chunk kept there."""
-
-    def slot_of(self, chunk: int) -> int:
-        """Where a chunk lives while it is remembered."""
-        if not self.keeps_first:
-            return chunk % self.window
-        return 0 if chunk == 0 else 1 + (chunk - 1) % self._period
-
-    def _up_to(self, chunk: int) -> tuple[int, ...]:
-        """What the window holds when ``chunk`` is the last one in it, oldest first."""
-        recent = tuple(range(max(0, chunk - self._period + 1), chunk + 1))
-        return (0, *recent) if self.keeps_first and 0 not in recent and recent else recent
-
-    @property
-    def resident(self) -> tuple[int, ...]:
-        """Chunks remembered, oldest first."""
-        return self._up_to(self.latest)
-
-    def admit(self, chunk: int) -> Slot:
-        """Make room for a chunk and say where it goes."""
-        if chunk not in (self.latest, self.latest + 1) or chunk < 0:
-            raise MemoryOrderError(
-                f"chunk {chunk} came out of turn: this memory holds up to chunk {self.latest}, so it takes "
-                f"{f'{self.latest} again or ' if self.latest >= 0 else ''}{self.latest + 1}; "
-                f"to go back, rewind first"
-            )
-        index = self.slot_of(chunk)
-        evicted = None
-        if chunk > self.latest and self._held.get(index) == chunk - self._period:
-            # Right after a rewind the slot may hold a chunk that was taken back: nothing worth keeping.
-            evicted = chunk - self._period
-            if self.slack:
-                self._spilled[evicted % self.slack] = evicted
-        self._held[index] = chunk
-        self.latest = chunk
-        return Slot(index=index, filled=min(chunk + 1, self.window), evicted=evicted)
-
-    def rewind(self, chunk: int) -> list[Restore]:
-        """Forget ``chunk`` and everything after it; say which chunks must come back from the spill."""
-        if not 0 <= chunk <= self.latest + 1:
-            raise MemoryOrderError(
-                f"cannot rewind to chunk {chunk}: this memory holds up to chunk {self.latest}; "
-                f"rewind to 0..{self.latest + 1}"
-            )
-        # What the chunk to come will see besides itself.
-        needed = self._up_to(chunk)[:-1]
-        lost = [c for c in needed if self._held.get(self.slot_of(c)) != c]
-        where = {kept: spill for spill, kept in self._spilled.items()}
-        missing = [c for c in lost if c not in where]
-        if missing:
-            raise MemoryOrderError(
-                f"cannot rewind to chunk {chunk}: chunk {missing[0]} is needed and no longer kept "
-                f"({self.latest - chunk + 1} chunks taken back, slack_chunks={self.slack}); "
-                f"use slack_chunks={self.latest - chunk} or more"
-            )
-        self._held = {slot: c for slot, c in self._held.items() if c < chunk}
-        self._held.update({self.slot_of(c): c for c in lost})
-        self._spilled = {spill: c for spill, c in self._spilled.items() if c < chunk}
-        self.latest = chunk - 1
-        return [Restore(chunk=c, slot=self.slot_of(c), spill=where[c]) for c in lost]
-
-    def clear(self) -> None:
-        self.latest = -1
-        self._held.clear()
-        self._spilled.clear()
 
 
 class SinkMemory:

@@ -1,0 +1,95 @@
+"""The stage that decodes: finished latents become RGB frames, and leave the device.
+
+Axes: B streams, T latent frames, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from streamdiff.config import EngineConfig
+from streamdiff.errors import MemoryOrderError
+from streamdiff.models.served.decoder import ServedDecoder
+from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
+from streamdiff.pipeline.packet import Packet, Rewind, SetReference
+from streamdiff.trace import Observer, Silent, span
+
+PRIMING_LATENTS = 7
+"""Still latents that the decoder sees before the first chunk, so that it starts as if the face had long been there."""
+
+
+class DecodeStage:
+    """Turns finished latents into RGB frames, keeping what the decoder remembers between chunks.
+
+    The decoder is primed with the still reference, so every chunk, the first one too, gives
+    ``config.video_frames_per_chunk`` frames and stays beside its own sound. (The published code drops three frames of
+    the first chunk, which puts the picture 120 ms ahead of the sound.)
+    """
+
+    def __init__(self, decoder: VideoDecoder, config: EngineConfig, *, observer: Observer | None = None) -> None:
+        self._decoder = decoder
+        self._config = config
+        self._slack = config.memory.slack_chunks
+        self._observer = observer or Silent()
+        self._way_out: torch.cuda.Stream | None = None
+        self._before: dict[int, DecoderState] = {}
+        """Chunk -> what the decoder remembered before it, for the chunks that can be taken back, and for the next."""
+
+    @torch.inference_mode()
+    def step(self, packet: Packet) -> Packet:
+        for command in packet.commands:
+            match command:
+                case SetReference():
+                    self._prime(command, packet.chunk)
+                case Rewind():
+                    self._before = {c: s for c, s in self._before.items() if c <= command.chunk}
+                case _:
+                    pass
+        state = self._before.get(packet.chunk)
+        if state is None:
+            raise MemoryOrderError(
+                f"cannot decode chunk {packet.chunk}: the decoder knows what came before chunks "
+                f"{sorted(self._before)}; the first packet of a stream carries SetReference, and a rewind reaches "
+                f"back slack_chunks={self._slack} chunks"
+            )
+        with span(self._observer, "decode", chunk=packet.chunk, epoch=packet.epoch):
+            frames_BCTHW, after = self._decoder.decode(packet.latent_BCTHW, state)
+            frames_THWC = self._leave(to_rgb8(frames_BCTHW)[0])
+        self._before[packet.chunk + 1] = after
+        self._before.pop(packet.chunk - self._slack - 1, None)
+        return replace(packet, frames_THWC=frames_THWC)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Capture the decoding of a chunk before the first one comes; what captures nothing is left alone."""
+        if not isinstance(self._decoder, ServedDecoder):
+            return
+        config = self._config
+        device = next(self._decoder.parameters()).device
+        latents_BCTHW = torch.zeros(1, config.vae.z_dim, config.frames_per_chunk, *config.latent_hw, device=device)
+        _, state = self._decoder.decode(latents_BCTHW[:, :, :1].expand(-1, -1, PRIMING_LATENTS, -1, -1))
+        frames_BCTHW, _ = self._decoder.decode(latents_BCTHW, state)
+        self._leave(to_rgb8(frames_BCTHW)[0])
+
+    def _leave(self, frames_THWC: Tensor) -> Tensor:
+        """Frames brought to pinned memory, on a stream of their own; waits for them, and for no work behind them."""
+        if not frames_THWC.is_cuda:
+            return frames_THWC
+        if self._way_out is None:
+            self._way_out = torch.cuda.Stream(frames_THWC.device)
+        self._way_out.wait_stream(torch.cuda.current_stream(frames_THWC.device))
+        with torch.cuda.stream(self._way_out):
+            shown_THWC = torch.empty(frames_THWC.shape, dtype=frames_THWC.dtype, pin_memory=True)
+            shown_THWC.copy_(frames_THWC, non_blocking=True)
+        self._way_out.synchronize()
+        return shown_THWC
+
+    def _prime(self, reference: SetReference, chunk: int) -> None:
+        latents = reference.motion_BCTHW
+        if latents is None:
+            latents = reference.reference_BCTHW.expand(-1, -1, PRIMING_LATENTS, -1, -1)
+        _, state = self._decoder.decode(latents[:, :, :PRIMING_LATENTS], None)
+        self._before = {chunk: state}
