@@ -15,7 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,13 +33,14 @@ GRID = 128
 """Cells along a side of the flow grid."""
 SIZES = (256, 512)
 """Sides of a frame, in pixels."""
-# Landmarks along the opening of each slit, from the picture's left to its right: upper side, lower side.
-MOUTH = (
+Slit: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Landmarks along the opening of a mouth or an eye, from the picture's left to its right: upper side, lower side."""
+MOUTH: Slit = (
     (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308),
     (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308),
 )
-RIGHT_EYE = ((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133))
-LEFT_EYE = ((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263))
+RIGHT_EYE: Slit = ((33, 246, 161, 160, 159, 158, 157, 173, 133), (33, 7, 163, 144, 145, 153, 154, 155, 133))
+LEFT_EYE: Slit = ((362, 398, 384, 385, 386, 387, 388, 466, 263), (362, 382, 381, 380, 374, 373, 390, 249, 263))
 SLITS = (MOUTH, RIGHT_EYE, LEFT_EYE)
 HOLD = (0.4, 0.2)
 """How far past its edge the upper, and the lower, side of a slit is carried on, in widths of the slit."""

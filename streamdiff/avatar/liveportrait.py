@@ -117,7 +117,7 @@ def _turn(pitch_A: Tensor, yaw_A: Tensor, roll_A: Tensor) -> Tensor:
 
 
 class LivePortraitRenderer:
-    """Draws a bundle's person by LivePortrait's networks, 512 x 512; see `render.Renderer`.
+    """Draws a bundle's person by LivePortrait's networks, 512 x 512; with the calls of `render.WarpRenderer`.
 
     ``networks``: `load_networks` of the published files. ``spec``: `kinematics.lp70` or `kinematics.lp265`; other
     layouts say nothing of implicit key points and are refused.

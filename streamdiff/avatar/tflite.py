@@ -167,9 +167,6 @@ class Graph:
 def _function(code: int, inputs: list[int], known: _Values, option: Callable[..., int]) -> Callable[..., Tensor] | None:
     """The torch meaning of an operation that needs nothing but its inputs."""
 
-    def constant(place: int) -> list[int]:
-        return known[inputs[place]].flatten().tolist()
-
     if code in (0, 18, 41, 42):  # ADD, MUL, SUB, DIV
         pair = {0: torch.add, 18: torch.mul, 41: torch.sub, 42: torch.div}[code]
         kind = option(0, "b")
@@ -178,29 +175,10 @@ def _function(code: int, inputs: list[int], known: _Values, option: Callable[...
             return _activate(pair(a, b), kind)
 
         return arithmetic
-    if code == 2:  # CONCATENATION
-        axis = option(0)
-
-        def join(*parts: Tensor) -> Tensor:
-            return torch.cat(parts, axis)
-
-        return join
-    if code == 34:  # PAD
-        pads = [amount for sides in reversed(known[inputs[1]].tolist()) for amount in sides]
-
-        def pad(x: Tensor, _: Tensor) -> Tensor:
-            return functional.pad(x, pads)
-
-        return pad
-    if code == 39:  # TRANSPOSE
-        order = constant(1)
-
-        def transpose(x: Tensor, _: Tensor) -> Tensor:
-            return x.permute(order)
-
-        return transpose
+    if code in (2, 34, 39):  # CONCATENATION, PAD, TRANSPOSE
+        return _moving(code, inputs, known, option)
     if code in (40, 74):  # MEAN, SUM
-        axes, keep = constant(1), bool(option(0, "b"))
+        axes, keep = known[inputs[1]].flatten().tolist(), bool(option(0, "b"))
         total = torch.mean if code == 40 else torch.sum
 
         def reduce(x: Tensor, _: Tensor) -> Tensor:
@@ -216,6 +194,30 @@ def _function(code: int, inputs: list[int], known: _Values, option: Callable[...
         76: torch.rsqrt,
         99: _squared_difference,
     }.get(code)
+
+
+def _moving(code: int, inputs: list[int], known: _Values, option: Callable[..., int]) -> Callable[..., Tensor]:
+    """An operation that only moves numbers: join (2), pad (34), transpose (39)."""
+    if code == 2:
+        axis = option(0)
+
+        def join(*parts: Tensor) -> Tensor:
+            return torch.cat(parts, axis)
+
+        return join
+    if code == 34:
+        pads = [amount for sides in reversed(known[inputs[1]].tolist()) for amount in sides]
+
+        def pad(x: Tensor, _: Tensor) -> Tensor:
+            return functional.pad(x, pads)
+
+        return pad
+    order = known[inputs[1]].flatten().tolist()
+
+    def transpose(x: Tensor, _: Tensor) -> Tensor:
+        return x.permute(order)
+
+    return transpose
 
 
 def _prelu(x: Tensor, slope: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
 from streamdiff.media import frame_boundary
+from streamdiff.media.mel import mel_bank
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
@@ -592,18 +593,9 @@ class _LogMelStream:
 
 def _mel_bank(num_bands: int, fft_samples: int, rate_hz: int, *, low_hz: float, high_hz: float) -> Tensor:
     """Triangles in mel, each summing to one: [bins, bands]."""
-
-    def mel(hz: Tensor) -> Tensor:
-        return 2595 * torch.log10(1 + hz / 700)
-
-    ends = mel(torch.tensor([low_hz, high_hz], dtype=torch.float64))
-    corners = torch.linspace(float(ends[0]), float(ends[1]), num_bands + 2, dtype=torch.float64)
-    bins = mel(torch.arange(fft_samples // 2 + 1, dtype=torch.float64) * rate_hz / fft_samples)
-    rising = (bins[:, None] - corners[:-2]) / (corners[1:-1] - corners[:-2])
-    falling = (corners[2:] - bins[:, None]) / (corners[2:] - corners[1:-1])
-    bank = torch.minimum(rising, falling).clamp(min=0)
+    bank = mel_bank(num_bands, fft_samples, rate_hz, low_hz=low_hz, high_hz=high_hz, slopes="mel")
     assert bool((bank.sum(0) > 0).all()), "a band without a bin"
-    return (bank / bank.sum(0)).float()
+    return torch.from_numpy(bank / bank.sum(0)).float()
 
 
 def _require_fps(fps: int, rate_hz: int) -> None:

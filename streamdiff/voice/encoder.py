@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from streamdiff.arrays import Floats
 from streamdiff.errors import CheckpointError, InputError
+from streamdiff.media.mel import band_widths_hz, mel_bank
 from streamdiff.voice.resample import Resampler
 
 _RATE_HZ = 16_000
@@ -84,23 +84,6 @@ def mel_spectra(sound_S: Floats) -> Floats:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_FFT) / _FFT)
     views = np.lib.stride_tricks.sliding_window_view(padded_S, _FFT)[::_HOP]
     power = np.abs(np.fft.rfft(views * window)) ** 2
-    hz = np.arange(_FFT // 2 + 1) * _RATE_HZ / _FFT
-    edges_hz = _slaney_hz(np.linspace(0.0, _slaney_mel(_RATE_HZ / 2), _BANDS + 2))
-    rise = (hz[:, None] - edges_hz[:-2]) / np.diff(edges_hz)[:-1]
-    fall = (edges_hz[2:] - hz[:, None]) / np.diff(edges_hz)[1:]
-    bank = np.maximum(0.0, np.minimum(rise, fall)) * (2.0 / (edges_hz[2:] - edges_hz[:-2]))
+    widths_hz = band_widths_hz(_BANDS, low_hz=0.0, high_hz=_RATE_HZ / 2, scale="slaney")
+    bank = mel_bank(_BANDS, _FFT, _RATE_HZ, low_hz=0.0, high_hz=_RATE_HZ / 2, scale="slaney") * (2.0 / widths_hz)
     return (power @ bank).astype(np.float32)
-
-
-_LINEAR_HZ_PER_MEL, _LOG_FROM_HZ, _LOG_STEP = 200.0 / 3, 1000.0, math.log(6.4) / 27.0
-
-
-def _slaney_mel(hz: float) -> float:
-    if hz < _LOG_FROM_HZ:
-        return hz / _LINEAR_HZ_PER_MEL
-    return _LOG_FROM_HZ / _LINEAR_HZ_PER_MEL + math.log(hz / _LOG_FROM_HZ) / _LOG_STEP
-
-
-def _slaney_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
-    knee = _LOG_FROM_HZ / _LINEAR_HZ_PER_MEL
-    return np.where(mel < knee, mel * _LINEAR_HZ_PER_MEL, _LOG_FROM_HZ * np.exp((mel - knee) * _LOG_STEP))

