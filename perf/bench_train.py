@@ -36,7 +36,8 @@ from streamdiff.pipeline.schedule import plan
 from streamdiff.training.codec import Codec, CodecTask
 from streamdiff.training.data.clip import RATE_HZ
 from streamdiff.training.data.shards import Shards
-from streamdiff.training.forcing import ForcingConfig, ForcingTask, LatentClips, random_dit
+from streamdiff.training.forcing import ForcingConfig, ForcingTask, random_dit
+from streamdiff.training.latents import LatentClips
 from streamdiff.training.loop import Task
 from streamdiff.training.matching import MatchingConfig, MatchingTask
 

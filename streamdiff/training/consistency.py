@@ -27,7 +27,8 @@ from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.training import distil, forcing, recipe, student
 from streamdiff.training.distil import clip_velocity, conditions, guided
-from streamdiff.training.forcing import Batch, Draws, ForcingConfig, LatentClips
+from streamdiff.training.forcing import Draws, ForcingConfig
+from streamdiff.training.latents import Batch, LatentClips
 from streamdiff.training.loop import Part, Trainer
 from streamdiff.training.sequence import Visit, directly
 from streamdiff.training.student import StudentRun, frozen, silent
@@ -141,7 +142,7 @@ class ConsistencyTask:
         return min(range(len(self._grid)), key=lambda i: abs(self._grid[i] - sigma))
 
     def _velocity(self, dit: CausalDiT, batch: Batch, draws: Draws) -> distil.Velocity:
-        sink = forcing._sink_of(batch, draws.adaptive_B.to(dit.device))
+        sink = forcing.sink_of(batch, draws.adaptive_B.to(dit.device))
         given = conditions(dit, sink, batch.text_BPC, batch.audio_BZEA, self._layout, visit=self._visit)
         return clip_velocity(dit, given, self._layout, draws.lead_Bn, sees_sink_B=draws.sees_sink_B, visit=self._visit)
 

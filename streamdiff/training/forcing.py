@@ -16,9 +16,6 @@ states of the speech encoder, E their width, A video frames, P prompt tokens.
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,167 +23,21 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamdiff import flow, rng
 from streamdiff.config import EngineConfig, sparse
-from streamdiff.errors import ConfigError, InputError
-from streamdiff.media import contact_sheet
-from streamdiff.memory import sink_lead
+from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT, initialise
-from streamdiff.models.text import HashedText, TextEncoder
-from streamdiff.models.vae import to_rgb8
-from streamdiff.pipeline.denoise import DenoiseStage
-from streamdiff.pipeline.packet import Command, Packet, SetReference, SwitchPrompt
+from streamdiff.models.text import HashedText
 from streamdiff.training import recipe, sequence
-from streamdiff.training.codec import Codec, attention_map, load_codec
+from streamdiff.training.codec import attention_map, load_codec
+from streamdiff.training.latents import Batch, LatentClips
 from streamdiff.training.loop import Part, Trainer
+from streamdiff.training.samples import draw_samples
 from streamdiff.training.sequence import Layout, Visit, directly, sequence_velocity
 
-LATENTS = "latents.safetensors"
-
 _LEAST_SIGMA = 0.6
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Clips to learn from."""
-
-    latent_BCTHW: Tensor
-    """Normalised, ``n * frames_per_chunk`` latent frames."""
-    reference_BCTHW: Tensor
-    """One latent frame that shows who it is."""
-    audio_BZEA: Tensor
-    """What is heard while they are seen."""
-    text_BPC: Tensor
-    """Prompt embeddings, padded with zeros to the same length."""
-    elsewhere_BCTHW: Tensor | None = None
-    """One latent frame from any moment of the same clip, as an adaptive sink; None: take one of ``latent_BCTHW``."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same on a device, float32."""
-        elsewhere = self.elsewhere_BCTHW
-        return Batch(
-            latent_BCTHW=self.latent_BCTHW.to(device, torch.float32),
-            reference_BCTHW=self.reference_BCTHW.to(device, torch.float32),
-            audio_BZEA=self.audio_BZEA.to(device, torch.float32),
-            text_BPC=self.text_BPC.to(device, torch.float32),
-            elsewhere_BCTHW=None if elsewhere is None else elsewhere.to(device, torch.float32),
-        )
-
-
-def embedded_prompts(encoder: TextEncoder, prompts: list[str]) -> Tensor:
-    """Embeddings of several prompts, padded with zeros to the longest, ``[len(prompts), P, C]``.
-
-    The model pads with zeros as well (`CausalDiT.text_condition`), so a batch is read as its prompts are.
-    """
-    rows = [encoder.encode(prompt)[0] for prompt in prompts]
-    longest = max(len(row) for row in rows)
-    return torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
-
-
-class LatentClips:
-    """Encoded clips on disk: ``latents.safetensors``, as ``streamdiff train encode`` writes it.
-
-    Tensors ``latent`` [N, C, T, H, W] and ``reference`` [N, C, H, W] (float16, normalised), ``audio`` [N, Z, E, A]
-    (float16; A = T * temporal_factor video frames, those of the first latent frame first), ``prompt`` [N] (index into
-    the JSON list ``prompts`` of the metadata); and ``visibility`` [C] (`codec.visibility`), which may be missing.
-    Clips are read when they are drawn; the file stays on disk.
-
-    Args:
-        held_out: how many clips at the end are never drawn by `batch`; `held_out_batch` gives them.
-
-    Raises:
-        InputError: no such file, or not of this shape, or of another preset.
-    """
-
-    def __init__(self, folder: Path, config: EngineConfig, encoder: TextEncoder, *, held_out: int = 0) -> None:
-        path = folder / LATENTS
-        if not path.is_file():
-            raise InputError(f"{path} is not there; write it with `streamdiff train encode --out {folder}`")
-        self.path = path
-        self._config = config
-        try:
-            self._file = safe_open(path, framework="pt")
-            about = self._file.metadata() or {}
-            shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
-            prompts = list(map(str, json.loads(about["prompts"])))
-            preset = about.get("config", config.name)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{path} is no file of encoded clips ({error}); write it with `streamdiff train encode`"
-            ) from error
-        if preset != config.name:
-            raise InputError(
-                f"{path} was encoded for the preset {preset!r}, not {config.name!r}; give --preset {preset}"
-            )
-        self._check(shapes)
-        self.num_clips, _, self.num_frames = shapes["latent"][:3]
-        self._slices = {name: self._file.get_slice(name) for name in ("latent", "reference", "audio")}
-        self.visibility_C = self._file.get_tensor("visibility").float() if "visibility" in shapes else None
-        """How much an error in each channel is seen, or None in files that do not say so."""
-        self._prompt_N = self._file.get_tensor("prompt").tolist()
-        if not all(0 <= p < len(prompts) for p in self._prompt_N):
-            raise InputError(f"{path} names a prompt beyond its list of {len(prompts)}; write it again")
-        self.prompts = prompts
-        texts = embedded_prompts(encoder, [*prompts, ""])
-        self._text_NPC, self.empty_text_1PC = texts[:-1], texts[-1:]
-        if not 0 <= held_out < self.num_clips:
-            raise InputError(f"{path} has {self.num_clips} clips: too few to hold {held_out} of them out; encode more")
-        self.held_out = held_out
-
-    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        audio, (H, W), C = self._config.dit.audio, self._config.latent_hw, self._config.dit.in_dim
-        if audio is None:
-            raise ConfigError(f"the preset {self._config.name!r} hears nothing; take one with audio injectors")
-        missing = {"latent", "reference", "audio", "prompt"} - shapes.keys()
-        if missing:
-            raise InputError(
-                f"{self.path} has no tensor {sorted(missing)[0]!r}; write it with `streamdiff train encode`"
-            )
-        N, T = (*shapes["latent"], 0, 0, 0)[0:3:2]
-        expected = {
-            "latent": (N, C, T, H, W),
-            "reference": (N, C, H, W),
-            "audio": (N, audio.num_features, audio.feature_dim, T * self._config.vae.temporal_factor),
-            "prompt": (N,),
-        }
-        for name, shape in expected.items():
-            if shapes[name] != shape:
-                raise InputError(
-                    f"{self.path}: {name} is {list(shapes[name])} but the preset {self._config.name!r} wants "
-                    f"{list(shape)}; encode the clips with this preset"
-                )
-
-    def batch(self, size: int, num_chunks: int, *, seed: int, step: int) -> Batch:
-        """Clips drawn for this step, each cut at a latent frame drawn for it."""
-        generator = torch.Generator().manual_seed(rng.seed_of("clips", seed, step))
-        chosen_B = torch.randint(0, self.num_clips - self.held_out, (size,), generator=generator)
-        return self._cut(chosen_B.tolist(), num_chunks, generator)
-
-    def held_out_batch(self, num_chunks: int) -> Batch:
-        """The clips that are held out, cut at latent frames that never change."""
-        generator = torch.Generator().manual_seed(rng.seed_of("held out"))
-        return self._cut(list(range(self.num_clips - self.held_out, self.num_clips)), num_chunks, generator)
-
-    def _cut(self, chosen: list[int], num_chunks: int, generator: torch.Generator) -> Batch:
-        length, factor = num_chunks * self._config.frames_per_chunk, self._config.vae.temporal_factor
-        if length > self.num_frames:
-            most = self.num_frames // self._config.frames_per_chunk
-            raise InputError(f"{self.path} has clips of {self.num_frames} latent frames: at most --chunks {most}")
-        first_B = torch.randint(0, self.num_frames - length + 1, (len(chosen),), generator=generator).tolist()
-        other_B = torch.randint(0, self.num_frames, (len(chosen),), generator=generator).tolist()
-        latent, reference, audio = (self._slices[name] for name in ("latent", "reference", "audio"))
-        return Batch(
-            latent_BCTHW=torch.stack([latent[i, :, t : t + length] for i, t in zip(chosen, first_B, strict=True)]),
-            reference_BCTHW=torch.stack([reference[i] for i in chosen]).unsqueeze(2),
-            audio_BZEA=torch.stack(
-                [audio[i, :, :, t * factor : (t + length) * factor] for i, t in zip(chosen, first_B, strict=True)]
-            ),
-            text_BPC=self._text_NPC[[self._prompt_N[i] for i in chosen]],
-            elsewhere_BCTHW=torch.stack([latent[i, :, t : t + 1] for i, t in zip(chosen, other_B, strict=True)]),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,7 +158,7 @@ def forcing_loss(
     audio_BZEA = batch.audio_BZEA * draws.hears_B.to(device).view(-1, 1, 1, 1)
     text_BPC = _without_prompt(batch.text_BPC, empty_text_1PC.to(device), draws.reads_B.to(device))
     text = dit.text_condition(text_BPC)
-    sink = sequence.remember_sink(dit, _sink_of(batch, draws.adaptive_B.to(device)), text, visit=visit)
+    sink = sequence.remember_sink(dit, sink_of(batch, draws.adaptive_B.to(device)), text, visit=visit)
     velocity = sequence_velocity(
         dit,
         noisy,
@@ -353,7 +204,8 @@ def _without_prompt(text_BPC: Tensor, empty_1PC: Tensor, reads_B: Tensor) -> Ten
     return torch.where(reads_B.view(-1, 1, 1), text_BPC, empty_1PC)
 
 
-def _sink_of(batch: Batch, adaptive_B: Tensor) -> Tensor:
+def sink_of(batch: Batch, adaptive_B: Tensor) -> Tensor:
+    """The latent frame that is each clip's sink: that frame of the clip, or where it is -1 the reference."""
     other = batch.elsewhere_BCTHW
     if other is None:
         index = adaptive_B.clamp_min(0).view(-1, 1, 1, 1, 1)
@@ -416,52 +268,6 @@ class ForcingTask:
         return loss_Bn, draws.sigma_Bn
 
 
-@torch.inference_mode()
-def serve(dit: CausalDiT, config: EngineConfig, batch: Batch, *, seed: int = 0) -> Tensor:
-    """Latents of the batch's sound as the engine would make them, by its own denoising stage, ``[B, C, T, H, W]``."""
-    T, B = config.frames_per_chunk, len(batch.latent_BCTHW)
-    num_chunks = batch.latent_BCTHW.shape[2] // T
-    config = dataclasses.replace(config, motion_latents=0)
-    # A copy: the stage lays weights out for serving, which ends their learning.
-    stage = DenoiseStage(copy.deepcopy(dit), config, range(config.num_steps), seed=seed, num_streams=B)
-    opening: tuple[Command, ...] = (SetReference(batch.reference_BCTHW, None), SwitchPrompt(batch.text_BPC))
-    made: list[Tensor] = []
-    for chunk, audio_BZEA in enumerate(batch.audio_BZEA.chunk(num_chunks, dim=3)):
-        memory = config.memory
-        packet = Packet(
-            chunk=chunk,
-            epoch=0,
-            lead=sink_lead(seed=seed, stream=0, chunk=chunk, low=memory.sink_lead_min, high=memory.sink_lead_max),
-            latent_BCTHW=flow.initial_noise(
-                (B, config.dit.in_dim, T, *config.latent_hw), seed=seed, stream=0, chunk=chunk
-            ),
-            audio_BZEA=audio_BZEA,
-            commands=opening if chunk == 0 else (),
-        )
-        made.append(stage.step(packet).latent_BCTHW)
-    return torch.cat(made, dim=2)
-
-
-_SHOWN_CLIPS, _SHOWN_FRAMES = 4, 12
-
-
-@torch.inference_mode()
-def draw_samples(dit: CausalDiT, codec: Codec, config: EngineConfig, batch: Batch, path: Path) -> None:
-    """A picture of what the model makes of clips it never saw: above, the clip through the codec; below, its own."""
-    few = Batch(
-        *(t[:_SHOWN_CLIPS] for t in (batch.latent_BCTHW, batch.reference_BCTHW, batch.audio_BZEA, batch.text_BPC))
-    )
-    rows: list[Tensor] = []
-    films = [to_rgb8(codec.decode(latents.cpu())) for latents in (few.latent_BCTHW, serve(dit, config, few))]
-    for of_clip in zip(*films, strict=True):
-        rows += [film_THWC[_spread(len(film_THWC))] for film_THWC in of_clip]
-    contact_sheet(torch.cat(rows), path, columns=_SHOWN_FRAMES)
-
-
-def _spread(length: int) -> list[int]:
-    return [round(i * (length - 1) / (_SHOWN_FRAMES - 1)) for i in range(_SHOWN_FRAMES)]
-
-
 def random_dit(config: EngineConfig, *, seed: int) -> CausalDiT:
     """A DiT to begin with: it does nothing yet.
 
@@ -506,25 +312,10 @@ def run(args: argparse.Namespace) -> int:
     encoder = HashedText(config.dit.text_dim, max_tokens=config.dit.text_len)
     clips = LatentClips(args.data, config, encoder, held_out=args.held_out)
     codec = None if args.codec is None else load_codec(args.codec, config.vae)
-    dit = random_dit(config, seed=args.seed)
-    if args.init is not None:
-        recipe.load_weights(dit, args.init)
-    dit.to(args.device)
-    # Absent from this data; they would only decay.
-    for name, parameter in dit.named_parameters():
-        if name.startswith("frame_packer.") or name == "cond_encoder.weight":
-            parameter.requires_grad_(False)
+    dit = _dit_to_train(args, config)
     visit = sequence.recomputed if args.recompute else directly
     task = ForcingTask(
-        dit,
-        clips,
-        config,
-        settings,
-        batch=args.batch,
-        lr=args.lr,
-        seed=args.seed,
-        bf16=args.bf16,
-        visit=visit,
+        dit, clips, config, settings, batch=args.batch, lr=args.lr, seed=args.seed, bf16=args.bf16, visit=visit
     )
 
     def sample(trainer: Trainer) -> None:
@@ -541,14 +332,19 @@ def run(args: argparse.Namespace) -> int:
         recipe.save_average(trainer, "dit", path)
         return [path]
 
-    facts = {
-        "preset": config.name,
-        "seed": args.seed,
-        "batch": args.batch,
-        "lr": args.lr,
-        "bf16": args.bf16,
-        "settings": settings,
-        "clips": clips.num_clips,
-        "init": args.init,
-    }
+    asked = {name: getattr(args, name) for name in ("seed", "batch", "lr", "bf16", "init")}
+    facts = {"preset": config.name, **asked, "settings": settings, "clips": clips.num_clips}
     return recipe.conduct("forcing", task, args, recipe.plan_of(args), facts=facts, sample=sample, finish=finish)
+
+
+def _dit_to_train(args: argparse.Namespace, config: EngineConfig) -> CausalDiT:
+    """Random weights or those of ``--init``, on the device."""
+    dit = random_dit(config, seed=args.seed)
+    if args.init is not None:
+        recipe.load_weights(dit, args.init)
+    dit.to(args.device)
+    # Absent from this data; they would only decay.
+    for name, parameter in dit.named_parameters():
+        if name.startswith("frame_packer.") or name == "cond_encoder.weight":
+            parameter.requires_grad_(False)
+    return dit

@@ -29,16 +29,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from streamdiff.checkpoint import check_names_and_shapes
 from streamdiff.errors import CheckpointError, ConfigError, InputError, StreamdiffError
+from streamdiff.training.history import Log, draw_curves
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +245,7 @@ class Trainer:
             raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
         if self.checkpoint.is_file():
             self._restore(resume)
-        self._log = _Log(folder / LOG, self.step)
+        self._log = Log(folder / LOG, self.step)
 
     @property
     def checkpoint(self) -> Path:
@@ -378,21 +378,28 @@ class Trainer:
         draw_curves(self._log.history, self.folder / CURVES)
 
     def _restore(self, resume: bool) -> None:
-        path = self.checkpoint
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path} ({error}); remove it to begin anew") from error
-        if about.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} is no checkpoint of a run; choose another folder")
+        about, tensors = _read(self.checkpoint)
         step = int(about["step"])
         if not resume:
             raise ConfigError(
                 f"{self.folder} holds a run at step {step}; add --resume to go on, or choose another --out"
             )
-        facts = json.loads(about["facts"])
+        total = int(about["total"]) if about["total"] else None
+        self._check_same_run(json.loads(about["facts"]), total)
+        updates = json.loads(about["updates"])
+        if updates.keys() != self._learners.keys():
+            raise CheckpointError(
+                f"{self.checkpoint} holds {sorted(updates)} but {sorted(self._learners)} learn here; it is of another "
+                "recipe"
+            )
+        for name, learner in self._learners.items():
+            own = {n.split("/", 1)[1]: t for n, t in tensors.items() if n.split("/", 1)[0] == name}
+            learner.restore(own, updates[name], what=f"{self.checkpoint} ({name})")
+        self.step, self.spent_s = step, float(about["spent_s"])
+        self.total = total if total is not None else self.total
+
+    def _check_same_run(self, facts: Mapping[str, str], total: int | None) -> None:
+        """Raise ConfigError when a checkpoint with these facts and this plan is of another run."""
         other = [
             f"{name} was {facts.get(name)!r} and is {self.facts.get(name)!r}"
             for name in sorted(facts.keys() | self.facts.keys())
@@ -402,22 +409,24 @@ class Trainer:
             raise ConfigError(
                 f"{self.folder} holds another run ({'; '.join(other)}); resume with the same, or choose another --out"
             )
-        total = int(about["total"]) if about["total"] else None
         if total is not None and self.plan.steps is not None and self.plan.steps != total:
             raise ConfigError(
                 f"the run in {self.folder} was planned for {total} steps, not {self.plan.steps}, and its learning rate "
                 f"follows that plan; resume it as it is, or begin another with --init"
             )
-        updates = json.loads(about["updates"])
-        if updates.keys() != self._learners.keys():
-            raise CheckpointError(
-                f"{path} holds {sorted(updates)} but {sorted(self._learners)} learn here; it is of another recipe"
-            )
-        for name, learner in self._learners.items():
-            own = {n.split("/", 1)[1]: t for n, t in tensors.items() if n.split("/", 1)[0] == name}
-            learner.restore(own, updates[name], what=f"{path} ({name})")
-        self.step, self.spent_s = step, float(about["spent_s"])
-        self.total = total if total is not None else self.total
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a checkpoint says of itself, and its tensors. Raises CheckpointError when it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}); remove it to begin anew") from error
+    if about.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of a run; choose another folder")
+    return about, tensors
 
 
 @contextlib.contextmanager
@@ -444,101 +453,3 @@ def _asked_to_stop() -> Generator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Log:
-    """One JSON line a step. What a checkpoint does not know of is forgotten: those steps are made again."""
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        self.history: dict[str, list[tuple[int, float]]] = {}
-        kept: list[str] = []
-        if path.is_file() and first_step:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the end of a line that a kill cut
-                if entry["step"] < first_step:
-                    kept.append(line)
-                    self._note(entry["step"], entry["numbers"])
-        self._file: TextIO | None = None
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        beside.replace(path)
-        self._lines: list[str] = []
-
-    def _note(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self.history.setdefault(name, []).append((step, value))
-
-    def write(self, step: int, numbers: Mapping[str, float], *, lr: Mapping[str, float]) -> None:
-        entry = {"step": step, "at": round(time.time(), 3), "lr": lr, "numbers": numbers}
-        self._lines.append(json.dumps(entry) + "\n")
-        self._note(step, numbers)
-        if len(self._lines) >= 50:
-            self.flush()
-
-    def flush(self) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(self._lines)
-        self._lines.clear()
-
-
-_PANEL_HW, _MARGIN = (220, 720), 64
-_PAPER, _INK, _PALE, _LINE = (255, 255, 255), (60, 60, 60), (190, 205, 230), (30, 80, 170)
-
-
-def draw_curves(history: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Draw each number over the steps, one panel each: every value pale, their running mean in front.
-
-    A number that is always positive and spans more than a decade is drawn on a logarithmic scale.
-    """
-    shown = {name: points for name, points in history.items() if len(points) > 1}
-    if not shown:
-        return
-    height, width = _PANEL_HW
-    image = Image.new("RGB", (width, height * len(shown)), _PAPER)
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(13)
-    for row, (name, points) in enumerate(shown.items()):
-        values = [value for _, value in points]
-        logarithmic = min(values) > 0 and max(values) > 10 * min(values)
-        scale: Callable[[float], float] = math.log10 if logarithmic else float
-        low, high = scale(min(values)), scale(max(values))
-        high = high if high > low else low + 1.0
-        first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-        top, bottom, left, right = row * height + 28, (row + 1) * height - 26, _MARGIN, width - 16
-
-        def place(
-            step: float,
-            value: float,
-            *,
-            x: tuple[float, float] = (left, (right - left) / (last - first)),
-            y: tuple[float, float] = (bottom, (bottom - top) / (high - low)),
-            of: tuple[float, float] = (first, low),
-        ) -> tuple[float, float]:
-            return x[0] + (step - of[0]) * x[1], y[0] - (value - of[1]) * y[1]
-
-        draw.text((left, top - 22), f"{name} ({values[-1]:.4g})" + (", log" if logarithmic else ""), _INK, font)
-        draw.rectangle((left, top, right, bottom), outline=_INK)
-        for level in (low, (low + high) / 2, high):
-            shown_level = 10**level if logarithmic else level
-            draw.text((left - 6, place(first, level)[1]), f"{shown_level:.3g}", _INK, font, anchor="rm")
-        for step in (first, last):
-            draw.text((place(step, low)[0], bottom + 4), str(step), _INK, font, anchor="ma")
-        stride = max(1, len(points) // 2000)
-        thinned = points[::stride]
-        draw.line([place(step, scale(value)) for step, value in thinned], _PALE, 1)
-        mean, smooth = scale(values[0]), list[tuple[float, float]]()
-        keep = 1.0 - 1.0 / max(2.0, len(points) / 40)
-        for step, value in points:
-            mean = keep * mean + (1.0 - keep) * scale(value)
-            smooth.append(place(step, mean))
-        draw.line([*smooth[::stride], smooth[-1]], _LINE, 2)
-    beside = path.with_name(path.stem + ".new.png")
-    try:
-        image.save(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error

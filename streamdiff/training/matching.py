@@ -31,7 +31,8 @@ from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.training import distil, forcing, lora, recipe, sequence, student
 from streamdiff.training.distil import ClipModel, Cut, ScoreLevels, clip_velocity, conditions, guided
-from streamdiff.training.forcing import Batch, Draws, ForcingConfig, LatentClips
+from streamdiff.training.forcing import Draws, ForcingConfig
+from streamdiff.training.latents import Batch, LatentClips
 from streamdiff.training.loop import Part, Trainer
 from streamdiff.training.sequence import Layout, Visit, directly
 from streamdiff.training.student import StudentRun, silent
@@ -134,7 +135,7 @@ class MatchingTask:
         settings, device = self._settings, self.student.device
         batch = self._clips.batch(self._batch, settings.num_chunks, seed=self._seed, step=step).to(device)
         draws = forcing.draw(settings.draws, self._config, tuple(batch.latent_BCTHW.shape), "distil", self._seed, step)
-        sink = forcing._sink_of(batch, draws.adaptive_B.to(device))
+        sink = forcing.sink_of(batch, draws.adaptive_B.to(device))
         moves = step % settings.student_every == 0
 
         # A cast of the weights that autocast keeps must not outlive the mode, with or without gradients, it was made
@@ -144,27 +145,19 @@ class MatchingTask:
                 conditions(self.student, sink, batch.text_BPC, batch.audio_BZEA, self._layout, visit=self._visit)
             )
         model = ClipModel(self.student, given.tree, self._layout, draws.lead_Bn, visit=self._visit)
-        exit_step = self.exit_step(step)
         with self._arithmetic():
             rollout = distil.roll_out(
                 model,
                 lambda chunk, drawn: self._noise(batch, step, chunk, drawn),
                 sigmas=self._config.sigmas,
                 visible=self._layout.visible,
-                exit_step=exit_step,
+                exit_step=self.exit_step(step),
                 renoise=self._config.renoise,
             )
         data = rollout.data_BCTHW
         numbers: dict[str, float] = {}
         if moves:
-            with torch.no_grad(), self._arithmetic():
-                gradient = distil.matching_gradient(
-                    self._real(batch, sink, draws),
-                    self._velocity(self.critic, batch, sink, draws),
-                    data,
-                    self._fresh(data, "student", step),
-                    settings.levels.draw(self._batch, "student", self._seed, step).to(device),
-                )
+            gradient = self._disagreement(data, batch, sink, draws, step)
             with self._arithmetic():
                 distil.accumulate(model, rollout, gradient)
             given.go_on()
@@ -175,16 +168,31 @@ class MatchingTask:
                 (settings.regression * distance).backward()
                 numbers["distance"] = float(distance.detach())
         del rollout, model, given
+        return {"loss": self._teach_critic(data, batch, sink, draws, step), **numbers}
+
+    def _disagreement(self, data_BCTHW: Tensor, batch: Batch, sink: Tensor, draws: Draws, step: int) -> Tensor:
+        """Where the student should have gone: what critic and teacher make of the same noisy clips."""
+        with torch.no_grad(), self._arithmetic():
+            return distil.matching_gradient(
+                self._real(batch, sink, draws),
+                self._velocity(self.critic, batch, sink, draws),
+                data_BCTHW,
+                self._fresh(data_BCTHW, "student", step),
+                self._settings.levels.draw(self._batch, "student", self._seed, step).to(data_BCTHW.device),
+            )
+
+    def _teach_critic(self, data_BCTHW: Tensor, batch: Batch, sink: Tensor, draws: Draws, step: int) -> float:
+        """Leave the critic's gradients on generated clips; its loss."""
         with self._arithmetic():
             loss = distil.critic_loss(
                 self._velocity(self.critic, batch, sink, draws),
-                data,
-                self._fresh(data, "critic", step),
-                settings.levels.draw(self._batch, "critic", self._seed, step).to(device),
-                floor=settings.critic_floor,
+                data_BCTHW,
+                self._fresh(data_BCTHW, "critic", step),
+                self._settings.levels.draw(self._batch, "critic", self._seed, step).to(data_BCTHW.device),
+                floor=self._settings.critic_floor,
             )
         loss.backward()
-        return {"loss": float(loss.detach()), **numbers}
+        return float(loss.detach())
 
     def _distance(self, batch: Batch, sink_BCTHW: Tensor, draws: Draws, step: int) -> Tensor:
         """Of what the student takes for the data of real clips, made noisy to a served level, from that data."""

@@ -303,11 +303,7 @@ def sequence_velocity(
     """
     B, _, frames, H, W = latent_BCTHW.shape
     n = layout.num_chunks
-    if frames != layout.num_frames or sigma_Bn.shape != (B, n):
-        raise ConfigError(
-            f"a layout of {n} chunks of {layout.frames_per_chunk} latent frames got {frames} frames and noise levels "
-            f"of shape {tuple(sigma_Bn.shape)}; it takes {layout.num_frames} frames and ({B}, {n})"
-        )
+    _check_fit(layout, latent_BCTHW, sigma_Bn)
     levels = modulations(dit, sigma_Bn)
     x_BnLD = dit.embed_video(latent_BCTHW).unflatten(1, (n, -1)).to(dit.dtype)
     times = [first + t for first in layout.first_frames for t in range(layout.frames_per_chunk)]
@@ -332,10 +328,26 @@ def sequence_velocity(
             return _layer(dit, index, x_BnLD, levels, text, audio, look)[0]
 
         x_BnLD = visit(block, run, x_BnLD)
+    sigma_BT = sigma_Bn.repeat_interleave(layout.frames_per_chunk, 1)
+    return _velocity(dit, x_BnLD, levels, latent_BCTHW, sigma_BT[:, None, :, None, None])
+
+
+def _check_fit(layout: Layout, latent_BCTHW: Tensor, sigma_Bn: Tensor) -> None:
+    """Raise ConfigError when latents and noise levels are not those of this layout."""
+    B, n, frames = len(latent_BCTHW), layout.num_chunks, latent_BCTHW.shape[2]
+    if frames != layout.num_frames or sigma_Bn.shape != (B, n):
+        raise ConfigError(
+            f"a layout of {n} chunks of {layout.frames_per_chunk} latent frames got {frames} frames and noise levels "
+            f"of shape {tuple(sigma_Bn.shape)}; it takes {layout.num_frames} frames and ({B}, {n})"
+        )
+
+
+def _velocity(dit: CausalDiT, x_BnLD: Tensor, levels: Levels, latent_BCTHW: Tensor, sigma: Tensor) -> Tensor:
+    """What the tokens after the last layer say of the velocity; ``sigma`` spreads over the latents."""
+    _, _, T, H, W = latent_BCTHW.shape
     patches_BnLC = dit.head(x_BnLD, levels.head(dit))
-    said_BCTHW = dit.unpatchify(patches_BnLC.flatten(1, 2), frames, H, W)
-    sigma_B1T11 = sigma_Bn.repeat_interleave(layout.frames_per_chunk, 1)[:, None, :, None, None]
-    return dit.velocity(latent_BCTHW, said_BCTHW, sigma_B1T11.to(said_BCTHW))
+    said_BCTHW = dit.unpatchify(patches_BnLC.flatten(1, 2), T, H, W)
+    return dit.velocity(latent_BCTHW, said_BCTHW, sigma.to(said_BCTHW))
 
 
 def _sink_turns(
@@ -422,12 +434,10 @@ def chunk_velocity(
     seen_BM: Tensor | None = None
     if sink is not None:
         lead_B1 = None if lead_B is None else lead_B.unsqueeze(1)
-        sink_BSF = _sink_turns(dit, (first_frame,), lead_B1, (B, 1), (H, W)).squeeze(1)
-        before.insert(0, (sink_BSF, sink))
+        before.insert(0, (_sink_turns(dit, (first_frame,), lead_B1, (B, 1), (H, W)).squeeze(1), sink))
         if sees_sink_B is not None:
             S, M = sink.keys[0].shape[1], sum(r.keys[0].shape[1] for _, r in before) + x_BnLD.shape[2]
             seen_BM = sees_sink_B.to(dit.device).unsqueeze(1) | (torch.arange(M, device=dit.device) >= S)
-
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for index, block in enumerate(dit.blocks):
@@ -444,7 +454,5 @@ def chunk_velocity(
         x_BnLD, own_k, own_v = visit(block, run, x_BnLD)
         keys.append(own_k.squeeze(1))
         values.append(own_v.squeeze(1))
-    patches_BnLC = dit.head(x_BnLD, levels.head(dit))
-    said_BCTHW = dit.unpatchify(patches_BnLC.flatten(1, 2), T, H, W)
-    velocity_BCTHW = dit.velocity(latent_BCTHW, said_BCTHW, sigma_B[:, None, None, None, None].to(said_BCTHW))
+    velocity_BCTHW = _velocity(dit, x_BnLD, levels, latent_BCTHW, sigma_B[:, None, None, None, None])
     return velocity_BCTHW, Remembered(tuple(keys), tuple(values))

@@ -18,9 +18,9 @@ from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
-from streamdiff.training import forcing, recipe, sequence
+from streamdiff.training import recipe, samples, sequence
 from streamdiff.training.codec import load_codec
-from streamdiff.training.forcing import Batch, LatentClips
+from streamdiff.training.latents import Batch, LatentClips
 from streamdiff.training.loop import Trainer
 
 WEIGHTS = "dit.safetensors"
@@ -87,7 +87,7 @@ class StudentRun:
             return
         batch = self.clips.held_out_batch(self._args.chunks).to(dit.device)
         config = sparse(self._config) if self._args.sparse else self._config
-        forcing.draw_samples(dit, self._codec, config, batch, self._args.out / f"samples_{step:06d}.png")
+        samples.draw_samples(dit, self._codec, config, batch, self._args.out / f"samples_{step:06d}.png")
 
     def save(self, tensors: dict[str, Tensor], trainer: Trainer) -> Path:
         """Write weights and how they are to be served."""

@@ -23,7 +23,8 @@ from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
 from streamdiff.training import consistency, lora, matching, recipe
-from streamdiff.training.forcing import ForcingConfig, LatentClips, random_dit
+from streamdiff.training.forcing import ForcingConfig, random_dit
+from streamdiff.training.latents import LatentClips
 from streamdiff.training.loop import Plan, Trainer
 
 FULL = presets.portrait()

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.text import HashedText
 from streamdiff.rope import sink_position
-from streamdiff.training.forcing import Draws, ForcingConfig, LatentClips, draw
+from streamdiff.training.forcing import Draws, ForcingConfig, draw
+from streamdiff.training.latents import LatentClips
 from tests.training.forcing_case import NUM_FRAMES, PROMPTS, clip_tensors, small_config, write_clips
 
 CONFIG = small_config()

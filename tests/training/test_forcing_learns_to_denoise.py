@@ -19,18 +19,10 @@ from streamdiff.cli.main import main
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import initialise
 from streamdiff.models.text import HashedText
-from streamdiff.training import forcing, sequence
+from streamdiff.training import forcing, samples, sequence
 from streamdiff.training.codec import Codec
-from streamdiff.training.forcing import (
-    Batch,
-    Draws,
-    ForcingConfig,
-    ForcingTask,
-    LatentClips,
-    draw,
-    forcing_loss,
-    random_dit,
-)
+from streamdiff.training.forcing import Draws, ForcingConfig, ForcingTask, draw, forcing_loss, random_dit
+from streamdiff.training.latents import Batch, LatentClips
 from streamdiff.training.loop import CHECKPOINT, Plan, Trainer
 from tests.training.forcing_case import small_config, write_clips
 
@@ -117,7 +109,7 @@ def test_the_loss_is_what_each_clip_would_have_alone(tmp_path: Path) -> None:
 def test_without_other_moments_the_sink_is_one_of_the_clip() -> None:
     latent = torch.arange(6.0).view(1, 1, 6, 1, 1).expand(3, 4, 6, 4, 4)
     batch = Batch(latent, torch.full((3, 4, 1, 4, 4), -1.0), torch.zeros(0), torch.zeros(0))
-    sink = forcing._sink_of(batch, torch.tensor([-1, 0, 4]))
+    sink = forcing.sink_of(batch, torch.tensor([-1, 0, 4]))
     assert sink[:, 0, 0, 0, 0].tolist() == [-1.0, 0.0, 4.0]
     assert sink.shape == (3, 4, 1, 4, 4)
 
@@ -242,12 +234,12 @@ def test_samples_show_clips_that_were_held_out(tmp_path: Path) -> None:
     batch = clips_in(tmp_path).held_out_batch(2).to("cpu")
     dit = random_dit(CONFIG, seed=0)
     before = {name: t.clone() for name, t in dit.state_dict().items()}
-    made = forcing.serve(dit, CONFIG, batch)
+    made = samples.serve(dit, CONFIG, batch)
     assert made.shape == batch.latent_BCTHW.shape
     assert bool(made.isfinite().all())
     codec = Codec(CONFIG.vae)
     initialise(codec, seed=0)
-    forcing.draw_samples(dit, codec, CONFIG, batch, tmp_path / "samples.png")
+    samples.draw_samples(dit, codec, CONFIG, batch, tmp_path / "samples.png")
     with Image.open(tmp_path / "samples.png") as picture:
         # Two clips, each above its own sample, twelve frames of 32 pixels and gaps of 4.
         assert picture.size == (12 * 36 - 4, 4 * 36 - 4)

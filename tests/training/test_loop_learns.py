@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from streamdiff.training.loop import CURVES, Plan, Trainer, draw_curves, learning_rate
+from streamdiff.training.history import draw_curves
+from streamdiff.training.loop import CURVES, Plan, Trainer, learning_rate
 from tests.training.loop_case import Regression
 
 
