@@ -1,7 +1,57 @@
-"""One thread per process: the suite starts many, and a second thread on a busy machine makes each of them slower."""
+"""One thread per process, and no process that a test does not announce.
+
+The suite starts many processes, and a second thread on a busy machine makes each of them slower. `poe fast` leaves out
+what is marked ``processes``, so a test that starts one without the mark fails.
+"""
 
 from __future__ import annotations
 
+import multiprocessing.process
+import sys
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"})
+"""Audit events of Python that begin a process."""
+_unannounced: list[pytest.Item] = []
+"""The test that is running, where it may not start a process."""
+
+
+class UnannouncedProcessError(Exception):
+    """A test starts a process and is not marked ``processes``."""
+
+
+def _refuse() -> None:
+    if _unannounced:
+        raise UnannouncedProcessError(
+            f"{_unannounced[-1].nodeid} starts a process; mark it with @pytest.mark.processes, or do without"
+        )
+
+
+def _on_audit(event: str, _: tuple[object, ...]) -> None:
+    if event in STARTS:
+        _refuse()
+
+
+def _start(process: multiprocessing.process.BaseProcess) -> None:
+    _refuse()
+    _started(process)
+
+
+_started = multiprocessing.process.BaseProcess.start
+multiprocessing.process.BaseProcess.start = _start  # a process of a fork server raises no audit event
+sys.addaudithook(_on_audit)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    announced = item.get_closest_marker("processes") or item.get_closest_marker("slow")
+    _unannounced[:] = [] if announced else [item]
+    try:
+        return (yield)
+    finally:
+        _unannounced.clear()

@@ -67,6 +67,7 @@ class Witness:
             assert self._ends[segment.id] == (0 if segment.interrupted else 1), f"segment {segment.id}"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_that_is_called_at_random_goes_on(seed: int) -> None:
     rng = random.Random(seed)

@@ -55,6 +55,7 @@ def head(motion_AE: torch.Tensor) -> NDArray[np.float32]:
     return np.concatenate([motion_AE[:, spec.part(part)].numpy() for part in ("rotation", "translation")], axis=1)
 
 
+@pytest.mark.heavy
 def test_the_head_loses_its_tremor_and_keeps_its_movement(both: tuple[torch.Tensor, torch.Tensor]) -> None:
     raw_AH, shown_AH = map(head, both)
     assert jerk(shown_AH) < 0.3 * jerk(raw_AH)
@@ -63,6 +64,7 @@ def test_the_head_loses_its_tremor_and_keeps_its_movement(both: tuple[torch.Tens
     assert all(np.corrcoef(shown_AH[2:, i], late_AH[:, i])[0, 1] > 0.98 for i in range(raw_AH.shape[1]))
 
 
+@pytest.mark.heavy
 def test_lips_lids_and_eyes_do_not_wait(both: tuple[torch.Tensor, torch.Tensor]) -> None:
     spec = arkit64()
     raw_AE, shown_AE = both
@@ -73,11 +75,13 @@ def test_lips_lids_and_eyes_do_not_wait(both: tuple[torch.Tensor, torch.Tensor])
     assert np.ptp(aperture(shown_AE.numpy(), spec)) > 0.2
 
 
+@pytest.mark.heavy
 def test_windows_meet_as_smoothly_as_before(both: tuple[torch.Tensor, torch.Tensor]) -> None:
     for motion_AE in both:
         assert seam_ratio(motion_AE.numpy(), range(HOP, len(motion_AE), HOP), arkit64()) < 1.2
 
 
+@pytest.mark.heavy
 def test_speech_begins_and_ends_without_a_nod_of_its_own(both: tuple[torch.Tensor, torch.Tensor]) -> None:
     step_A = np.abs(np.diff(head(both[1]), axis=0) / head(both[1]).std(axis=0)).mean(axis=1)
     speaking = slice(60, len(step_A) - 60)
@@ -85,6 +89,7 @@ def test_speech_begins_and_ends_without_a_nod_of_its_own(both: tuple[torch.Tenso
         assert step_A[border - 3 : border + 4].max() < 1.2 * step_A[speaking].max()
 
 
+@pytest.mark.heavy
 def test_frames_taken_back_glide_the_same_way_again() -> None:
     cues = spoken()
     moving = MotionStream(load_motion(), seed=4, hop=HOP)

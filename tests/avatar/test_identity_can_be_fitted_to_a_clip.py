@@ -72,6 +72,7 @@ def make_footage(num_frames: int) -> Footage:
     return Footage(WarpRenderer(bundle).render(motion).numpy(), landmarks_of(bundle, motion), 25.0, "made")
 
 
+@pytest.mark.heavy
 def test_the_neutral_frame_is_shut_awake_and_straight() -> None:
     clip = make_footage(60)
     motion = clip_motion(60)[neutral_frame(clip)]

@@ -30,6 +30,7 @@ def test_a_bundle_returns_from_its_file_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(loaded.tensors()[name], tensor), name
 
 
+@pytest.mark.heavy
 def test_the_same_photo_makes_the_same_bundle() -> None:
     assert bundle_from_landmarks(*drawn_face(), name="drawn").sha256 == drawn_bundle().sha256
 

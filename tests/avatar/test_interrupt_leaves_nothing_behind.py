@@ -128,6 +128,7 @@ def test_a_hundred_interruptions_leave_the_stream_alive() -> None:
         assert stream.next_frame(20).epoch == 100
 
 
+@pytest.mark.heavy
 def test_an_interruption_costs_the_same_however_much_waits() -> None:
     def cost_s(num_texts: int) -> float:
         costs = []

@@ -27,17 +27,20 @@ def quality(performance: Performance) -> dict[str, float]:
     return evaluate(load_motion(), [performance])
 
 
+@pytest.mark.heavy
 def test_lips_follow_a_text(quality: dict[str, float]) -> None:
     assert quality["text lips r"] > 0.92
     assert quality["text lips lag"] == 0
     assert 0.75 < quality["text lips gain"] < 1.2
 
 
+@pytest.mark.heavy
 def test_lips_follow_live_sound_that_nobody_transcribed(quality: dict[str, float]) -> None:
     assert quality["live lips r"] > 0.7
     assert quality["live lips lag"] <= 1
 
 
+@pytest.mark.heavy
 def test_head_and_lids_move_as_much_as_they_should(quality: dict[str, float]) -> None:
     for way in ("text", "live"):
         assert 0.5 < quality[f"{way} head spread ratio"] < 1.6
@@ -45,6 +48,7 @@ def test_head_and_lids_move_as_much_as_they_should(quality: dict[str, float]) ->
         assert 4 < quality[f"{way} blinks per minute"] < 45
 
 
+@pytest.mark.heavy
 def test_lips_that_heard_something_else_do_not_agree(performance: Performance) -> None:
     """The numbers above mean something: the same lips, half a clip later, agree with nothing."""
     lips = aperture(performance.motion_AE, arkit64())

@@ -209,6 +209,7 @@ def test_intents_do_not_depend_on_how_they_are_asked() -> None:
     assert np.array_equal(np.concatenate(pieces), whole)
 
 
+@pytest.mark.heavy
 def test_posture_has_the_spread_tempo_and_correlation_that_were_measured() -> None:
     rows_AI = Intent(1, 0).rows(0, 60 * 60 * 25)[:, 3:8]
     assert rows_AI.std(axis=0) == pytest.approx(1.0, abs=0.08)
@@ -217,6 +218,7 @@ def test_posture_has_the_spread_tempo_and_correlation_that_were_measured() -> No
     assert np.corrcoef(rows_AI.T) == pytest.approx(np.array(HEAD_CORRELATION), abs=0.12)
 
 
+@pytest.mark.heavy
 def test_posture_does_not_drift() -> None:
     intent = Intent(1, 0)
     late_AI = intent.rows(10 * 3600 * 25, 5 * 60 * 25)[:, 3:]

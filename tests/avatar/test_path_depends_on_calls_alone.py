@@ -65,6 +65,7 @@ def plain() -> list[AVFrame]:
     return scene()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "slow",
     [

@@ -108,6 +108,7 @@ def test_turning_left_moves_the_nose_left(renderer: WarpRenderer) -> None:
     assert eyes_x(headX=0.1) > rest + 3
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ARKIT_NAMES)
 def test_no_shape_tears_the_picture(renderer: WarpRenderer, name: str) -> None:
     """A warp that folds or leaves the picture shows as colours that no pixel had."""

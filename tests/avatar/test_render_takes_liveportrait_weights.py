@@ -54,6 +54,7 @@ def test_names_and_shapes_are_the_published_ones(role: str) -> None:
     assert (len(shapes), hashlib.sha256(lines.encode()).hexdigest()[:16]) == PUBLISHED[role]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("role", PUBLISHED)
 def test_published_tensors_load(role: str) -> None:
     tensors = {f"module.{name}": torch.ones(shape) for name, shape in published_shapes(role).items()}

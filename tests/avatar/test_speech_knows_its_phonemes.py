@@ -16,6 +16,7 @@ def voice() -> HibariVoice:
     return HibariVoice()
 
 
+@pytest.mark.heavy
 def test_phonemes_fill_the_sound(voice: HibariVoice) -> None:
     for chunk in voice.speak("The quick brown fox jumps over the lazy dog. Does it, really?"):
         if chunk.last:
@@ -96,12 +97,14 @@ def test_a_growing_text_without_words_is_told_at_its_end(voice: HibariVoice) -> 
         list(voice.speak(iter(["😀", " ", "!"])))
 
 
+@pytest.mark.heavy
 def test_a_number_without_end_does_not_hang(voice: HibariVoice) -> None:
     chunks = list(voice.speak("7" * 1000))
     assert chunks[-1].last
     assert sum(chunk.duration_s for chunk in chunks) > 1
 
 
+@pytest.mark.heavy
 def test_voices_are_opened_by_name() -> None:
     voice = open_voice("heart:pitch=0.8,speed=1.2")
     assert isinstance(voice, HibariVoice)

@@ -100,6 +100,7 @@ def test_the_same_command_makes_the_same_bytes(run: Run, tmp_path: Path) -> None
     assert films[0] == films[1]
 
 
+@pytest.mark.heavy
 def test_a_sound_file_becomes_a_film(run: Run, tmp_path: Path) -> None:
     write_wav(tmp_path / "voice.wav", 6.3)
     out = tmp_path / "film.mp4"

@@ -20,6 +20,7 @@ def modules() -> list[str]:
     return found
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", modules())
 def test_doctests_of(name: str) -> None:
     try:

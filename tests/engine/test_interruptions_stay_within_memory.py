@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -86,12 +87,14 @@ def interrupted(num_ranks: int, slack: int, moments: dict[int, int]) -> list[Pac
     return list(run_local(schedule, stages, head.packets(sounds()), deadline_s=60))
 
 
+@pytest.mark.heavy
 def test_interrupted_before_anything_was_shown() -> None:
     for num_ranks in (1, 3):
         packets = interrupted(num_ranks, slack=3, moments={2: 0})
         assert [p.chunk for p in packets] == [0, 1, *range(12)]
 
 
+@pytest.mark.heavy
 def test_made_again_with_the_same_sound_a_chunk_is_the_same() -> None:
     packets = interrupted(3, slack=4, moments={9: 6, 12: 7})
     first: dict[int, Packet] = {}

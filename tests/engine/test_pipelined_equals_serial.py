@@ -35,6 +35,7 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("num_steps", "num_ranks"), [(steps, ranks) for steps in range(1, 5) for ranks in range(2, steps + 2)]
 )
@@ -44,6 +45,7 @@ def test_on_any_number_of_ranks(num_steps: int, num_ranks: int) -> None:
     assert same(run(engine, schedule), serial(num_steps))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("partition", "alone"), [((3, 1), False), ((1, 3), True), ((1, 2, 1), False), ((4,), True)])
 def test_however_the_steps_are_shared_out(partition: tuple[int, ...], alone: bool) -> None:
     engine = Engine(small_config(4))
@@ -51,6 +53,7 @@ def test_however_the_steps_are_shared_out(partition: tuple[int, ...], alone: boo
     assert same(run(engine, schedule), serial(4))
 
 
+@pytest.mark.heavy
 def test_with_the_renoising_sampler() -> None:
     engine = Engine(small_config(3, renoise=True))
     schedule = plan(num_steps=3, num_ranks=4, refresh_chunk=engine.config.refresh_chunk)
@@ -58,6 +61,7 @@ def test_with_the_renoising_sampler() -> None:
     assert not same(serial(3, renoise=True), serial(3))
 
 
+@pytest.mark.heavy
 def test_an_early_refresh_waits_and_changes_nothing_else() -> None:
     """A refresh before the pipeline is full costs a bubble, not a bit."""
     config = small_config(4)
@@ -69,6 +73,7 @@ def test_an_early_refresh_waits_and_changes_nothing_else() -> None:
     assert same(run(engine, one), run(engine, five))
 
 
+@pytest.mark.heavy
 def test_the_stream_really_is_eventful() -> None:
     """The commands rode along, and each of them changed the picture."""
     packets = serial(4)
@@ -82,6 +87,7 @@ def test_the_stream_really_is_eventful() -> None:
     assert not torch.equal(first[REWIND_TO].latent_BCTHW, packets[-3].latent_BCTHW)  # other sound, made anew
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("partition", "alone"),
     [

@@ -64,6 +64,7 @@ def test_weights_stay_within_their_budget() -> None:
     assert sum(path.stat().st_size for path in folder.parent.rglob("*.safetensors")) < 40e6
 
 
+@pytest.mark.heavy
 def test_it_draws_the_face_it_was_shown() -> None:
     engine = Engine(presets.portrait())
     film = _film(engine, 1).float()
@@ -76,6 +77,7 @@ def test_it_draws_the_face_it_was_shown() -> None:
     assert np.isfinite(film.numpy()).all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 def test_ranks_change_nothing(num_ranks: int) -> None:
     engine = Engine(presets.portrait())

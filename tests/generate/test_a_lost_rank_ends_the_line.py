@@ -62,6 +62,7 @@ def test_stopped(line: tuple[Ranks, Path], lost: int) -> None:
     check_the_others(ranks, lost, film)
 
 
+@pytest.mark.processes
 def test_ctrl_c_is_clean(line: tuple[Ranks, Path]) -> None:
     ranks, film = line
     for process in ranks.processes:

@@ -45,6 +45,7 @@ def test_what_does_not_fit_is_predicted(
     assert "predicted" in said
 
 
+@pytest.mark.heavy
 def test_what_is_small_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert "measured here, on cpu" in plan(capsys, "--size", "64x64", "--steps", "1")
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.generate.processes import run_alone, run_torchrun, write_inputs
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:

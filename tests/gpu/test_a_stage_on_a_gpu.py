@@ -58,6 +58,7 @@ def ready_backends(device: str, dtype: torch.dtype, head_dim: int) -> list[str]:
     return [name for name, why in found.items() if why is None and name != "reference"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("options", [StepOptions(), FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_replayed_graph_is_bit_equal_to_eager(device: str, options: StepOptions) -> None:

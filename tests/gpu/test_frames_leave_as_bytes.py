@@ -24,6 +24,7 @@ CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_served_and_warmed_decoder_gives_the_plain_ones_bytes(device: str) -> None:
     decoder = VAEDecoder(CONFIG.vae)

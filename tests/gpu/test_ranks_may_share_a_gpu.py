@@ -23,6 +23,7 @@ CUDA = pytest.param(
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_pipelined_equals_serial(device: str) -> None:
     """A prompt switch, a sink refresh and a rewind included."""

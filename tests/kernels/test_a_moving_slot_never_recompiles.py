@@ -73,6 +73,7 @@ class Block(torch.nn.Module):
         )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize(("impl", "backend"), [(Impl.REFERENCE, "reference"), (Impl.TORCH, "sdpa")])
 def test_a_hundred_chunks_are_one_graph(impl: Impl, backend: str, sparse: bool) -> None:

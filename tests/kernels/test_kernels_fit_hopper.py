@@ -31,6 +31,7 @@ def compiled() -> dict[tuple[str, int], Compiled]:
 CAPABILITIES = [90, pytest.param(100, marks=pytest.mark.slow)]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", CALLS)
 def test_it_fits_and_spills_nothing(name: str, capability: int, compiled: dict[tuple[str, int], Compiled]) -> None:
@@ -40,11 +41,13 @@ def test_it_fits_and_spills_nothing(name: str, capability: int, compiled: dict[t
     assert kernel.registers * kernel.num_warps * 32 <= 65_536
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ODD_CALLS)
 def test_odd_shapes_compile_and_spill_nothing(name: str) -> None:
     assert compile_call(ODD_CALLS[name], 90).spilled_bytes == 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ATTENTION])
 def test_rows_move_in_128_bits(name: str, compiled: dict[tuple[str, int], Compiled]) -> None:
     row = (compiled.get((name, 90)) or compile_call(CALLS[name], 90)).row()
@@ -57,6 +60,7 @@ def test_rows_move_in_128_bits(name: str, compiled: dict[tuple[str, int], Compil
     assert row["narrow_stores"] <= (2 if has_scales else 0)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_multiplies_on_the_tensor_cores_of_hopper(
     name: str, compiled: dict[tuple[str, int], Compiled]
@@ -69,6 +73,7 @@ def test_attention_multiplies_on_the_tensor_cores_of_hopper(
     assert kernel.count(r"UTMALDG\S*") >= 4
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
@@ -78,6 +83,7 @@ def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
     assert kernel.count(r"UTC\w*MMA\S*") >= 4
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_resources_are_those_of_the_golden_table(capability: int, compiled: dict[tuple[str, int], Compiled]) -> None:
     golden = json.loads(GOLDEN.read_text())

@@ -112,6 +112,7 @@ CASES: dict[str, Callable[[str], tuple[Any, ...]]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_finds_nothing(name: str, impl: str) -> None:

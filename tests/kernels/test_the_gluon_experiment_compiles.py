@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("overlap", [True, False])
 def test_it_fits_and_says_who_does_what(overlap: bool) -> None:
     q, ring = (torch.empty(1, rows, 40, 128, dtype=torch.bfloat16, device="meta") for rows in (3168, 15312))

@@ -51,6 +51,7 @@ def _kill_after(path: Path, num_chunks: int, *, pause: bool) -> None:
         assert process.wait(timeout=30) == -signal.SIGKILL
 
 
+@pytest.mark.processes
 def test_sigkill_loses_no_chunk_that_write_returned_from(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     _kill_after(path, 5, pause=True)
@@ -63,6 +64,7 @@ def test_sigkill_loses_no_chunk_that_write_returned_from(tmp_path: Path) -> None
     assert click / 16_000 == pytest.approx(40 / 25, abs=0.002)
 
 
+@pytest.mark.processes
 def test_sigkill_in_full_flow_leaves_whole_chunks(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     _kill_after(path, 40, pause=False)

@@ -150,6 +150,7 @@ def test_a_truncated_picture_says_so(tmp_path: Path, suffix: str, kept: float) -
         read_image(path, 64, 64)
 
 
+@pytest.mark.heavy
 def test_impossible_sizes_say_so(tmp_path: Path) -> None:
     Image.new("RGB", (31, 300)).save(tmp_path / "tiny.png")
     with pytest.raises(InputError, match="31x300 pixels show no face"):

@@ -111,6 +111,7 @@ def test_an_open_file_can_be_read(tmp_path: Path) -> None:
     assert audio_duration_s(memory) == pytest.approx(1.0)
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     path = tmp_path / "long.wav"
     with wave.open(str(path), "wb") as file:

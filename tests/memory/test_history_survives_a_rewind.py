@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from streamdiff.memory import SinkMemory, StepMemory
@@ -77,6 +78,7 @@ def test_addresses_are_fixed() -> None:
     assert memory.keys_ZBMNK.data_ptr() == address
 
 
+@pytest.mark.heavy
 def test_slot_order_does_not_matter() -> None:
     """Absolute keys in ring order equal window-relative keys in time order, over a long bfloat16 stream."""
     generator = torch.Generator().manual_seed(0)

@@ -61,6 +61,7 @@ def new_memory() -> tuple[SinkMemory, StepMemory, torch.Tensor]:
     return sink, memory, keys
 
 
+@pytest.mark.heavy
 def test_the_pristine_sink_does_not_drift() -> None:
     _, memory, keys = new_memory()
     errors = []
@@ -71,6 +72,7 @@ def test_the_pristine_sink_does_not_drift() -> None:
     assert max(errors[-100:]) <= 1.5 * max(errors[:100])
 
 
+@pytest.mark.heavy
 def test_rotating_in_place_would_drift() -> None:
     """The same loop, each rotation taken from the last result, as a memory without a pristine copy would do."""
     _, _, keys = new_memory()

@@ -15,6 +15,8 @@ from torch._inductor.utils import run_and_get_code
 from streamdiff.models.served.options import Precision, StepOptions
 from tests.models.step_case import Case, config_of, distance, rms_distance
 
+pytestmark = pytest.mark.heavy
+
 NUM_CHUNKS = 100
 COMPILED = StepOptions(compile=True)
 EIGHT = StepOptions(compile=True, precision=Precision.FP8, kept_layers=0)

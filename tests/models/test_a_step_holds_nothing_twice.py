@@ -72,6 +72,7 @@ def test_the_readable_model_computes_the_same_bits_afterwards() -> None:
     assert set(case.dit.state_dict()) == names
 
 
+@pytest.mark.heavy
 def test_what_is_in_eight_bits_is_nowhere_in_sixteen() -> None:
     case = Case(config_of(), dtype=torch.bfloat16)
     before = bytes_of(case.dit)
@@ -95,6 +96,7 @@ def test_the_sink_can_still_be_made_from_eight_bits() -> None:
     assert 1e-3 < rms_distance(case._sink().values_ZBSNK, before) < 0.06
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kept", "num_steps"), [(None, 1), (1, 4)])
 def test_a_14b_rank_needs_what_cost_says(kept: int | None, num_steps: int) -> None:
     """Every allocation of a chunk with a full window, counted on paper at 704x384, against the closed form."""
@@ -121,6 +123,7 @@ def test_a_14b_rank_of_one_step_fits() -> None:
     assert eight < 40e9 < sixteen < 48.5e9
 
 
+@pytest.mark.heavy
 def test_the_model_on_paper_has_its_full_size() -> None:
     config = presets.live_avatar_14b()
     with Watched() as watched, torch.device("meta"):

@@ -34,6 +34,7 @@ def decoded(module: TAEDecoder, pieces: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(frames, 2)
 
 
+@pytest.mark.heavy
 @settings(max_examples=12, deadline=None)
 @given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=4), num_streams=st.integers(1, 2))
 def test_decoding_cut_anywhere(cuts: list[int], num_streams: int) -> None:

@@ -57,6 +57,7 @@ def encoded(module: VAEEncoder, pieces: tuple[Tensor, ...], state: EncoderState 
     return torch.cat(found, 2)
 
 
+@pytest.mark.heavy
 @settings(max_examples=12, deadline=None)
 @given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=4), num_streams=st.integers(1, 2))
 def test_decoding_cut_anywhere(cuts: list[int], num_streams: int) -> None:
@@ -67,6 +68,7 @@ def test_decoding_cut_anywhere(cuts: list[int], num_streams: int) -> None:
     assert torch.equal(decoded(module, whole.split(cuts, 2)), expected)
 
 
+@pytest.mark.heavy
 @settings(max_examples=12, deadline=None)
 @given(cuts=st.lists(st.integers(0, 6), min_size=1, max_size=4), num_streams=st.integers(1, 2))
 def test_encoding_cut_anywhere(cuts: list[int], num_streams: int) -> None:
@@ -159,6 +161,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.heavy
 def test_a_still_of_any_length_costs_one_photograph() -> None:
     photo = video(1)
     module = encoder()

@@ -89,6 +89,7 @@ def test_nothing_is_left_after_a_wipe() -> None:
         assert not ring.view(torch.uint8).any()
 
 
+@pytest.mark.heavy
 def test_a_compiler_sees_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -16,6 +16,7 @@ from streamdiff.errors import ConfigError
 from streamdiff.models.text import HashedText, TextEncoder
 
 
+@pytest.mark.heavy
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=60))
 def test_any_unicode_has_finite_rows_of_unit_scale(prompt: str) -> None:
@@ -65,6 +66,7 @@ def test_long_prompts_are_cut_and_keep_their_end_mark() -> None:
     assert torch.cosine_similarity(ends[0], ends[1], dim=0) > 0.5
 
 
+@pytest.mark.processes
 def test_another_process_makes_the_same_rows() -> None:
     prompt = "Une femme parle doucement. 👩🏽‍🚀"
     program = (

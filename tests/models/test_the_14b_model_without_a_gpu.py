@@ -114,6 +114,7 @@ def forward_flops(config: EngineConfig, dit: CausalDiT) -> int:
         return counter.get_total_flops() - before
 
 
+@pytest.mark.heavy
 def test_its_operations_are_the_closed_form(dit: CausalDiT) -> None:
     config = presets.live_avatar_14b()
     counted = forward_flops(config, dit)
@@ -124,6 +125,7 @@ def test_its_operations_are_the_closed_form(dit: CausalDiT) -> None:
     assert predicted.audio / 1e12 == pytest.approx(4.0, rel=0.02)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (256, 384)])
 def test_other_sizes_follow_the_same_form(dit: CausalDiT, height: int, width: int) -> None:
     config = dataclasses.replace(presets.live_avatar_14b(), height=height, width=width)

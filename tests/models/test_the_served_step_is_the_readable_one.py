@@ -129,6 +129,7 @@ def test_eight_bits_mean_the_same_to_every_implementation() -> None:
     assert max(map(rms_distance, one, other)) <= 0.035
 
 
+@pytest.mark.heavy
 def test_the_ends_of_the_model_keep_their_precision() -> None:
     """Three layers with one kept at each end round less than three in eight bits, and two kept ends round nothing."""
     losses = []

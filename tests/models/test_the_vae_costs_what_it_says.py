@@ -16,6 +16,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("config", CONFIGS, ids=["wan21", "shallow", "three-levels"])
 def test_decoder(config: VAEConfig, first: bool) -> None:

@@ -67,6 +67,7 @@ def compare(config: VAEConfig, *, height: int, width: int, num_latents: int, num
         assert (found - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("height", "width", "num_latents", "num_streams"), [(16, 16, 1, 1), (40, 72, 4, 1), (88, 24, 3, 2)]
 )

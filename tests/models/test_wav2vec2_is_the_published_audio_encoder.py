@@ -112,6 +112,7 @@ def test_a_stream_is_the_same_bits_in_any_partition(model: Any) -> None:
         assert torch.equal(streamed(encoder.stream(25), cut(samples_S, sizes)), first_BZEA)
 
 
+@pytest.mark.heavy
 def test_more_context_and_look_ahead_come_closer_to_the_whole_file(model: Any) -> None:
     samples_S = speech_like(6 * 16_000)
 

@@ -85,6 +85,7 @@ def test_the_shares_find_the_slowest_rank(folder: Path) -> None:
     assert all(row["step_%"] + row["wait_%"] + row["send_%"] <= 101 for row in rows.values())
 
 
+@pytest.mark.processes
 def test_the_command_writes_the_trace(folder: Path) -> None:
     command = [sys.executable, str(ROOT / "perf" / "profile_stream.py"), str(folder)]
     done = subprocess.run(

@@ -66,6 +66,7 @@ def first_difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> int:
     return next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not torch.equal(x, y))
 
 
+@pytest.mark.heavy
 def test_full_is_what_is_served(full: list[torch.Tensor]) -> None:
     engine = small_engine()
     stage = engine.stage(plan(num_steps=2, num_ranks=1).roles[0], seed=5)
@@ -74,6 +75,7 @@ def test_full_is_what_is_served(full: list[torch.Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(served, full, strict=True))
 
 
+@pytest.mark.heavy
 def test_no_sink_forgets_the_sink_once_the_window_is_full(full: list[torch.Tensor]) -> None:
     engine = small_engine()
     stage = denoiser(engine, "no-sink", seed=5)
@@ -95,6 +97,7 @@ def test_no_sink_forgets_the_sink_once_the_window_is_full(full: list[torch.Tenso
     assert memory.length_on_host == 4 * engine.config.chunk_tokens
 
 
+@pytest.mark.heavy
 def test_absolute_keeps_the_sink_where_it_was(full: list[torch.Tensor]) -> None:
     engine = small_engine()
     config = engine.config
@@ -106,6 +109,7 @@ def test_absolute_keeps_the_sink_where_it_was(full: list[torch.Tensor]) -> None:
     assert 0 <= first_difference(latents, full) < NUM_CHUNKS
 
 
+@pytest.mark.heavy
 def test_clean_history_remembers_finished_chunks(full: list[torch.Tensor]) -> None:
     engine = small_engine()
     stage = denoiser(engine, "clean-history", seed=5)
@@ -128,12 +132,14 @@ def test_clean_history_remembers_finished_chunks(full: list[torch.Tensor]) -> No
     assert torch.allclose(kept, expected, atol=1e-5)
 
 
+@pytest.mark.heavy
 def test_no_adaptive_is_full_until_the_sink_would_change(full: list[torch.Tensor]) -> None:
     engine = small_engine(adaptive_sink=False)
     latents = run(engine, denoiser(engine, "no-adaptive", seed=5), packets(engine))
     assert first_difference(latents, full) == small_engine().config.refresh_chunk
 
 
+@pytest.mark.heavy
 def test_films_follow_their_prompts() -> None:
     engine = small_engine()
     samples = sound(3.0).numpy()
@@ -144,6 +150,7 @@ def test_films_follow_their_prompts() -> None:
     assert not torch.equal(plain.latents_nCTHW[3], told.latents_nCTHW[3])
 
 
+@pytest.mark.heavy
 def test_a_long_run_says_how_it_went() -> None:
     engine = small_engine()
     probe = Probe().eval().requires_grad_(False)

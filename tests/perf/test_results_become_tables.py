@@ -125,6 +125,7 @@ def run_table(*arguments: str, said: str = "") -> subprocess.CompletedProcess[st
     return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
 
 
+@pytest.mark.processes
 def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("# title\n" + "\n".join(table.markers("headlines")) + "\n")
@@ -138,11 +139,13 @@ def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
     assert "# title" in document.read_text()
 
 
+@pytest.mark.processes
 def test_documents_show_what_is_kept() -> None:
     done = run_table("--check")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.processes
 def test_a_kept_result_has_a_card_a_date_and_a_commit(tmp_path: Path) -> None:
     said = 'a table\n{"bench": "reference", "threads": 2, "rows": []}\na library says goodbye\n'
     done = run_table("--keep", "reference", "--results", str(tmp_path), "--commit", "abc", said=said)
@@ -154,6 +157,7 @@ def test_a_kept_result_has_a_card_a_date_and_a_commit(tmp_path: Path) -> None:
     assert re.match(r"\d{4}-\d\d-\d\dT", kept["date"])
 
 
+@pytest.mark.processes
 def test_what_is_no_result_is_not_kept(tmp_path: Path) -> None:
     done = run_table("--keep", "x", "--results", str(tmp_path), said="Traceback ...\n")
     assert done.returncode == 1

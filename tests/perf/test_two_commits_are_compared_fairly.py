@@ -38,6 +38,7 @@ def repository(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.processes
 def test_a_ratio_is_head_over_base(repository: Path, tmp_path: Path) -> None:
     rows = compare.compare(repository, "HEAD~1", "HEAD", "perf/toy.py", [], rounds=3)
     by_name = {row.name: row for row in rows}
@@ -49,6 +50,7 @@ def test_a_ratio_is_head_over_base(repository: Path, tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().split() == ["8.0", "4.0", "4.0", "8.0", "8.0", "4.0"], "alternating"
 
 
+@pytest.mark.processes
 def test_a_point_is_the_working_tree(repository: Path) -> None:
     rows = compare.compare(repository, "HEAD", ".", "perf/toy.py", [], rounds=1)
     assert {row.name: row.ratio for row in rows}["walk step_ms"] == 0.5
@@ -64,11 +66,13 @@ def test_within_its_own_spread_a_difference_is_noise() -> None:
     assert not compare.Compared("x", base=10.0, head=10.5, spread=0.04).is_noise
 
 
+@pytest.mark.processes
 def test_an_unknown_commit_says_what_to_do(repository: Path) -> None:
     with pytest.raises(SystemExit, match=r"cannot check out 'nowhere'.*name a commit"):
         compare.compare(repository, "nowhere", "HEAD", "perf/toy.py", [])
 
 
+@pytest.mark.processes
 def test_a_bench_that_fails_is_named(repository: Path) -> None:
     (repository / "perf" / "toy.py").write_text("raise SystemExit('out of luck')\n")
     with pytest.raises(SystemExit, match=r"perf/toy.py failed in .*: out of luck"):

@@ -12,6 +12,8 @@ import pytest
 from tests.pipeline import faults
 from tests.pipeline.ranks import Outcome, Ranks, run_ranks, wait_for_line
 
+pytestmark = pytest.mark.processes
+
 DEADLINE_S = 5.0
 
 

@@ -55,6 +55,7 @@ def expected(schedule: Schedule, refresh_chunk: int | None, rewind: tuple[int, i
     return [summary(packet) for packet in serial(alone, source)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("schedule", LAYOUTS, ids=name)
 @pytest.mark.parametrize("refresh_chunk", [None, 1, 2, 5])
 @pytest.mark.parametrize("rewind", [None, (6, 4), (7, 2), (1, 0)])
@@ -94,6 +95,7 @@ def uneven(schedule: Schedule) -> bool:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
 def test_processes_equal_the_plain_loop(num_ranks: int) -> None:
     assert_processes_equal([layout for layout in LAYOUTS if layout.num_ranks == num_ranks and uneven(layout)])

@@ -44,6 +44,7 @@ def lines(draw: st.DrawFn) -> tuple[Schedule, Costs]:
 hops = st.builds(Hop, latency_s=st.sampled_from([0.0, 0.001, 0.05, 0.4]))
 
 
+@pytest.mark.heavy
 @given(lines(), hops)
 def test_the_period_is_the_longest_rank_or_the_slowest_hop(line: tuple[Schedule, Costs], hop: Hop) -> None:
     schedule, costs = line
@@ -214,6 +215,7 @@ def assert_predicted(schedule: Schedule, costs: Costs, num_chunks: int) -> None:
     pytest.fail(f"first frame and period were predicted as {predicted} s, measured as {fastest} s")
 
 
+@pytest.mark.processes
 def test_real_ranks_take_as_long_as_predicted() -> None:
     # Long naps, so that a busy machine's late wake-ups (a few ms) stay within the tolerance.
     costs = Costs(step_s=(0.12, 0.12), decode_s=0.18, encode_s=0.03)
@@ -236,6 +238,7 @@ def test_more_layouts_of_real_ranks(schedule: Schedule, costs: Costs) -> None:
     assert_predicted(schedule, costs, num_chunks=24)
 
 
+@pytest.mark.processes
 def test_the_command_says_what_was_published() -> None:
     """From a step of 265.5 ms and a decode of 148 ms follow the 45.2 FPS and 1.21 s of Live Avatar on five GPUs."""
     command = Path(__file__).parents[2] / "perf" / "simulate.py"

@@ -52,6 +52,7 @@ def run(coroutine) -> None:
     asyncio.run(asyncio.wait_for(coroutine, LIMIT_S))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_it_says_exactly_what_was_pushed(num_ranks: int) -> None:
     async def scene() -> None:
@@ -70,6 +71,7 @@ def test_it_says_exactly_what_was_pushed(num_ranks: int) -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_the_same_sound_gives_the_same_frames_on_one_rank_and_three() -> None:
     async def film(num_ranks: int) -> list[Shown]:
         async with open_session(new_engine(), num_ranks=num_ranks) as session:
@@ -85,6 +87,7 @@ def test_the_same_sound_gives_the_same_frames_on_one_rank_and_three() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_silence_keeps_a_live_stream_going() -> None:
     async def scene() -> None:
         async with open_session(new_engine(), live=True) as session:
@@ -95,6 +98,7 @@ def test_silence_keeps_a_live_stream_going() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_an_interruption_resumes_where_the_shown_ends(num_ranks: int) -> None:
     async def scene() -> None:
@@ -116,6 +120,7 @@ def test_an_interruption_resumes_where_the_shown_ends(num_ranks: int) -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_an_interruption_beyond_memory_goes_back_as_far_as_it_can() -> None:
     async def scene() -> None:
         async with open_session(new_engine(slack=0), num_ranks=3) as session:
@@ -134,6 +139,7 @@ def test_an_interruption_beyond_memory_goes_back_as_far_as_it_can() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_a_new_prompt_changes_the_picture() -> None:
     async def film(switch: bool) -> list[Shown]:
         async with open_session(new_engine()) as session:
@@ -181,6 +187,7 @@ def test_a_closed_session_says_so() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_closing_in_the_middle_stops_every_thread() -> None:
     import threading
 

@@ -66,6 +66,7 @@ def _source(head: HeadModel, count: int = 4, first: int = 0) -> DrawnClips:
     return DrawnClips(head, _Hum(), count=count, size=32, looks=2, first=first, num_frames=_FRAMES)  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 def test_a_clip_is_the_same_alone_and_among_others(head: HeadModel) -> None:
     alone = _source(head).clip(3)
     among = list(_source(head).clips(0, 4))[3]
@@ -74,6 +75,7 @@ def test_a_clip_is_the_same_alone_and_among_others(head: HeadModel) -> None:
     assert alone.prompt == among.prompt
 
 
+@pytest.mark.heavy
 def test_looks_share_motion_and_sound_but_not_pixels(head: HeadModel) -> None:
     a, b, other = list(_source(head).clips(0, 3))
     assert np.array_equal(a.sound_S, b.sound_S)
@@ -85,6 +87,7 @@ def test_looks_share_motion_and_sound_but_not_pixels(head: HeadModel) -> None:
     assert not np.array_equal(a.sound_S, other.sound_S)
 
 
+@pytest.mark.heavy
 def test_far_numbers_give_other_people(head: HeadModel) -> None:
     assert not np.array_equal(_source(head).clip(0).photo_HWC, _source(head, first=1_000_000).clip(0).photo_HWC)
 
@@ -119,6 +122,7 @@ def test_every_action_has_prompts() -> None:
     assert len({text for texts in PROMPTS.values() for text in texts}) == sum(map(len, PROMPTS.values()))
 
 
+@pytest.mark.heavy
 def test_a_raised_hand_hides_the_badge(head: HeadModel) -> None:
     generator = np.random.default_rng(0)
     painter = Painter(head, Build.draw(generator, 3), size=64)
@@ -132,6 +136,7 @@ def test_a_raised_hand_hides_the_badge(head: HeadModel) -> None:
     assert np.abs(hidden.mean(0) - badge).max() > 20
 
 
+@pytest.mark.heavy
 def test_shards_give_back_what_was_written_and_are_kept(head: HeadModel, tmp_path: Path) -> None:
     source = _source(head)
     write_shards(source, tmp_path, per_shard=3)
@@ -151,6 +156,7 @@ def test_shards_give_back_what_was_written_and_are_kept(head: HeadModel, tmp_pat
     assert before == {path: path.stat().st_mtime_ns for path in shards.paths}
 
 
+@pytest.mark.heavy
 def test_two_parts_make_one_whole(head: HeadModel, tmp_path: Path) -> None:
     for part in range(2):
         write_shards(_source(head), tmp_path, per_shard=1, part=(part, 2))
@@ -187,6 +193,7 @@ def test_recorded_clips_have_the_same_interface(tmp_path: Path) -> None:
         RecordedClips([path], prompts=["a", "b"], size=16, num_frames=5)
 
 
+@pytest.mark.heavy
 def test_videos_become_shards_from_the_command_line(tmp_path: Path) -> None:
     path, out = tmp_path / "film.mp4", tmp_path / "faces"
     with VideoWriter(path, width=48, height=32, fps=25, rate_hz=RATE_HZ) as film:

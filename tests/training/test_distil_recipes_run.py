@@ -98,6 +98,7 @@ def train(recipe: str, *arguments: object) -> int:
     return run_train(argparse.Namespace(recipe=recipe, arguments=[str(a) for a in arguments]))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("make", [matching_task, consistency_task], ids=["distil", "consistency"])
 def test_a_stopped_run_ends_with_the_same_bits(make, data: Path, tmp_path: Path) -> None:
     straight = Trainer(make(data), tmp_path / "straight", Plan(steps=5))
@@ -120,6 +121,7 @@ def _weights(dit: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in dit.named_parameters()}
 
 
+@pytest.mark.heavy
 def test_the_critic_learns_in_every_step_and_the_student_in_every_second(data: Path, tmp_path: Path) -> None:
     task = matching_task(data)
     teaches = _weights(task._teacher)
@@ -138,6 +140,7 @@ def test_the_critic_learns_in_every_step_and_the_student_in_every_second(data: P
     assert not moved(teaches, _weights(task._teacher))
 
 
+@pytest.mark.heavy
 def test_every_weight_that_a_clip_reaches_gets_a_gradient(data: Path) -> None:
     """Through prompt, sound and sink too, in bfloat16 as in float32."""
     missing: list[set[str]] = []
@@ -161,6 +164,7 @@ def test_bf16_gives_nearly_the_gradients_of_float32(data: Path) -> None:
     assert torch.cosine_similarity(found[0], found[1], dim=0) > 0.95
 
 
+@pytest.mark.heavy
 def test_regression_adds_its_gradient_to_the_students(data: Path) -> None:
     found = []
     for weight in (0.0, 0.5, 1.0):
@@ -198,6 +202,7 @@ def test_consistency_follows_its_own_average(data: Path, tmp_path: Path) -> None
         assert (sigma_B - served).abs().min() < 1e-6
 
 
+@pytest.mark.heavy
 def test_the_commands_write_weights_that_load(data: Path, weights: Path, tmp_path: Path) -> None:
     common = ("--data", data, "--batch", BATCH, "--chunks", NUM_CHUNKS, "--steps", 2, "--held-out", 1)
     assert train("consistency", *common, "--out", tmp_path / "cd", "--init", weights) == 0
@@ -214,6 +219,7 @@ def test_the_commands_write_weights_that_load(data: Path, weights: Path, tmp_pat
     assert not torch.equal(load_file(after)["head.head.weight"], load_file(weights)["head.head.weight"])
 
 
+@pytest.mark.heavy
 def test_chunks_of_one_frame_sparse_with_adapters(data: Path, weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "lora"
     options = ("--data", data, "--batch", 1, "--chunks", 5, "--steps", 2, "--held-out", 1, "--out", out)

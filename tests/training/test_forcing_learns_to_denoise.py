@@ -125,6 +125,7 @@ def test_a_model_that_has_learned_nothing_says_nothing(tmp_path: Path) -> None:
     assert loss_Bn.mean().item() == pytest.approx(wanted.square().mean().item(), abs=0.05 + bias)
 
 
+@pytest.mark.heavy
 def test_it_learns_what_the_sound_says(tmp_path: Path) -> None:
     clips = clips_in(tmp_path / "clips")
     settings = ForcingConfig(num_chunks=3)
@@ -159,6 +160,7 @@ def train(*arguments: str) -> int:
     )
 
 
+@pytest.mark.heavy
 def test_the_command_trains_stops_and_goes_on(
     tmp_path: Path, small_preset: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     assert run(tmp_path, STEPS, resume=True).step == STEPS
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_is_killed_loses_nothing_but_time(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "tests.training.loop_case", str(tmp_path), str(STEPS)]
@@ -96,6 +97,7 @@ def test_steps_that_are_made_again_are_logged_once(tmp_path: Path) -> None:
     assert [step for step, _ in trainer.history["gradient_seldom"]] == [0, 3]
 
 
+@pytest.mark.heavy
 def test_a_budget_becomes_steps_once(tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
         if step == 11:

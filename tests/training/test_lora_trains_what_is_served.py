@@ -114,6 +114,7 @@ def test_the_file_has_the_published_names_and_shapes(tmp_path: Path) -> None:
     assert found == wanted
 
 
+@pytest.mark.heavy
 def test_the_14b_model_gets_448_adapters_and_676_million_factors() -> None:
     with torch.device("meta"):
         dit = CausalDiT(presets.live_avatar_14b().dit)

@@ -70,6 +70,7 @@ def test_loud_speech_opens_wider() -> None:
     assert loud > 1.2 * quiet
 
 
+@pytest.mark.heavy
 def test_a_performance_holds_states_sound_and_a_face_in_range(performances: list[Performance]) -> None:
     spec = arkit64()
     shown = performances[0]
@@ -80,6 +81,7 @@ def test_a_performance_holds_states_sound_and_a_face_in_range(performances: list
     assert jaw_A[speaking].mean() > 3 * jaw_A[~speaking].mean()
 
 
+@pytest.mark.heavy
 def test_the_mouth_of_a_performance_follows_its_sound(performances: list[Performance]) -> None:
     spec = arkit64()
     lips = np.concatenate([aperture(c.motion_AE, spec) for c in performances])
@@ -89,6 +91,7 @@ def test_the_mouth_of_a_performance_follows_its_sound(performances: list[Perform
     assert abs(late) <= 1
 
 
+@pytest.mark.heavy
 def test_performances_depend_on_their_number_alone() -> None:
     voice = HibariVoice()
     words = lexicon_words()
@@ -118,6 +121,7 @@ def test_rig_weights_become_named_shapes() -> None:
     assert motion_AE[1, spec.index("mouthLowerDownRight")] == 0.0
 
 
+@pytest.mark.heavy
 def test_loss_falls_and_training_goes_on_where_it_stopped(dataset: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     weight_E = motion._weights(arkit64())

@@ -99,6 +99,7 @@ def test_a_badge_behind_a_hand_is_not_asked_for() -> None:
     assert badge[1] == 0
 
 
+@pytest.mark.heavy
 def test_it_learns(shards: Shards) -> None:
     probe = Probe()
     probing._initialise(probe, seed=0)

@@ -168,6 +168,7 @@ def test_velocities_are_those_of_the_engine() -> None:
     torch.testing.assert_close(learned, served, rtol=0, atol=1e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "layout", [windowed(CHUNKS, window_chunks=WINDOW, frames_per_chunk=3), sparse(CHUNKS, frames_per_chunk=3)]
 )
