@@ -54,6 +54,8 @@ class Blocks:
     >>> blocks = Blocks(rate_hz=24_000)
     >>> [(first, len(block_S)) for first, block_S in blocks.push(np.zeros(960, np.float32))]
     [(0, 480), (480, 480)]
+
+    A stream that goes on elsewhere (``at``: the number of its next sample) is followed there; half a block is dropped.
     """
 
     def __init__(self, rate_hz: int) -> None:
@@ -61,8 +63,10 @@ class Blocks:
         self._held_S = np.zeros(0, np.int16)
         self._next = 0
 
-    def push(self, sound_S: NDArray[np.float32]) -> Iterator[tuple[int, NDArray[np.int16]]]:
+    def push(self, sound_S: NDArray[np.float32], at: int | None = None) -> Iterator[tuple[int, NDArray[np.int16]]]:
         """Blocks that are complete now, each with the number of its first sample."""
+        if at is not None and at != self._next + len(self._held_S):
+            self._next, self._held_S = at, self._held_S[:0]
         block_S = np.rint(np.clip(sound_S, -1.0, 1.0) * 32767).astype(np.int16)
         if len(self._held_S):
             block_S = np.concatenate([self._held_S, block_S])

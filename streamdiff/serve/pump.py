@@ -252,7 +252,7 @@ class Pump:
         index, pts = shown.index + k, shown.pts + Fraction(k, self.fps)
         # Taken before encoding: an interruption from here on knows that this frame will leave.
         self.head.sent(float(pts), 1 / self.fps)
-        blocks = list(self._blocks.push(sound_S))
+        blocks = list(self._blocks.push(sound_S, at=round(pts * self.rate_hz)))
         picture: Picture | None = None
         packets: list[bytes | None] = [None] * len(blocks)
         if any(sink.is_encoded for sink in self._sinks):

@@ -1,0 +1,530 @@
+// The page of `streamdiff serve`: one session, its picture and sound over WebRTC, its messages over a data channel.
+
+const $ = (id) => document.getElementById(id);
+const face = $("face");
+const STAGES = ["end of turn", "transcript", "first word", "voice", "face", "encode", "audible", "silent"];
+const KEEP = 24;
+const PROBE_MS = 5;
+const LOUD = 0.01;
+
+// For the tests, and for the curious: everything that the page knows.
+const state = (window.streamdiff = {
+  session: null, status: "off", ready: null, latencies: [], stats: {}, events: [], connections: 0, sync_ms: null,
+});
+
+let peer = null;
+let channel = null;
+let info = null;
+let micStream = null;
+let audioSender = null;
+let audioContext = null;
+let analyser = null;
+let stopping = false;
+let retryTimer = null;
+let attempt = 0;
+
+function token() { return sessionStorage.getItem("token") ?? ""; }
+
+async function api(method, path, body, headers = {}) {
+  if (token()) headers.Authorization = `Bearer ${token()}`;
+  if (body !== undefined && !(body instanceof Blob)) {
+    headers["Content-Type"] = "application/json";
+    body = JSON.stringify(body);
+  }
+  const response = await fetch(path, { method, headers, body });
+  if (response.status === 204) return {};
+  const answer = await response.json().catch(() => ({}));
+  if (response.ok) return answer;
+  const error = new Error(answer.error?.message ?? `the server answered ${response.status}`);
+  error.status = response.status;
+  error.retryAfter = Number(response.headers.get("Retry-After") ?? 0);
+  throw error;
+}
+
+function send(message) {
+  if (channel?.readyState !== "open") return false;
+  channel.send(JSON.stringify(message));
+  return true;
+}
+
+function show(status, text) {
+  state.status = status;
+  $("status").dataset.state = status;
+  $("status").textContent = text ?? status;
+}
+
+function overlay(title, text, button) {
+  $("overlay").hidden = !title;
+  $("overlay-title").textContent = title ?? "";
+  $("overlay-text").textContent = text ?? "";
+  $("start").hidden = !button;
+  $("start").textContent = button ?? "";
+}
+
+function notice(text) {
+  $("notice").hidden = !text;
+  $("notice").textContent = text ?? "";
+}
+
+function enable(on) {
+  for (const id of ["text", "send", "interrupt", "leave"]) $(id).disabled = !on;
+  $("mic").disabled = !on || !state.ready?.hears;
+  $("mic").hidden = on && !state.ready?.hears;
+}
+
+function caption({ role, text, turn, final }) {
+  const id = `caption-${role}-${turn}`;
+  const list = $("captions");
+  const stick = list.scrollHeight - list.scrollTop - list.clientHeight < 40;
+  let item = document.getElementById(id);
+  if (!item) {
+    item = document.createElement("li");
+    item.id = id;
+    item.className = role;
+    list.append(item);
+    while (list.children.length > 100) list.firstElementChild.remove();
+  }
+  item.textContent = text;
+  item.classList.toggle("partial", !final);
+  if (role === "avatar") $("subtitle").textContent = text.length > 140 ? `…${text.slice(-140)}` : text;
+  if (stick) list.scrollTop = list.scrollHeight;
+}
+
+function latency(stage, ms, turn) {
+  state.latencies.push({ stage, ms, turn });
+  if (state.latencies.length > 500) state.latencies.shift();
+  const box = $("latency");
+  let row = box.querySelector(`canvas[data-stage="${stage}"]`);
+  if (!row) {
+    box.querySelector(".hint")?.remove();
+    const name = document.createElement("span");
+    name.textContent = stage;
+    row = document.createElement("canvas");
+    row.dataset.stage = stage;
+    row.setAttribute("role", "img");
+    const value = document.createElement("span");
+    value.className = "ms";
+    box.append(name, row, value);
+  }
+  const values = state.latencies.filter((l) => l.stage === stage).map((l) => l.ms).slice(-KEEP);
+  const sorted = [...values].sort((a, b) => a - b);
+  row.nextElementSibling.textContent = `${Math.round(ms)} ms`;
+  row.setAttribute("aria-label", `${stage}: ${Math.round(ms)} ms, median ${Math.round(sorted[sorted.length >> 1])} ms`);
+  draw(row, values);
+}
+
+function draw(canvas, values) {
+  const scale = window.devicePixelRatio || 1;
+  canvas.width = canvas.clientWidth * scale;
+  canvas.height = canvas.clientHeight * scale;
+  const context = canvas.getContext("2d");
+  const style = getComputedStyle(document.documentElement);
+  const most = Math.max(...values, 1);
+  const step = canvas.width / KEEP;
+  context.fillStyle = style.getPropertyValue("--line");
+  context.fillRect(0, canvas.height - scale, canvas.width, scale);
+  context.fillStyle = style.getPropertyValue(`--s${(Math.max(0, STAGES.indexOf(canvas.dataset.stage)) % 7) + 1}`);
+  values.forEach((value, k) => {
+    const height = Math.max(2 * scale, (value / most) * (canvas.height - 2 * scale));
+    context.fillRect(k * step, canvas.height - height, Math.max(1, step - 2 * scale), height);
+  });
+}
+
+function redraw() {
+  for (const canvas of document.querySelectorAll("#latency canvas")) {
+    draw(canvas, state.latencies.filter((l) => l.stage === canvas.dataset.stage).map((l) => l.ms).slice(-KEEP));
+  }
+}
+
+let probe = null;
+
+function listenFor(what, sinceMs) {
+  clearInterval(probe);
+  if (!analyser) return;
+  const samples = new Float32Array(256);
+  let quietSince = null;
+  probe = setInterval(() => {
+    analyser.getFloatTimeDomainData(samples);
+    const loud = samples.some((x) => Math.abs(x) > LOUD);
+    const now = performance.now();
+    if (what === "audible" && loud) finish(now);
+    if (what === "silent") {
+      quietSince = loud ? null : quietSince ?? now;
+      if (quietSince !== null && now - quietSince > 60) finish(quietSince);
+    }
+    if (now - sinceMs > 10_000) clearInterval(probe);
+  }, PROBE_MS);
+  function finish(atMs) {
+    clearInterval(probe);
+    latency(what, Math.max(0, atMs - sinceMs), 0);
+  }
+}
+
+async function start() {
+  clearTimeout(retryTimer);
+  notice();
+  stopping = false;
+  show("busy", "connecting");
+  overlay("Connecting", "Opening a session.");
+  try {
+    if ($("token-form").hidden === false && $("token").value) sessionStorage.setItem("token", $("token").value);
+    await learn();
+    const session = await api("POST", "/v1/sessions", { avatar: $("avatar").value });
+    state.session = session.id;
+    sessionStorage.setItem("session", session.id);
+    attempt = 0;
+    await connect();
+  } catch (error) {
+    refused(error);
+  }
+}
+
+function refused(error) {
+  show("bad", "not connected");
+  if (error.status === 401) {
+    $("token-form").hidden = false;
+    overlay("A token is needed", "This server lets in only those with an access token.", "Start");
+    $("token").focus();
+  } else if (error.status === 503 || error.status === 429) {
+    wait(error.retryAfter || 5, error.message);
+  } else {
+    overlay("That did not work", error.message, "Try again");
+  }
+}
+
+function wait(seconds, why) {
+  overlay("All seats are taken", `${why}. Trying again in ${seconds} s.`, "Try now");
+  show("busy", "waiting for a seat");
+  retryTimer = setTimeout(() => (seconds > 1 ? wait(seconds - 1, why) : start()), 1000);
+}
+
+async function learn() {
+  info = await api("GET", "/v1/info");
+  const chosen = $("avatar").value;
+  const brought = [...$("avatar").options].filter((o) => o.dataset.brought);
+  $("avatar").replaceChildren(...info.avatars.map((name) => new Option(name, name)), ...brought);
+  if (chosen) $("avatar").value = chosen;
+  $("photo-form").hidden = !info.takes_photos;
+  $("text").placeholder = info.mind ? "Ask something" : "Type something to say";
+  if (!info.mind) $("overlay-text").textContent = "The face says what you type. It is synthetic, and so is its voice.";
+}
+
+async function connect() {
+  peer?.close();
+  const mine = (peer = new RTCPeerConnection({ iceServers: info?.ice_servers ?? [] }));
+  mine.addTransceiver("video", { direction: "recvonly" });
+  const sound = mine.addTransceiver("audio", { direction: "sendrecv" });
+  audioSender = sound.sender;
+  channel = mine.createDataChannel("events");
+  channel.onmessage = ({ data }) => heard(JSON.parse(data));
+  mine.ontrack = ({ track, streams, receiver }) => {
+    if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
+    if (face.srcObject !== streams[0]) face.srcObject = streams[0];
+    if (track.kind === "audio") tap(streams[0]);
+  };
+  mine.onconnectionstatechange = () => mine === peer && changed(mine.connectionState);
+  await mine.setLocalDescription();
+  await gathered(mine);
+  const answer = await api("POST", `/v1/sessions/${state.session}/offer`, { sdp: mine.localDescription.sdp });
+  await mine.setRemoteDescription({ type: "answer", sdp: answer.sdp });
+  if (micStream) await audioSender.replaceTrack(micStream.getAudioTracks()[0]);
+}
+
+function gathered(pc) {
+  return new Promise((resolve) => {
+    const done = () => pc.iceGatheringState === "complete" && resolve();
+    pc.addEventListener("icegatheringstatechange", done);
+    setTimeout(resolve, 1000);
+    done();
+  });
+}
+
+function tap(stream) {
+  const source = audioContext.createMediaStreamSource(stream);
+  analyser = audioContext.createAnalyser();
+  analyser.fftSize = 256;
+  source.connect(analyser);
+}
+
+function changed(connection) {
+  if (connection === "connected") {
+    attempt = 0;
+    state.connections += 1;
+    overlay();
+    face.play().catch(() => notice("Press anywhere to hear the sound: the browser waits for that."));
+    enable(true);
+    if (!document.activeElement || document.activeElement === document.body) $("text").focus();
+  } else if ((connection === "failed" || connection === "disconnected") && !stopping) {
+    lost();
+  }
+}
+
+function lost() {
+  enable(false);
+  show("busy", "reconnecting");
+  overlay("Connection lost", "The session is kept for a while. Reconnecting.", "Try now");
+  clearTimeout(retryTimer);
+  retryTimer = setTimeout(again, Math.min(8000, 500 * 2 ** attempt++));
+}
+
+async function again() {
+  clearTimeout(retryTimer);
+  try {
+    info ??= await api("GET", "/v1/info");
+    await api("GET", `/v1/sessions/${state.session}`);
+    await connect();
+    retryTimer = setTimeout(() => peer.connectionState !== "connected" && lost(), 10_000);
+  } catch (error) {
+    if (error.status === 404) ended("gone");
+    else if (error.status === 401) refused(error);
+    else lost();
+  }
+}
+
+const WHY = {
+  left: "You have ended it.", gone: "It was closed while you were away.", idle: "Nobody said anything for a while.",
+  lifetime: "It reached the longest time that a session may last.", drained: "The server is shutting down.",
+  revoked: "The consent behind this face was withdrawn.", finished: "The stream has ended.",
+  failed: "Something broke on the server.",
+};
+
+function ended(reason) {
+  stopping = true;
+  clearTimeout(retryTimer);
+  sessionStorage.removeItem("session");
+  state.session = null;
+  peer?.close();
+  micOff();
+  enable(false);
+  show("off", "not connected");
+  overlay("The session has ended", WHY[reason] ?? reason, "Start again");
+  $("subtitle").textContent = "";
+}
+
+async function leave() {
+  if (state.session) await api("DELETE", `/v1/sessions/${state.session}`).catch(() => {});
+  ended("left");
+}
+
+let unmuteTimer = null;
+
+function heard(event) {
+  state.events.push(event);
+  if (state.events.length > 500) state.events.shift();
+  switch (event.type) {
+    case "ready":
+      state.ready = event;
+      enable(true);
+      break;
+    case "status":
+      show(event.state);
+      if (event.state !== "speaking") unmute();
+      if (event.state === "idle") $("subtitle").textContent = "";
+      break;
+    case "caption": caption(event); break;
+    case "latency": latency(event.stage, event.ms, event.turn); break;
+    case "stopped":
+      if (event.segment) [...document.querySelectorAll("#captions li.avatar")].at(-1)?.classList.add("cut");
+      unmute();
+      break;
+    case "problem": notice(event.text); break;
+    case "ended": ended(event.reason); break;
+  }
+}
+
+function unmute() {
+  // What is still in the jitter buffer belongs to the interrupted answer.
+  clearTimeout(unmuteTimer);
+  unmuteTimer = setTimeout(() => { face.muted = false; }, (state.stats.jitter_buffer_ms ?? 80) + 60);
+}
+
+function interrupt() {
+  if (!send({ type: "interrupt" })) return;
+  const at = performance.now();
+  if (state.status === "speaking") {
+    face.muted = true;
+    unmuteTimer = setTimeout(() => { face.muted = false; }, 1500);
+    listenFor("silent", at);
+  }
+}
+
+async function micOn() {
+  try {
+    const device = $("input-device").value;
+    micStream = await navigator.mediaDevices.getUserMedia({
+      audio: {
+        echoCancellation: true, noiseSuppression: true, autoGainControl: true,
+        ...(device ? { deviceId: { exact: device } } : {}),
+      },
+    });
+  } catch (error) {
+    const why = { NotAllowedError: "The browser may not use the microphone: allow it beside the address, or type instead.",
+      NotFoundError: "There is no microphone: type instead.", NotReadableError: "Another program holds the microphone." };
+    notice(why[error.name] ?? `No microphone: ${error.message}. Type instead.`);
+    return;
+  }
+  notice();
+  $("mic").setAttribute("aria-pressed", "true");
+  await audioSender?.replaceTrack(micStream.getAudioTracks()[0]);
+  await devices();
+}
+
+function micOff() {
+  micStream?.getTracks().forEach((track) => track.stop());
+  micStream = null;
+  $("mic").setAttribute("aria-pressed", "false");
+  audioSender?.replaceTrack(null).catch(() => {});
+}
+
+async function devices() {
+  if (!navigator.mediaDevices?.enumerateDevices) return;
+  const all = await navigator.mediaDevices.enumerateDevices();
+  for (const [id, kind] of [["input-device", "audioinput"], ["output-device", "audiooutput"]]) {
+    const chosen = $(id).value;
+    const named = all.filter((d) => d.kind === kind && d.deviceId && d.deviceId !== "default");
+    $(id).replaceChildren(new Option("System default", ""), ...named.map((d) => new Option(d.label || kind, d.deviceId)));
+    $(id).value = named.some((d) => d.deviceId === chosen) ? chosen : "";
+  }
+  $("output-device").disabled = !("setSinkId" in face);
+}
+
+let before = {};
+
+async function measure() {
+  if (peer?.connectionState !== "connected") return;
+  const now = { at: performance.now() };
+  const playout = {};
+  for (const report of (await peer.getStats()).values()) {
+    if (report.type === "inbound-rtp" && report.kind === "video") {
+      Object.assign(now, {
+        decoded: report.framesDecoded ?? 0, dropped: report.framesDropped ?? 0, keys: report.keyFramesDecoded ?? 0,
+        freezes: report.freezeCount ?? 0, bytes: report.bytesReceived ?? 0, plis: report.pliCount ?? 0,
+        vdelay: report.jitterBufferDelay ?? 0, vcount: report.jitterBufferEmittedCount ?? 0,
+      });
+      playout.video = report.estimatedPlayoutTimestamp;
+    } else if (report.type === "inbound-rtp" && report.kind === "audio") {
+      Object.assign(now, {
+        concealed: report.concealedSamples ?? 0, delay: report.jitterBufferDelay ?? 0,
+        count: report.jitterBufferEmittedCount ?? 0,
+      });
+      playout.audio = report.estimatedPlayoutTimestamp;
+    } else if (report.type === "candidate-pair" && report.nominated) {
+      now.rtt = 1000 * (report.currentRoundTripTime ?? 0);
+    }
+  }
+  if (before.decoded !== undefined && now.decoded >= before.decoded) {
+    const seconds = (now.at - before.at) / 1000;
+    const jitter = now.count > before.count ? (1000 * (now.delay - before.delay)) / (now.count - before.count) : 0;
+    state.sync_ms = playout.audio && playout.video ? playout.audio - playout.video : null;
+    state.stats = {
+      fps: (now.decoded - before.decoded) / seconds, dropped: now.dropped, decoded: now.decoded, keys: now.keys,
+      freezes: now.freezes, concealed: now.concealed, jitter_buffer_ms: jitter, round_trip_ms: now.rtt ?? 0,
+      kbps: (8 * (now.bytes - before.bytes)) / seconds / 1000, plis: now.plis,
+    };
+    send({
+      type: "report", frames_decoded: now.decoded, frames_dropped: now.dropped, key_frames: now.keys,
+      freezes: now.freezes, concealed_samples: Math.round(now.concealed ?? 0),
+      jitter_buffer_ms: Math.max(0, jitter || 0), round_trip_ms: Math.max(0, now.rtt ?? 0),
+    });
+    numbers({
+      Picture: `${state.stats.fps.toFixed(1)} frames/s`, Dropped: `${now.dropped} of ${now.decoded}`,
+      "Audio − video": state.sync_ms === null ? "–" : `${state.sync_ms.toFixed(0)} ms`,
+      "Jitter buffer": `${jitter.toFixed(0)} ms`, "Round trip": `${(now.rtt ?? 0).toFixed(0)} ms`,
+      Bitrate: `${state.stats.kbps.toFixed(0)} kbit/s`, Freezes: `${now.freezes}`, Keyframes: `${now.keys}`,
+    });
+  }
+  before = now;
+}
+
+function numbers(values) {
+  $("numbers").replaceChildren(...Object.entries(values).flatMap(([name, value]) => {
+    const dt = document.createElement("dt");
+    const dd = document.createElement("dd");
+    dt.textContent = name;
+    dd.textContent = value;
+    return [dt, dd];
+  }));
+}
+
+$("start").addEventListener("click", () => {
+  // Inside the click: browsers let sound begin only then.
+  audioContext ??= new AudioContext({ latencyHint: "interactive" });
+  audioContext.resume();
+  return state.session && !stopping ? again() : start();
+});
+$("leave").addEventListener("click", leave);
+$("interrupt").addEventListener("click", interrupt);
+$("mic").addEventListener("click", () => (micStream ? micOff() : micOn()));
+$("token-form").addEventListener("submit", (event) => { event.preventDefault(); start(); });
+$("say").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = $("text").value.trim();
+  if (!text || !send({ type: "say", text })) return;
+  notice();
+  listenFor("audible", performance.now());
+  $("text").value = "";
+});
+$("input-device").addEventListener("change", async () => { if (micStream) { micOff(); await micOn(); } });
+$("output-device").addEventListener("change", () => face.setSinkId($("output-device").value).catch((e) => notice(e.message)));
+$("photo").addEventListener("change", () => {
+  const [file] = $("photo").files;
+  $("preview").hidden = !file;
+  if (file) $("preview").src = URL.createObjectURL(file);
+  mayUpload();
+});
+$("consent").addEventListener("change", mayUpload);
+$("photo-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const [file] = $("photo").files;
+  $("upload").disabled = true;
+  $("upload").textContent = "Reading the photograph";
+  try {
+    const { avatar } = await api("POST", "/v1/avatars", file, { "X-Consent": "yes" });
+    const option = new Option("your photograph", avatar, true, true);
+    option.dataset.brought = "yes";
+    $("avatar").append(option);
+    notice();
+    if (state.session) { await leave(); await start(); }
+  } catch (error) {
+    notice(error.message);
+  } finally {
+    $("upload").textContent = "Use this photograph";
+    mayUpload();
+  }
+});
+$("avatar").addEventListener("change", async () => { if (state.session) { await leave(); await start(); } });
+function mayUpload() { $("upload").disabled = !($("photo").files.length && $("consent").checked); }
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") { event.preventDefault(); interrupt(); }
+  if (event.altKey && event.code === "KeyM" && !$("mic").disabled) { event.preventDefault(); $("mic").click(); }
+});
+document.addEventListener("click", () => face.paused && face.srcObject && face.play().catch(() => {}));
+document.addEventListener("visibilitychange", () => !document.hidden && redraw());
+window.addEventListener("resize", redraw);
+
+function theme(next) {
+  if (next) localStorage.setItem("theme", next);
+  const chosen = localStorage.getItem("theme");
+  if (chosen) document.documentElement.dataset.theme = chosen;
+  redraw();
+}
+$("theme").addEventListener("click", () => {
+  const dark = document.documentElement.dataset.theme
+    ? document.documentElement.dataset.theme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
+  theme(dark ? "light" : "dark");
+});
+
+theme();
+setInterval(measure, 1000);
+devices();
+learn().then(() => {
+  const kept = sessionStorage.getItem("session");
+  if (!kept) return overlay("Ready when you are", $("overlay-text").textContent, "Start");
+  // A reload: the session stands, but sound needs a click again.
+  return api("GET", `/v1/sessions/${kept}`).then(
+    () => { state.session = kept; overlay("Welcome back", "Your session is still there.", "Continue"); },
+    () => sessionStorage.removeItem("session"),
+  );
+}).catch(refused);
