@@ -205,9 +205,7 @@ def load_motion(path: str | Path | None = None, *, device: str | torch.device = 
 
     path = Path(path) if path is not None else weights_path()
     if not path.is_file():
-        raise InputError(
-            f"no motion weights at {path}; check the path, or train: python -m streamdiff.training.avatar.motion"
-        )
+        raise InputError(f"no motion weights at {path}; check the path, or train them: streamdiff train motion --help")
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

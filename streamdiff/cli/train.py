@@ -45,21 +45,39 @@ VIDEO: Mapping[str, Recipe] = {
     "probe": Recipe(help="the network that reads drawn portraits, to judge by", module="probe"),
 }
 """Recipes of the video model, in the order in which they are used."""
-RECIPES: Mapping[str, Recipe] = VIDEO
+AVATAR: Mapping[str, Recipe] = {
+    "motion": Recipe(help="how a face moves to sound and text: flow matching", module="avatar.motion"),
+    "motion-consistency": Recipe(
+        help="the same in two steps: consistency distillation",
+        module="avatar.motion",
+        add_arguments="add_consistency_arguments",
+        run="run_consistency",
+    ),
+    "mouth": Recipe(help="the inside of a mouth, from pictures of a 3D head", module="avatar.mouth"),
+    "rig": Recipe(help="how landmarks move with ARKit shapes, from a 3D head", module="avatar.rig"),
+    "fit": Recipe(help="one person's lower face and manner, from a video", module="avatar.fit"),
+}
+"""Recipes of the coefficient path, each by itself."""
+RECIPES: Mapping[str, Recipe] = {**VIDEO, **AVATAR}
 
 
 def register(commands: Any) -> None:
     """Add ``train`` to the sub-commands of a parser (what ``add_subparsers`` returned)."""
-    listed = "\n".join(f"  {name:<13}{recipe.help}" for name, recipe in VIDEO.items())
+    video, avatar = (_listed(recipes) for recipes in (VIDEO, AVATAR))
     train = commands.add_parser(
         "train",
         help="train the models, recipe by recipe",
-        description=f"Train the video model; in this order:\n{listed}\n\n`streamdiff train RECIPE --help` says more.",
+        description=f"The video model, in this order:\n{video}\n\nAvatars, each by itself:\n{avatar}\n\n"
+        "`streamdiff train RECIPE --help` says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe")
     train.set_defaults(run=run_train)
+
+
+def _listed(recipes: Mapping[str, Recipe]) -> str:
+    return "\n".join(f"  {name:<20}{recipe.help}" for name, recipe in recipes.items())
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -13,13 +13,12 @@ What a step draws depends on ``(seed, step)`` alone. Axes: B clips, n chunks.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamdiff import rng
 from streamdiff.config import EngineConfig
@@ -27,6 +26,7 @@ from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.training import distil, forcing, recipe, student
 from streamdiff.training.distil import clip_velocity, conditions, guided
+from streamdiff.training.followed import Followed
 from streamdiff.training.forcing import Draws, ForcingConfig
 from streamdiff.training.latents import Batch, LatentClips
 from streamdiff.training.loop import Part, Trainer
@@ -50,28 +50,6 @@ class ConsistencyConfig:
     def __post_init__(self) -> None:
         if not (0 <= self.served <= 1 and 0 <= self.average < 1 and self.guidance >= 0):
             raise ConfigError(f"served lies in 0..1, average in 0..1 (below 1) and guidance >= 0, got {self}")
-
-
-class Followed(nn.Module):
-    """A model that learns, and its running average as buffers, so that a checkpoint holds both."""
-
-    def __init__(self, dit: CausalDiT, average: float) -> None:
-        super().__init__()
-        self.model = dit
-        self.average = copy.deepcopy(dit)
-        self._keep = average
-        for module in self.average.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                delattr(module, name)
-                module.register_buffer(name, parameter.detach())
-
-    @torch.no_grad()
-    def follow(self, updates: int) -> None:
-        """Draw the average towards the model after this many updates; a young average forgets its beginning fast."""
-        averages = dict(self.average.named_buffers())
-        keep = min(self._keep, (1 + updates) / (10 + updates))
-        for name, parameter in self.model.named_parameters():
-            averages[name].lerp_(parameter, 1.0 - keep)
 
 
 class ConsistencyTask:

@@ -1,7 +1,7 @@
 """What training recipes have alike: their options, and how a run is shown, stopped and finished.
 
 A recipe (`streamdiff.cli.train` lists them) is one function that adds options to a parser and one that runs. Those that
-learn share `add_training_arguments`, turn options into values with `preset_of` and `plan_of`, and run by `conduct`.
+learn share `add_run_arguments`, turn options into values with `set_machine` and `plan_of`, and run by `conduct`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,23 @@ from streamdiff.training.loop import Plan, Task, Trainer
 def add_training_arguments(
     parser: argparse.ArgumentParser, *, data: str, batch: int, lr: float, preset: str = "portrait"
 ) -> None:
-    """Options of every recipe that learns."""
+    """Options of every recipe that teaches a model of a preset."""
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help=data)
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run: checkpoint, log, curves, weights")
     add("--preset", default=preset, choices=sorted(presets.PRESETS), help="which model (default: %(default)s)")
+    add("--init", type=Path, metavar="FILE", help="weights to begin with (default: random, or the teacher's)")
+    add_run_arguments(parser, batch=batch, lr=lr)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, batch: int, lr: float, of: str = "clips") -> None:
+    """Options of every recipe that learns: how long, how fast, where to."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run: checkpoint, log, curves, weights")
     add("--budget", metavar="TIME", help="how long to train, such as 10min or 2h; the learning rate is planned by it")
     add("--steps", type=int, metavar="N", help="how many steps to train, instead of --budget")
-    add("--batch", type=int, default=batch, metavar="N", help="clips in a step (default: %(default)s)")
+    add("--batch", type=int, default=batch, metavar="N", help=f"{of} in a step (default: %(default)s)")
     add("--lr", type=float, default=lr, help="highest learning rate (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
-    add("--init", type=Path, metavar="FILE", help="weights to begin with (default: random, or the teacher's)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, default=1, help="CPU threads; other numbers, other bits (default: %(default)s)")
@@ -50,6 +56,12 @@ def add_training_arguments(
 
 def preset_of(args: argparse.Namespace) -> EngineConfig:
     """The preset asked for, and the machine set up as asked."""
+    set_machine(args)
+    return presets.preset(args.preset)
+
+
+def set_machine(args: argparse.Namespace) -> None:
+    """Check the options of `add_run_arguments`, and set up the machine as they say."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", args.device, flags=re.ASCII):
         raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {args.device!r}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -60,7 +72,6 @@ def preset_of(args: argparse.Namespace) -> EngineConfig:
         raise ConfigError(f"--batch must be at least 1 and --lr above 0, got {args.batch} and {args.lr}")
     torch.set_num_threads(args.threads)
     _keep_memory()
-    return presets.preset(args.preset)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

