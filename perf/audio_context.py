@@ -28,8 +28,7 @@ from torch import Tensor
 from streamdiff import demo
 from streamdiff.errors import InputError
 from streamdiff.media import read_audio
-from streamdiff.models import audio
-from streamdiff.models.audio import LogMelFeatures, Wav2Vec2Features
+from streamdiff.models.audio import LogMelFeatures, Wav2Vec2Features, log_mel
 
 FPS = 25
 CONTEXTS_S = (0.0, 1.0, 2.0, 4.0, 8.0)
@@ -157,9 +156,9 @@ def calibrate(samples_S: Tensor) -> None:
         "scaled_energy_mean": round(float(energy_ZA[0].mean()), 3),
         "scaled_energy_std": round(float(energy_ZA[0].std()), 3),
         "constants": {
-            "band": [audio._BAND_MEAN, audio._BAND_STD],
-            "energy": [audio._ENERGY_MEAN, audio._ENERGY_STD],
-            "change": list(audio._CHANGE_STD),
+            "band": [log_mel._BAND_MEAN, log_mel._BAND_STD],
+            "energy": [log_mel._ENERGY_MEAN, log_mel._ENERGY_STD],
+            "change": list(log_mel._CHANGE_STD),
         },
     }
     print(json.dumps(report))

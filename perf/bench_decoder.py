@@ -28,7 +28,8 @@ from streamdiff.config import VAEConfig
 from streamdiff.models import tae, vae
 from streamdiff.models.served.decoder import ServedDecoder, pack_weights
 from streamdiff.models.tae import TAEConfig, TAEDecoder, tae_flops
-from streamdiff.models.vae import CausalConv3d, VAEDecoder, VideoDecoder, to_rgb8, vae_bytes, vae_flops
+from streamdiff.models.vae import CausalConv3d, VAEDecoder, VideoDecoder, to_rgb8
+from streamdiff.models.vae_cost import vae_bytes, vae_flops
 
 LATENTS_PER_CHUNK = 3
 

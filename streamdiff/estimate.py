@@ -16,7 +16,7 @@ from streamdiff.errors import BackendError
 from streamdiff.models import cost
 from streamdiff.models.audio import AudioChunk
 from streamdiff.models.served.options import Precision, StepOptions
-from streamdiff.models.vae import vae_flops
+from streamdiff.models.vae_cost import vae_flops
 from streamdiff.pipeline.decode import PRIMING_LATENTS
 from streamdiff.pipeline.schedule import Costs, Role, Schedule, rank_costs_us, render
 

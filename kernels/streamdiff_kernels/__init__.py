@@ -4,7 +4,7 @@
 GPU. Triton is optional: without it everything imports, and asking for `Impl.TRITON` says so.
 """
 
-from streamdiff_kernels.attention import BACKENDS, available_backends
+from streamdiff_kernels.backends import BACKENDS, available_backends
 from streamdiff_kernels.choose import measure_backends, resolve_backend
 from streamdiff_kernels.errors import BackendUnavailable, KernelError, KernelInputError
 from streamdiff_kernels.ops import (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from streamdiff_kernels.attention import available_backends, backend_named
+from streamdiff_kernels.backends import available_backends, backend_named
 from streamdiff_kernels.errors import BackendUnavailable
 from streamdiff_kernels.ops import attend
 

@@ -26,9 +26,6 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# --------------------------------------------------------------------------------------- norm, rotation, ring
-
-
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the full width: ``x / sqrt(mean(x^2) + eps) * weight``.
 
@@ -79,9 +76,6 @@ def write_slot(ring_BMNK: Tensor, x_BLNK: Tensor, slot: int, ring_start: int) ->
     written = ring_BMNK.clone()
     written[:, first : first + num_tokens] = x_BLNK.to(ring_BMNK.dtype)
     return written
-
-
-# ----------------------------------------------------------------------------- residual stream and modulation
 
 
 def per_token(mod_BTD: Tensor, num_tokens: int) -> Tensor:
@@ -136,9 +130,6 @@ def rms_norm_silu(x_BCTHW: Tensor, weight_C: Tensor, bias_C: Tensor | None, eps:
     return (normed * torch.sigmoid(normed)).to(x_BCTHW.dtype)
 
 
-# ------------------------------------------------------------------------------------------------- eight bits
-
-
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each row so that its largest magnitude is 448, and round to e4m3.
 
@@ -176,9 +167,6 @@ def linear_fp8(
     """``(x8 * x_scale) @ (weight8 * weight_scale).T + bias`` in float32."""
     y = dequantise_rows(x8_BLD, x_scale_BL) @ dequantise_rows(weight8_ED, weight_scale_E).t()
     return y if bias_E is None else y + bias_E.float()
-
-
-# -------------------------------------------------------------------------------------------------- attention
 
 
 def attend(

@@ -196,7 +196,7 @@ class Block(nn.Module):
         return add_gated(x_BLD, y_BLD, gate2)
 
 
-class Head(nn.Module):
+class FinalLayer(nn.Module):
     """Norm, modulation and projection back to latent patches."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -330,7 +330,7 @@ class CausalDiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
         self.blocks = Stack[Block](Block(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.head = FinalLayer(config)
         self.injector_of: dict[int, int] = {}
         if config.audio is not None:
             self.cond_encoder = nn.Conv3d(config.cond_dim, D, config.patch, stride=config.patch)
@@ -348,8 +348,6 @@ class CausalDiT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
-
-    # Conditions, computed once for as long as they hold
 
     def modulation(self, sigma: float) -> Modulation:
         """Constants of one noise level; the model knows it as time 1000 * sigma."""
@@ -403,8 +401,6 @@ class CausalDiT(nn.Module):
             keys=tuple(injector.key(tokens) for injector in injectors),
             values=tuple(injector.value(tokens) for injector in injectors),
         )
-
-    # The sink
 
     def motion_rotation(self, latent_hw: tuple[int, int]) -> Rotation:
         """Rotation of the packed motion prefix; it never moves."""
@@ -464,8 +460,6 @@ class CausalDiT(nn.Module):
                     text.values_ZBPNK[layer],
                     None,
                 )
-
-    # One chunk
 
     def forward(
         self,

@@ -25,7 +25,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,15 @@ import streamdiff_kernels as kernels
 from streamdiff import rng
 from streamdiff.config import VAEConfig
 from streamdiff.errors import ConfigError
+from streamdiff.models.vae_plan import (
+    POINT,
+    LayerPlan,
+    Sides,
+    decoder_columns,
+    decoder_sides,
+    encoder_columns,
+    encoder_sides,
+)
 from streamdiff_kernels import Impl
 
 _SMALLEST_NORM = 1e-12
@@ -328,100 +337,29 @@ class Downsampler(nn.Module):
         return self.time_conv.stream(y_BCTHW, tape)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One member of ``middle``, ``downsamples`` or ``upsamples``."""
-
-    kind: Literal["residual", "attention", "up", "down"]
-    in_dim: int
-    out_dim: int
-    time: bool = False
-
-    def build(self) -> nn.Module:
-        match self.kind:
-            case "residual":
-                return ResidualBlock(self.in_dim, self.out_dim)
-            case "attention":
-                return AttentionBlock(self.in_dim)
-            case "up":
-                return Upsampler(self.in_dim, self.out_dim, time=self.time)
-            case "down":
-                return Downsampler(self.in_dim, self.out_dim, time=self.time)
-
-
-def _middle(config: VAEConfig) -> list[_Layer]:
-    dim = config.base_dim * config.dim_mult[-1]
-    return [_Layer("residual", dim, dim), _Layer("attention", dim, dim), _Layer("residual", dim, dim)]
-
-
-def _downsamples(config: VAEConfig) -> list[_Layer]:
-    layers: list[_Layer] = []
-    dim = config.base_dim
-    for mult, time in zip(config.dim_mult, (*config.temporal_downsample, None), strict=True):
-        for _ in range(config.num_res_blocks):
-            layers.append(_Layer("residual", dim, config.base_dim * mult))
-            dim = config.base_dim * mult
-        if time is not None:
-            layers.append(_Layer("down", dim, dim, time))
-    return layers
-
-
-def _upsamples(config: VAEConfig) -> list[_Layer]:
-    layers: list[_Layer] = []
-    dim = config.base_dim * config.dim_mult[-1]
-    for mult, time in zip(config.dim_mult[::-1], (*config.temporal_downsample[::-1], None), strict=True):
-        for _ in range(config.num_res_blocks + 1):
-            layers.append(_Layer("residual", dim, config.base_dim * mult))
-            dim = config.base_dim * mult
-        if time is not None:
-            layers.append(_Layer("up", dim, dim // 2, time))
-            dim = dim // 2
-    return layers
-
-
-def _encoder_columns(config: VAEConfig) -> dict[str, list[_Layer]]:
-    return {"downsamples": _downsamples(config), "middle": _middle(config)}
-
-
-def _decoder_columns(config: VAEConfig) -> dict[str, list[_Layer]]:
-    return {"middle": _middle(config), "upsamples": _upsamples(config)}
-
-
-_CUBE, _POINT = (3, 3, 3), (1, 1, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sides:
-    """What a trunk reads and writes, and how."""
-
-    in_dim: int
-    out_dim: int
-    in_kernel: tuple[int, int, int] = _CUBE
-    out_kernel: tuple[int, int, int] = _CUBE
-    projects: bool = False
-
-
-def _encoder_sides(config: VAEConfig) -> _Sides:
-    kernel = _POINT if config.projects else _CUBE
-    return _Sides(config.patch_channels, 2 * config.z_dim, in_kernel=kernel, projects=config.projects)
-
-
-def _decoder_sides(config: VAEConfig) -> _Sides:
-    kernel = _POINT if config.projects else _CUBE
-    return _Sides(config.z_dim, config.patch_channels, out_kernel=kernel, projects=config.projects)
+def _build(layer: LayerPlan) -> nn.Module:
+    match layer.kind:
+        case "residual":
+            return ResidualBlock(layer.in_dim, layer.out_dim)
+        case "attention":
+            return AttentionBlock(layer.in_dim)
+        case "up":
+            return Upsampler(layer.in_dim, layer.out_dim, time=layer.time)
+        case "down":
+            return Downsampler(layer.in_dim, layer.out_dim, time=layer.time)
 
 
 class _Trunk(nn.Module):
     """First convolution, columns of layers, last convolution: the shape that encoder and decoder share."""
 
-    def __init__(self, sides: _Sides, columns: Mapping[str, Sequence[_Layer]]) -> None:
+    def __init__(self, sides: Sides, columns: Mapping[str, Sequence[LayerPlan]]) -> None:
         super().__init__()
         plan = [layer for column in columns.values() for layer in column]
         self.conv1 = CausalConv3d(sides.in_dim, plan[0].in_dim, sides.in_kernel)
         for name, column in columns.items():
-            self.add_module(name, nn.ModuleList([layer.build() for layer in column]))
+            self.add_module(name, nn.ModuleList([_build(layer) for layer in column]))
         self.head = NormedConvs(plan[-1].out_dim, sides.out_dim, kernel=sides.out_kernel)
-        self.projection = CausalConv3d(sides.in_dim, sides.out_dim, _POINT) if sides.projects else None
+        self.projection = CausalConv3d(sides.in_dim, sides.out_dim, POINT) if sides.projects else None
 
     def layers(self) -> Iterator[nn.Module]:
         """Everything between the first and the last convolution, in order of execution."""
@@ -546,7 +484,7 @@ class VAEDecoder(VideoDecoder):
         _check_widths(config)
         self.config = config
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = _Trunk(_decoder_sides(config), _decoder_columns(config))
+        self.decoder = _Trunk(decoder_sides(config), decoder_columns(config))
 
     def initial_state(self, *, latent_h: int, latent_w: int, num_streams: int = 1) -> DecoderState:
         return DecoderState(0, self.decoder.initial_pasts(num_streams, latent_h, latent_w))
@@ -569,7 +507,7 @@ class VAEEncoder(nn.Module):
         super().__init__()
         _check_widths(config)
         self.config = config
-        self.encoder = _Trunk(_encoder_sides(config), _encoder_columns(config))
+        self.encoder = _Trunk(encoder_sides(config), encoder_columns(config))
         self.conv1 = CausalConv3d(config.z_dim * 2, config.z_dim * 2, (1, 1, 1))
 
     def initial_state(self, *, height: int, width: int, num_streams: int = 1) -> EncoderState:
@@ -713,109 +651,3 @@ def official_name(key: str, *, num_res_blocks: int = 2) -> str:
     elif match := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.([\w.]+)", module):
         place, part = f"decoder.upsamples.{level_size * (int(match[1]) + 1) - 1}", match[2]
     return f"{place}.{_OFFICIAL_PARTS[part]}.{parameter}" if part in _OFFICIAL_PARTS else key
-
-
-@dataclass(frozen=True, slots=True)
-class _Conv:
-    """One convolution over one latent frame: enough of its shape to price it."""
-
-    in_dim: int
-    out_dim: int
-    taps: int
-    in_pixels: int
-    """Pixels read, those of the past included."""
-    out_pixels: int
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.in_dim * self.out_dim * self.taps * self.out_pixels
-
-    @property
-    def elements(self) -> int:
-        weights = (self.in_dim * self.taps + 1) * self.out_dim
-        return self.in_dim * self.in_pixels + self.out_dim * self.out_pixels + weights
-
-
-def _convolutions(sides: _Sides, plan: Sequence[_Layer], size: tuple[int, int, int], *, first: bool) -> Iterator[_Conv]:
-    """Every convolution of a trunk for one latent frame; ``size`` is (frames, height, width) of its input."""
-    t, h, w = size
-
-    def cube(in_dim: int, out_dim: int, kernel: tuple[int, int, int] = _CUBE) -> _Conv:
-        return _Conv(in_dim, out_dim, math.prod(kernel), (t + kernel[0] - 1) * h * w, t * h * w)
-
-    if sides.projects:
-        yield cube(sides.in_dim, sides.out_dim, _POINT)
-    yield cube(sides.in_dim, plan[0].in_dim, sides.in_kernel)
-    for layer in plan:
-        match layer.kind:
-            case "residual":
-                yield cube(layer.in_dim, layer.out_dim)
-                yield cube(layer.out_dim, layer.out_dim)
-                if layer.in_dim != layer.out_dim:
-                    yield _Conv(layer.in_dim, layer.out_dim, 1, t * h * w, t * h * w)
-            case "attention":
-                yield _Conv(layer.in_dim, 3 * layer.in_dim, 1, t * h * w, t * h * w)
-                yield _Conv(layer.in_dim, layer.in_dim, 1, t * h * w, t * h * w)
-            case "up":
-                if layer.time and not first:
-                    yield _Conv(layer.in_dim, 2 * layer.in_dim, 3, (t + 2) * h * w, t * h * w)
-                    t = 2 * t
-                yield _Conv(layer.in_dim, layer.out_dim, 9, t * h * w, 4 * t * h * w)
-                h, w = 2 * h, 2 * w
-            case "down":
-                yield _Conv(layer.in_dim, layer.out_dim, 9, t * h * w, t * h * w // 4)
-                h, w = h // 2, w // 2
-                if layer.time and not first:
-                    yield _Conv(layer.out_dim, layer.out_dim, 3, (t + 1) * h * w, t // 2 * h * w)
-                    t = t // 2
-    yield cube(plan[-1].out_dim, sides.out_dim, sides.out_kernel)
-
-
-def _half(
-    config: VAEConfig, half: Literal["encoder", "decoder"], latent_h: int, latent_w: int, *, first: bool
-) -> list[_Conv]:
-    pixels = latent_h * latent_w
-    if half == "decoder":
-        plan = [layer for column in _decoder_columns(config).values() for layer in column]
-        outer = _Conv(config.z_dim, config.z_dim, 1, pixels, pixels)
-        return [outer, *_convolutions(_decoder_sides(config), plan, (1, latent_h, latent_w), first=first)]
-    plan = [layer for column in _encoder_columns(config).values() for layer in column]
-    outer = _Conv(2 * config.z_dim, 2 * config.z_dim, 1, pixels, pixels)
-    factor = config.spatial_factor // config.patch
-    size = (1 if first else config.temporal_factor // config.patch_frames, latent_h * factor, latent_w * factor)
-    return [*_convolutions(_encoder_sides(config), plan, size, first=first), outer]
-
-
-def vae_flops(
-    config: VAEConfig,
-    half: Literal["encoder", "decoder"],
-    latent_h: int,
-    latent_w: int,
-    *,
-    first: bool = False,
-) -> int:
-    """Floating-point operations of the convolutions and the attention for one latent frame of one stream.
-
-    ``first``: the frame that opens a stream. A multiplication and an addition are two operations; norms,
-    activations and residual additions are not counted.
-    """
-    pixels = latent_h * latent_w
-    attention = 4 * pixels * pixels * config.base_dim * config.dim_mult[-1]
-    return attention + sum(conv.flops for conv in _half(config, half, latent_h, latent_w, first=first))
-
-
-def vae_bytes(
-    config: VAEConfig,
-    half: Literal["encoder", "decoder"],
-    latent_h: int,
-    latent_w: int,
-    *,
-    first: bool = False,
-    element_bytes: int = 2,
-) -> int:
-    """Memory traffic for one latent frame of one stream when everything else is fused into the convolutions.
-
-    Each convolution reads its input, its past and its weights and writes its output, once; norm, activation,
-    addition, nearest upsampling and padding cost nothing. A floor, then, not what an eager run moves.
-    """
-    return element_bytes * sum(conv.elements for conv in _half(config, half, latent_h, latent_w, first=first))

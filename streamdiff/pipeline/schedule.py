@@ -259,6 +259,13 @@ def plan(
         return _given(tuple(partition), num_steps, num_ranks, decode_alone, refresh_chunk)
 
     assert num_ranks is not None
+    return _balanced(costs, num_steps, num_ranks, decode_alone, refresh_chunk)
+
+
+def _balanced(
+    costs: Costs, num_steps: int, num_ranks: int, decode_alone: bool | None, refresh_chunk: int | None
+) -> Schedule:
+    """The layout whose longest rank is shortest."""
     layouts: list[tuple[int, bool, tuple[int, ...]]] = []
     for alone in (True, False) if decode_alone is None else (decode_alone,):
         num_dit_ranks = num_ranks - alone

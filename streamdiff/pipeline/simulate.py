@@ -161,6 +161,28 @@ def simulate(
 
     Raises ScheduleError for arguments that describe no stream.
     """
+    _check(schedule, costs, num_chunks, jitter, source_period_s, loss)
+    hop_s = (Hop() if hop is None else hop).seconds
+    line = _Line(schedule, costs, hop_s, _Stretch(jitter, seed), {} if extra_s is None else extra_s, loss)
+    for chunk in range(num_chunks):
+        line.walk(chunk, not_before_s=(chunk + 1) * source_period_s)
+    ended_s = max((cell.end_s for cell in line.cells), default=0.0)
+    is_cut = len(line.delivered_s) < num_chunks
+    return Simulation(
+        schedule=schedule,
+        playback=Playback() if playback is None else playback,
+        cells=tuple(line.cells),
+        delivered_s=tuple(line.delivered_s),
+        busy_s=tuple(line.busy_s),
+        bubble_s=tuple(line.bubble_s(rank) for rank in range(schedule.num_ranks)),
+        num_lost=num_chunks - len(line.delivered_s),
+        wall_s=max(cut for cut in line.cut_s if cut < math.inf) if is_cut else ended_s,
+    )
+
+
+def _check(
+    schedule: Schedule, costs: Costs, num_chunks: int, jitter: float, source_period_s: float, loss: Loss | None
+) -> None:
     _require(num_chunks >= 2, f"a stream of {num_chunks} chunks has no period; simulate at least 2")
     _require(jitter >= 0, f"jitter is a relative standard deviation, got {jitter}; use 0 for none")
     _require(source_period_s >= 0, f"a source has a period of 0 or more seconds, got {source_period_s}")
@@ -172,71 +194,81 @@ def simulate(
         loss is None or 0 <= loss.rank < schedule.num_ranks,
         f"a rank that is not there cannot be lost: {loss}; ranks are 0..{schedule.num_ranks - 1}",
     )
-    hop_s = (Hop() if hop is None else hop).seconds
-    extra_s = {} if extra_s is None else extra_s
-    stretch = _Stretch(jitter, seed)
-    num_ranks, tail = schedule.num_ranks, schedule.num_ranks - 1
-    work_s = [
-        sum(costs.step_s[step] for step in role.steps) + (costs.decode_s if role.decodes else 0.0)
-        for role in schedule.roles
-    ]
-    cut_s = [math.inf] * num_ranks
-    if loss is not None:
-        cut_s = [loss.at_s + loss.noticed_after_s] * num_ranks
-        cut_s[loss.rank] = loss.at_s
 
-    free_s = [0.0] * num_ranks  # when a rank may take its next chunk
-    taken_s = [0.0] * num_ranks  # when it took the last one, which empties its inbox
-    arrived_s = [0.0] * num_ranks  # when the last one was in its inbox, which empties the sender's outbox
-    busy_s = [0.0] * num_ranks
-    returned_s = 0.0
-    cells: list[Cell] = []
-    delivered_s: list[float] = []
-    for chunk in range(num_chunks):
+
+class _Line:
+    """The ranks while chunks walk past them: when each is free, and what it did."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: Costs,
+        hop_s: float,
+        stretch: _Stretch,
+        extra_s: Mapping[tuple[int, int], float],
+        loss: Loss | None,
+    ) -> None:
+        self._schedule, self._hop_s, self._stretch, self._extra_s = schedule, hop_s, stretch, extra_s
+        self._encode_s = costs.encode_s
+        self._work_s = [
+            sum(costs.step_s[step] for step in role.steps) + (costs.decode_s if role.decodes else 0.0)
+            for role in schedule.roles
+        ]
+        num_ranks = schedule.num_ranks
+        self.cut_s = [math.inf] * num_ranks
+        if loss is not None:
+            self.cut_s = [loss.at_s + loss.noticed_after_s] * num_ranks
+            self.cut_s[loss.rank] = loss.at_s
+        self._free_s = [0.0] * num_ranks
+        """When a rank may take its next chunk."""
+        self._taken_s = [0.0] * num_ranks
+        """When it took the last one, which empties its inbox."""
+        self._arrived_s = [0.0] * num_ranks
+        """When the last one was in its inbox, which empties the sender's outbox."""
+        self._returned_s = 0.0
+        self.busy_s = [0.0] * num_ranks
+        self.cells: list[Cell] = []
+        self.delivered_s: list[float] = []
+
+    def walk(self, chunk: int, *, not_before_s: float) -> None:
+        """Take a chunk past every rank; the source has it ready at ``not_before_s``."""
+        schedule, tail = self._schedule, self._schedule.num_ranks - 1
         handed_s = 0.0
-        for rank in range(num_ranks):
-            if rank == 0:
-                start_s = max(free_s[0], (chunk + 1) * source_period_s)
-                encode_s = costs.encode_s * stretch()
-                ready_s = start_s + encode_s
-                if chunk == schedule.refresh_chunk:
-                    ready_s = max(ready_s, returned_s)
-            else:
-                arrived_s[rank] = max(handed_s, taken_s[rank], arrived_s[rank]) + hop_s
-                start_s = ready_s = max(free_s[rank], arrived_s[rank])
-                encode_s = 0.0
-            taken_s[rank] = start_s
-            step_s = work_s[rank] * stretch() + extra_s.get((rank, chunk), 0.0)
+        for rank in range(schedule.num_ranks):
+            start_s, encode_s, ready_s = self._take(rank, chunk, handed_s, not_before_s)
+            step_s = self._work_s[rank] * self._stretch() + self._extra_s.get((rank, chunk), 0.0)
+            self.busy_s[rank] += max(0.0, min(encode_s + step_s, self.cut_s[rank] - start_s))
             end_s = ready_s + step_s
-            busy_s[rank] += max(0.0, min(encode_s + step_s, cut_s[rank] - start_s))
-            if end_s > cut_s[rank]:
+            if end_s > self.cut_s[rank]:
                 end_s = math.inf
             else:
-                cells.append(Cell(rank, chunk, start_s, end_s))
+                self.cells.append(Cell(rank, chunk, start_s, end_s))
             if rank == schedule.last_dit_rank and chunk == schedule.source_chunk:
-                returned_s = end_s + (hop_s if schedule.feedback_edge is not None else 0.0)
-            handed_s = end_s if rank == tail else max(end_s, arrived_s[rank + 1])
-            free_s[rank] = handed_s
-        if free_s[tail] < math.inf:
-            delivered_s.append(free_s[tail])
+                self._returned_s = end_s + (self._hop_s if schedule.feedback_edge is not None else 0.0)
+            handed_s = end_s if rank == tail else max(end_s, self._arrived_s[rank + 1])
+            self._free_s[rank] = handed_s
+        if self._free_s[tail] < math.inf:
+            self.delivered_s.append(self._free_s[tail])
 
-    bubble_s: list[float] = []
-    for rank in range(num_ranks):
-        own = [cell for cell in cells if cell.rank == rank]
-        span_s = own[-1].end_s - own[0].start_s if own else 0.0
-        bubble_s.append(max(0.0, span_s - busy_s[rank]) if own else 0.0)
-    ended_s = max((cell.end_s for cell in cells), default=0.0)
-    is_cut = len(delivered_s) < num_chunks
-    return Simulation(
-        schedule=schedule,
-        playback=Playback() if playback is None else playback,
-        cells=tuple(cells),
-        delivered_s=tuple(delivered_s),
-        busy_s=tuple(busy_s),
-        bubble_s=tuple(bubble_s),
-        num_lost=num_chunks - len(delivered_s),
-        wall_s=max(cut for cut in cut_s if cut < math.inf) if is_cut else ended_s,
-    )
+    def bubble_s(self, rank: int) -> float:
+        """Seconds for which a rank stood still between its first chunk and its last."""
+        own = [cell for cell in self.cells if cell.rank == rank]
+        return max(0.0, own[-1].end_s - own[0].start_s - self.busy_s[rank]) if own else 0.0
+
+    def _take(self, rank: int, chunk: int, handed_s: float, not_before_s: float) -> tuple[float, float, float]:
+        """When a rank takes the chunk, how long it encodes, and when it can begin to denoise or decode."""
+        encode_s = 0.0
+        if rank == 0:
+            start_s = max(self._free_s[0], not_before_s)
+            encode_s = self._encode_s * self._stretch()
+            ready_s = start_s + encode_s
+            if chunk == self._schedule.refresh_chunk:
+                ready_s = max(ready_s, self._returned_s)
+        else:
+            self._arrived_s[rank] = max(handed_s, self._taken_s[rank], self._arrived_s[rank]) + self._hop_s
+            start_s = ready_s = max(self._free_s[rank], self._arrived_s[rank])
+        self._taken_s[rank] = start_s
+        return start_s, encode_s, ready_s
 
 
 def render_timeline(simulation: Simulation, *, tick_s: float | None = None, num_ticks: int = 16) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import streamdiff_kernels as sk
-from streamdiff_kernels import BackendUnavailable, Impl, KernelInputError, attention, reference
+from streamdiff_kernels import BackendUnavailable, Impl, KernelInputError, attention, backends, reference
 from streamdiff_kernels.tolerance import TOLERANCES
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +178,7 @@ def test_foreign_libraries_are_called_as_they_document(monkeypatch: pytest.Monke
         ("xformers.ops", efficient),
     ):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(attention, "_needs_cuda_half", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(backends, "_needs_cuda_half", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     q_sink = draw(1, 5, 2, 16, seed=5)
@@ -192,7 +192,7 @@ def test_foreign_libraries_are_called_as_they_document(monkeypatch: pytest.Monke
             sink_rows=4,
         )
         for name in ("flash-attn", "fa3", "xformers"):
-            backend = attention.backend_named(name, device=q.device, dtype=q.dtype, head_dim=16)
+            backend = backends.backend_named(name, device=q.device, dtype=q.dtype, head_dim=16)
             assert backend.missing(q.device, q.dtype, 16) is None
             got, lse = attention.attend_over_segments(
                 backend, q, second, keys[None], values[None], None, None, None, None, [0, 9],

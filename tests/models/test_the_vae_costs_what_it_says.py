@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamdiff.config import VAEConfig
-from streamdiff.models.vae import VAEDecoder, VAEEncoder, vae_bytes, vae_flops
+from streamdiff.models.vae import VAEDecoder, VAEEncoder
+from streamdiff.models.vae_cost import vae_bytes, vae_flops
 
 CONFIGS = [
     VAEConfig(),

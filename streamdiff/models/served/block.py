@@ -22,7 +22,7 @@ from streamdiff_kernels import Impl, reference
 
 
 class RowOps(Protocol):
-    """All that a step does ops its linear layers and its attention."""
+    """All that a step does between its linear layers and its attention."""
 
     def norm_modulate(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
         """Norm and modulation."""

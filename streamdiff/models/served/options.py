@@ -85,7 +85,7 @@ class StepOptions:
         or this model rule out. ``auto`` finds a backend everywhere.
         """
         from streamdiff_kernels import BackendUnavailable, require
-        from streamdiff_kernels.attention import backend_named
+        from streamdiff_kernels.backends import backend_named
 
         try:
             require(self.resolved(device), device)

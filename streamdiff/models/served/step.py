@@ -239,7 +239,7 @@ class ServedWeights:
             linear = getattr(parent, name)
             if not isinstance(linear, nn.Linear) or isinstance(linear, DequantisedLinear):
                 raise BackendError(
-                    "these weights were quantised for serving before; share one ServedWeights ops steps, "
+                    "these weights were quantised for serving before; share one ServedWeights between steps, "
                     "or load the model again"
                 )
             linears.append(linear)

@@ -1,8 +1,4 @@
-"""Sound becomes hidden states, one column per video frame, while it is still arriving.
-
-An `AudioEncoder` opens a `FeatureStream`; sound is pushed into it in blocks of any size, and columns come out
-in order. What comes out does not depend on how the sound was cut into blocks. `AudioChunker` cuts the result,
-and the sound itself, into the chunks of a stream.
+"""wav2vec2 as a streaming audio encoder: hidden states of a window around each hop of video frames.
 
 Axes: B streams (1 here), Z hidden states per moment, E width of one, A video frames, S waveform samples.
 """
@@ -12,150 +8,27 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
+from streamdiff.errors import BackendError, CheckpointError, ConfigError
 from streamdiff.media import frame_boundary
-from streamdiff.media.mel import mel_bank
+from streamdiff.models.audio.encoder import (
+    SPEECH_HZ,
+    FeatureStream,
+    as_sound,
+    require_fps,
+)
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
-
-
-SPEECH_HZ = 16_000
-"""Samples per second of the sound that every encoder here takes, and of the sound in a video that was made with one."""
-
-
-class FeatureStream(Protocol):
-    """The encoder's side of one voice."""
-
-    def push(self, samples_S: Tensor) -> Tensor:
-        """Hear the next samples; returns the columns [1, Z, E, A] that became ready, often none (A = 0)."""
-        ...
-
-    def finish(self) -> Tensor:
-        """The sound has ended: returns the columns [1, Z, E, A] of the frames it touches that are left."""
-        ...
-
-
-class AudioEncoder(Protocol):
-    """Sound to hidden states; holds weights only, so any number of streams can be open."""
-
-    @property
-    def rate_hz(self) -> int:
-        """Samples per second of the sound it takes."""
-        ...
-
-    @property
-    def num_features(self) -> int:
-        """Z, hidden states per moment."""
-        ...
-
-    @property
-    def feature_dim(self) -> int:
-        """E, width of one hidden state."""
-        ...
-
-    @property
-    def lookahead_s(self) -> float:
-        """Sound that must have been heard beyond a frame (or a hop of frames) before its columns come out."""
-        ...
-
-    def stream(self, fps: int) -> FeatureStream:
-        """Begin to listen to one voice for a video of ``fps`` frames per second."""
-        ...
-
-
-class AudioChunk(NamedTuple):
-    """What one chunk of video hears; unpacks as ``audio_BZEA, sound_S``."""
-
-    audio_BZEA: Tensor
-    """Hidden states, one column per video frame, float32 on the encoder's device."""
-    sound_S: Tensor
-    """The waveform of the same frames, float32 on the CPU."""
-
-
-class AudioChunker:
-    """Cuts a live voice into chunks: features and the very samples that will be heard with them.
-
-    Args:
-        encoder: see `AudioEncoder`.
-        frames_per_chunk: video frames in a chunk.
-        fps: video frames per second.
-    """
-
-    def __init__(self, encoder: AudioEncoder, *, frames_per_chunk: int, fps: int) -> None:
-        _require_fps(fps, encoder.rate_hz)
-        if frames_per_chunk < 1:
-            raise ConfigError(f"a chunk holds at least one frame, got frames_per_chunk={frames_per_chunk}")
-        self._rate_hz = encoder.rate_hz
-        self._stream = encoder.stream(fps)
-        self._fps = fps
-        self._frames_per_chunk = frames_per_chunk
-        self._features: list[Tensor] = []
-        self._num_columns = 0
-        self._sound: list[Tensor] = []
-        self._num_samples = 0
-        self._num_chunks = 0
-
-    def push(self, samples_S: Tensor) -> list[AudioChunk]:
-        """Hear the next samples; returns the chunks that became ready, in order."""
-        samples_S = _as_sound(samples_S)
-        self._sound.append(samples_S)
-        self._num_samples += len(samples_S)
-        return self._cut(self._stream.push(samples_S))
-
-    def finish(self) -> list[AudioChunk]:
-        """The voice has ended: silence fills its last chunk."""
-        num_chunks = 0
-        while self._boundary(num_chunks := self._num_chunks + num_chunks) < self._num_samples:
-            num_chunks = num_chunks - self._num_chunks + 1
-        silence_S = torch.zeros(self._boundary(num_chunks) - self._num_samples)
-        return [*self.push(silence_S), *self._cut(self._stream.finish())]
-
-    def _boundary(self, chunk: int) -> int:
-        return frame_boundary(chunk * self._frames_per_chunk, self._fps, self._rate_hz)
-
-    def _cut(self, columns_BZEA: Tensor) -> list[AudioChunk]:
-        A = self._frames_per_chunk
-        if columns_BZEA.shape[-1]:
-            self._features.append(columns_BZEA)
-            self._num_columns += columns_BZEA.shape[-1]
-        if self._num_columns < A:
-            return []
-        features_BZEA = torch.cat(self._features, dim=-1)
-        sound_S = torch.cat(self._sound)
-        chunks: list[AudioChunk] = []
-        while features_BZEA.shape[-1] >= A:
-            samples = self._boundary(self._num_chunks + 1) - self._boundary(self._num_chunks)
-            chunks.append(AudioChunk(features_BZEA[..., :A].contiguous(), sound_S[:samples].clone()))
-            features_BZEA, sound_S = features_BZEA[..., A:], sound_S[samples:]
-            self._num_chunks += 1
-        self._features, self._sound = [features_BZEA.clone()], [sound_S.clone()]
-        self._num_columns = features_BZEA.shape[-1]
-        return chunks
-
-
-def chunks(
-    audio_blocks: Iterable[Tensor], encoder: AudioEncoder, *, frames_per_chunk: int, fps: int
-) -> Iterator[AudioChunk]:
-    """Chunks of a voice that is pulled, block by block; memory does not grow with its length.
-
-    Equal to pushing the same blocks through an `AudioChunker`. The last chunk ends in silence.
-    """
-    chunker = AudioChunker(encoder, frames_per_chunk=frames_per_chunk, fps=fps)
-    for block_S in audio_blocks:
-        yield from chunker.push(block_S)
-    yield from chunker.finish()
 
 
 class Wav2Vec2Features:
@@ -241,32 +114,7 @@ class Wav2Vec2Features:
             BackendError: transformers is not installed.
         """
         path = Path(directory)
-        weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
-        if not (path / "config.json").is_file() or not any((path / name).is_file() for name in weights):
-            raise CheckpointError(
-                f"{path} is not a wav2vec2 directory: it needs config.json and one of {', '.join(weights)}; "
-                "download wav2vec2-large-xlsr-53-english there"
-            )
-        try:
-            from transformers import Wav2Vec2Model
-        except ImportError as error:
-            raise BackendError(
-                "wav2vec2 needs transformers, which is not installed; pip install 'streamdiff[encoders]'"
-            ) from error
-        try:
-            loaded: Any = Wav2Vec2Model.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
-            model, info = loaded
-        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            raise CheckpointError(
-                f"cannot load wav2vec2 from {path}: {_first_line(error)}; download it again"
-            ) from error
-        # A mask embedding is only used in training and often not published.
-        missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})
-        misshapen = sorted(str(key) for key in info["mismatched_keys"])
-        if missing or misshapen:
-            raise CheckpointError(
-                f"the weights in {path} do not fill a wav2vec2: missing {missing}, misshapen {misshapen}"
-            )
+        model: Any = _open_published(path)  # its `to` is typed as another function
         processor = path / "preprocessor_config.json"
         settings = json.loads(processor.read_text()) if processor.is_file() else {}
         return cls(
@@ -287,7 +135,7 @@ class Wav2Vec2Features:
 
         ``num_frames`` cuts the columns, or appends zeros as the published code does up to a whole clip.
         """
-        samples_S = _as_sound(samples_S)
+        samples_S = as_sound(samples_S)
         if self.normalise:
             wide_S = samples_S.double()
             samples_S = _standardised(samples_S, float(wide_S.mean()), float(wide_S.var(correction=0)))
@@ -393,7 +241,7 @@ class _Wav2Vec2Stream:
     """Runs the model on one window per hop; which window is arithmetic on sample numbers alone."""
 
     def __init__(self, encoder: Wav2Vec2Features, fps: int, times: _TimeMap) -> None:
-        _require_fps(fps, encoder.rate_hz)
+        require_fps(fps, encoder.rate_hz)
         self._encoder = encoder
         self._fps = fps
         self._times = times
@@ -407,7 +255,7 @@ class _Wav2Vec2Stream:
         self._last_states_ZTE = torch.empty(0)
 
     def push(self, samples_S: Tensor) -> Tensor:
-        samples_S = _as_sound(samples_S)
+        samples_S = as_sound(samples_S)
         self._blocks.append(samples_S)
         self._num_samples += len(samples_S)
         columns: list[Tensor] = []
@@ -479,137 +327,32 @@ class _Wav2Vec2Stream:
         return torch.cat(columns, dim=-1)
 
 
-class LogMelFeatures:
-    """Log-mel spectrum and energy, twice per video frame, with first and second differences: no weights.
-
-    The two moments end half-way through the frame and at its end, so no sound beyond the frame is heard
-    (look-ahead 0 ms). Their spectra stand side by side: E = 2 * (num_bands + 1). Z = 3: level, change since
-    the frame before, change of that change. Values have about zero mean and unit variance on speech at
-    -26 dBFS and lie within -4..4 for any sound.
-
-    Streamed and whole encodings are the same bits: every frame is computed by itself, by the same calls.
-
-    Args:
-        num_bands: triangular bands, equally spaced in mel between 60 and 7600 Hz.
-    """
-
-    rate_hz = SPEECH_HZ
-    num_features = 3
-    lookahead_s = 0.0
-
-    def __init__(self, num_bands: int = 31) -> None:
-        if not 4 <= num_bands <= 80:
-            raise ConfigError(f"num_bands must lie in 4..80 (a band needs a bin), got {num_bands}")
-        self.feature_dim = 2 * (num_bands + 1)
-        self._bank = _mel_bank(num_bands, _FFT_SAMPLES, self.rate_hz, low_hz=60.0, high_hz=7600.0)
-        self._window_S = torch.hann_window(_WINDOW_SAMPLES, periodic=False, dtype=torch.float64).float()
-        self._window_power = float(self._window_S.square().sum())
-
-    def stream(self, fps: int) -> FeatureStream:
-        return _LogMelStream(self, fps)
-
-    def encode_whole(self, samples_S: Tensor, fps: int) -> Tensor:
-        """All columns [1, Z, E, A] of a sound at once; the same bits as streaming it."""
-        stream = self.stream(fps)
-        return torch.cat([stream.push(samples_S), stream.finish()], dim=-1)
-
-    def level(self, moments_MS: Tensor) -> Tensor:
-        """Spectra and energies of windows of sound, laid side by side and scaled: [M, S] to [E].
-
-        Each window carries one sample more in front, for the pre-emphasis.
-        """
-        emphasised_MS = (moments_MS[:, 1:] - 0.97 * moments_MS[:, :-1]) * self._window_S
-        power_MF = torch.fft.rfft(emphasised_MS, n=_FFT_SAMPLES).abs().square() / self._window_power
-        bands_ME = (power_MF @ self._bank + _FLOOR).log10()
-        energy_M1 = (moments_MS[:, 1:].square().mean(dim=1, keepdim=True) + _FLOOR).log10()
-        bands_ME = (bands_ME - _BAND_MEAN) / _BAND_STD
-        energy_M1 = (energy_M1 - _ENERGY_MEAN) / _ENERGY_STD
-        return torch.cat([bands_ME, energy_M1], dim=1).flatten()
-
-
-_FFT_SAMPLES = 1024
-_WINDOW_SAMPLES = 400
-_FLOOR = 1e-7
-# Mean and deviation of log10 power on speech at -26 dBFS; perf/audio_context.py --calibrate measures them.
-_BAND_MEAN, _BAND_STD = -5.3, 1.35
-_ENERGY_MEAN, _ENERGY_STD = -3.7, 1.3
-_CHANGE_STD = (1.0, 0.72, 1.07)
-_BOUND = 4.0
-
-
-class _LogMelStream:
-    def __init__(self, encoder: LogMelFeatures, fps: int) -> None:
-        _require_fps(fps, encoder.rate_hz)
-        self._encoder = encoder
-        self._fps = fps
-        self._history_samples = _WINDOW_SAMPLES + 1
-        self._kept_S = torch.zeros(self._history_samples)
-        self._kept_from = -self._history_samples
-        self._num_frames = 0
-        self._last_E: Tensor | None = None
-        self._last_change_E = torch.zeros(encoder.feature_dim)
-
-    def push(self, samples_S: Tensor) -> Tensor:
-        self._kept_S = torch.cat([self._kept_S, _as_sound(samples_S)])
-        columns: list[Tensor] = []
-        while self._boundary(self._num_frames + 1) <= self._kept_from + len(self._kept_S):
-            columns.append(self._next_column())
-        return self._stacked(columns)
-
-    def finish(self) -> Tensor:
-        num_samples = self._kept_from + len(self._kept_S)
-        if num_samples == self._boundary(self._num_frames):
-            return self._stacked([])
-        missing = self._boundary(self._num_frames + 1) - num_samples
-        return self.push(torch.zeros(missing))
-
-    def _boundary(self, frame: int) -> int:
-        return frame_boundary(frame, self._fps, self._encoder.rate_hz)
-
-    def _next_column(self) -> Tensor:
-        start, end = self._boundary(self._num_frames), self._boundary(self._num_frames + 1)
-        level_E = self._encoder.level(torch.stack([self._before(start + (end - start) // 2), self._before(end)]))
-        last_E = level_E if self._last_E is None else self._last_E
-        change_E = level_E - last_E
-        turn_E = change_E - self._last_change_E
-        self._last_E, self._last_change_E = level_E, change_E
-        self._num_frames += 1
-        forget = end - self._history_samples - self._kept_from
-        if forget > 0:
-            self._kept_S, self._kept_from = self._kept_S[forget:].clone(), self._kept_from + forget
-        scaled = [part / std for part, std in zip((level_E, change_E, turn_E), _CHANGE_STD, strict=True)]
-        return torch.stack(scaled).clamp(-_BOUND, _BOUND)
-
-    def _before(self, sample: int) -> Tensor:
-        """The window of sound that ends at a sample."""
-        end = sample - self._kept_from
-        return self._kept_S[end - self._history_samples : end]
-
-    def _stacked(self, columns: list[Tensor]) -> Tensor:
-        if not columns:
-            return torch.zeros(1, self._encoder.num_features, self._encoder.feature_dim, 0)
-        return torch.stack(columns, dim=-1)[None]
-
-
-def _mel_bank(num_bands: int, fft_samples: int, rate_hz: int, *, low_hz: float, high_hz: float) -> Tensor:
-    """Triangles in mel, each summing to one: [bins, bands]."""
-    bank = mel_bank(num_bands, fft_samples, rate_hz, low_hz=low_hz, high_hz=high_hz, slopes="mel")
-    assert bool((bank.sum(0) > 0).all()), "a band without a bin"
-    return torch.from_numpy(bank / bank.sum(0)).float()
-
-
-def _require_fps(fps: int, rate_hz: int) -> None:
-    if not 1 <= fps <= rate_hz // _WINDOW_SAMPLES:
-        raise ConfigError(f"fps must lie in 1..{rate_hz // _WINDOW_SAMPLES}, got {fps}")
+def _open_published(path: Path) -> Wav2Vec2Model:
+    """The model of a published directory, every weight of it there."""
+    weights = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+    if not (path / "config.json").is_file() or not any((path / name).is_file() for name in weights):
+        raise CheckpointError(
+            f"{path} is not a wav2vec2 directory: it needs config.json and one of {', '.join(weights)}; "
+            "download wav2vec2-large-xlsr-53-english there"
+        )
+    try:
+        from transformers import Wav2Vec2Model
+    except ImportError as error:
+        raise BackendError(
+            "wav2vec2 needs transformers, which is not installed; pip install 'streamdiff[encoders]'"
+        ) from error
+    try:
+        loaded: Any = Wav2Vec2Model.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
+        model, info = loaded
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise CheckpointError(f"cannot load wav2vec2 from {path}: {_first_line(error)}; download it again") from error
+    # A mask embedding is only used in training and often not published.
+    missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})
+    misshapen = sorted(str(key) for key in info["mismatched_keys"])
+    if missing or misshapen:
+        raise CheckpointError(f"the weights in {path} do not fill a wav2vec2: missing {missing}, misshapen {misshapen}")
+    return model
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _as_sound(samples_S: Tensor) -> Tensor:
-    if samples_S.ndim != 1:
-        raise InputError(f"sound is pushed as one row of mono samples, got shape {list(samples_S.shape)}")
-    if not bool(torch.isfinite(samples_S).all()):
-        raise InputError("the sound holds NaN or infinity; check the source")
-    return samples_S.detach().to("cpu", torch.float32)

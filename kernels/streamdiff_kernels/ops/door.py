@@ -1,0 +1,95 @@
+"""What every op needs: who computes it (`Impl`), whether that can run, and what its tensors must be."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from enum import StrEnum
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from streamdiff_kernels import plain
+from streamdiff_kernels.backends import triton_missing
+from streamdiff_kernels.errors import BackendUnavailable, KernelInputError
+
+
+class Impl(StrEnum):
+    """Who computes an op: the specification, fast plain torch, or Triton."""
+
+    REFERENCE = "reference"
+    TORCH = "torch"
+    TRITON = "triton"
+
+
+E4M3 = torch.float8_e4m3fn
+
+_Shapes = TypeVar("_Shapes", bound=Callable[..., object])
+
+
+def shapes_of(name: str) -> Callable[[_Shapes], _Shapes]:
+    """Register what an op returns for tensors without data (torch's decorator is untyped)."""
+
+    def register(shapes: _Shapes) -> _Shapes:
+        register_fake(f"streamdiff_kernels::{name}", shapes)
+        return shapes
+
+    return register
+
+
+def require(impl: Impl, device: torch.device) -> None:
+    """Raise `BackendUnavailable` when ``impl`` cannot run on ``device``."""
+    if impl == Impl.TRITON and (why := triton_missing(device)) is not None:
+        raise BackendUnavailable(f"Impl.TRITON cannot run: {why}; use Impl.TORCH")
+
+
+def fast(impl: str, device: torch.device) -> Any:
+    """The module behind ``impl``. `plain` and `triton` have the same functions; `reference` is called by
+    name.
+    """
+    if impl == Impl.TRITON:
+        require(Impl.TRITON, device)
+        return importlib.import_module("streamdiff_kernels.triton")
+    module: ModuleType = plain
+    return module
+
+
+def batched(x: Tensor, num_axes: int) -> Tensor:
+    """Give a lone stream its axis."""
+    return x if x.dim() == num_axes else x.unsqueeze(0)
+
+
+def batched_or_none(x: Tensor | None, num_axes: int) -> Tensor | None:
+    return None if x is None else batched(x, num_axes)
+
+
+def layout(x: Tensor) -> str:
+    """Type and shape, for errors."""
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+def check_ring(keys: Tensor, values: Tensor | None, scales: tuple[Tensor | None, ...]) -> None:
+    if keys.dim() not in (3, 4) or not keys.is_contiguous():
+        raise KernelInputError(f"a ring is a contiguous [B, M, N, K] or [M, N, K], got {layout(keys)}")
+    if values is not None and (values.shape != keys.shape or values.dtype != keys.dtype or not values.is_contiguous()):
+        raise KernelInputError(f"keys and values must be alike, got {layout(keys)} and {layout(values)}")
+    for scale in scales:
+        if (scale is not None) != (keys.dtype == E4M3):
+            raise KernelInputError(
+                f"float32 scales [.., M, N] go with a float8_e4m3fn ring, and no other; ring {layout(keys)}"
+            )
+        if scale is not None and (scale.shape != keys.shape[:-1] or not scale.is_contiguous()):
+            raise KernelInputError(
+                f"scales of a ring {layout(keys)} must be {list(keys.shape[:-1])}, got {layout(scale)}"
+            )
+
+
+def check_index(index: Tensor, device: torch.device, name: str) -> None:
+    if index.numel() != 1 or index.dtype != torch.int32 or index.device != device:
+        raise KernelInputError(
+            f"{name} must be one int32 on {device}, the device of the ring, got {layout(index)} on "
+            f"{index.device}; try torch.zeros((), dtype=torch.int32, device=...)"
+        )
