@@ -19,10 +19,11 @@ from PIL import Image, ImageDraw
 
 from streamdiff import demo
 from streamdiff.avatar.bundle import IdentityBundle
+from streamdiff.avatar.engine import AvatarEngine
 from streamdiff.avatar.identity import create_bundle
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.path import AvatarEngine, AvatarStream
 from streamdiff.avatar.render import WarpRenderer
+from streamdiff.avatar.stream import AvatarStream
 from streamdiff.cli.avatar import Sheet
 from streamdiff.media import read_audio
 from streamdiff.voice import RATE_HZ, HibariVoice
@@ -52,12 +53,12 @@ def coefficients(shape: Mapping[str, float]) -> np.ndarray:
 def spread_frames(stream: AvatarStream, *, sound_S: np.ndarray | None) -> list[Image.Image]:
     """Two rows of frames of what is said."""
     sheet = Sheet(2 * COLUMNS)
-    stream.next_frame()
+    stream.next()
     segment = stream.say(TEXT) if sound_S is None else stream.push_audio(sound_S, RATE_HZ, last=True)
     while not segment.done:
-        frame = stream.next_frame()
+        frame = stream.next()
         if frame.state == "speaking":
-            sheet.add(frame.video_HW3)
+            sheet.add(torch.from_numpy(frame.frames_THWC[0]))
     return [Image.fromarray(picture.numpy()) for picture in sheet.frames_THWC()]
 
 

@@ -33,15 +33,17 @@ from PIL import Image, ImageFilter
 
 from streamdiff import demo
 from streamdiff.avatar.cues import FRAME_SAMPLES, Cues
+from streamdiff.avatar.engine import AvatarEngine
 from streamdiff.avatar.identity import create_bundle
 from streamdiff.avatar.kinematics import FPS, arkit64
 from streamdiff.avatar.landmarks import Landmarker, fetch_task
 from streamdiff.avatar.motion import MotionStream
-from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame
 from streamdiff.avatar.render import WarpRenderer
+from streamdiff.avatar.stream import AvatarStream
 from streamdiff.avatar.window import load_motion
 from streamdiff.errors import BackendError, InputError, StreamdiffError
 from streamdiff.media import read_audio
+from streamdiff.stream import Shown
 from streamdiff.voice import RATE_HZ, HibariVoice
 
 SENTENCES = tuple(
@@ -189,17 +191,17 @@ def bench_first_frame(bench: Bench) -> dict[str, Any]:
         times_ms = []
         with bench.stream(realtime=realtime) as stream:
             for _ in range(8):
-                stream.next_frame()
+                stream.next()
             for number in range(bench.args.repeats * 3):
                 # Somewhere between two frames, as people do.
                 time.sleep(float(rng.uniform(0, 0.04)) if realtime else 0.0)
                 segment = stream.say(TEXTS[number % len(TEXTS)])
                 while segment.video_ms is None:
-                    stream.next_frame()
+                    stream.next()
                 times_ms.append(segment.video_ms)
                 stream.interrupt()
                 for _ in range(6):
-                    stream.next_frame()
+                    stream.next()
         results[name] = spread(times_ms)
     return results
 
@@ -214,7 +216,7 @@ def bench_live(bench: Bench) -> dict[str, Any]:
     arrived_s: list[float] = []
     with bench.stream(realtime=True) as stream:
         for _ in range(10):
-            stream.next_frame()
+            stream.next()
 
         def speak() -> None:
             began = time.monotonic()
@@ -230,12 +232,12 @@ def bench_live(bench: Bench) -> dict[str, Any]:
         latencies_ms: list[float] = []
         shown = 0
         while True:
-            frame = stream.next_frame()
-            if frame.segment_id:
+            frame = stream.next()
+            if frame.segment:
                 last_block = min(((shown + 1) * FRAME_SAMPLES - 1) // block, len(arrived_s) - 1)
                 latencies_ms.append((time.monotonic() - arrived_s[last_block]) * 1e3)
                 shown += 1
-            if frame.end_of_segment:
+            if frame.ends_segment:
                 break
         speaker.join(timeout=10)
         late = stream.metrics.late_frames
@@ -243,14 +245,14 @@ def bench_live(bench: Bench) -> dict[str, Any]:
     return {"ms": spread(latencies_ms), "first_ms": round(latencies_ms[0], 1), "frames": shown, "late_frames": late}
 
 
-def talk_for(stream: AvatarStream, num_frames: int) -> Iterator[AVFrame]:
+def talk_for(stream: AvatarStream, num_frames: int) -> Iterator[Shown]:
     """Frames of an avatar that speaks, pauses and speaks again."""
     number, segment = 0, None
     for taken in range(num_frames):
         if (segment is None or segment.done) and taken % 40 == 0:
             segment = stream.say(SENTENCES[number % len(SENTENCES)])
             number += 1
-        yield stream.next_frame()
+        yield stream.next()
 
 
 def bench_sustained(bench: Bench) -> dict[str, Any]:
@@ -341,12 +343,12 @@ def bench_lips(bench: Bench) -> dict[str, Any]:
         segment = stream.say(" ".join(SENTENCES[:6]))
         frames = []
         while not segment.done:
-            frames.append(stream.next_frame())
-    pictures = np.stack([f.video_HW3.numpy() for f in frames])
-    commanded = aperture(np.stack([f.motion_E.numpy() for f in frames]), spec)
+            frames.append(stream.next())
+    pictures = np.stack([f.frames_THWC[0] for f in frames])
+    commanded = aperture(np.stack([f.motion_AE[0] for f in frames]), spec)
     read = lip_apertures(read_faces(pictures, bench.landmarker))
     trip = round_trip(commanded, read)
-    sound_S = np.concatenate([f.audio_S for f in frames])
+    sound_S = np.concatenate([f.sound_S for f in frames])
     loud_A = loudness(sound_S).reshape(len(frames), -1).mean(axis=1)
     heard = round_trip(loud_A, read)
     return {
@@ -379,7 +381,7 @@ def bench_identity(bench: Bench) -> dict[str, Any]:
     with bench.stream() as stream:
         for _ in range(minutes):
             length = 60 * FPS if bench.args.minutes >= 1 else 250
-            taken = [f.video_HW3.numpy() for n, f in enumerate(talk_for(stream, length)) if n % 100 == 20]
+            taken = [f.frames_THWC[0] for n, f in enumerate(talk_for(stream, length)) if n % 100 == 20]
             if embedder is None:
                 continue
             stack = np.stack(taken)
@@ -436,14 +438,14 @@ def bench_seams(bench: Bench) -> dict[str, Any]:
         ratios.append(seam_ratio(moved_AE, range(8, length, 8), spec))
     speeds: dict[str, list[float]] = {"begin": [], "end": [], "elsewhere": []}
     with bench.stream() as stream:
-        frames: list[AVFrame] = []
+        frames: list[Shown] = []
         for text in TEXTS[3:9]:
-            frames += [stream.next_frame() for _ in range(25)]
+            frames += [stream.next() for _ in range(25)]
             segment = stream.say(text)
             while not segment.done:
-                frames.append(stream.next_frame())
-        frames += [stream.next_frame() for _ in range(25)]
-    motion_AE = np.stack([f.motion_E.numpy() for f in frames])
+                frames.append(stream.next())
+        frames += [stream.next() for _ in range(25)]
+    motion_AE = np.stack([f.motion_AE[0] for f in frames])
     scale_E = np.maximum(motion_AE.std(axis=0), 1e-3)
     speed_A = np.abs(np.diff(motion_AE, axis=0) / scale_E).mean(axis=1)
     speaking = [f.state == "speaking" for f in frames]
@@ -469,14 +471,14 @@ def bench_interruption(bench: Bench) -> dict[str, Any]:
         for number in range(10):
             segment = stream.say(TEXTS[6 + number % 4])
             while segment.num_shown < 8 + number:
-                stream.next_frame()
+                stream.next()
             epoch = stream.interrupt().epoch
-            after = [stream.next_frame() for _ in range(12)]
+            after = [stream.next() for _ in range(12)]
             silence_ms.append(stream.metrics.interrupt_to_silence_ms or 0.0)
-            stale += sum(frame.epoch != epoch or frame.segment_id != 0 for frame in after)
-            loud = [i for i, f in enumerate(after) if np.abs(f.audio_S[RATE_HZ // 100 :]).any()]
+            stale += sum(frame.epoch != epoch or frame.segment != 0 for frame in after)
+            loud = [i for i, f in enumerate(after) if np.abs(f.sound_S[RATE_HZ // 100 :]).any()]
             silent_after.append((loud[-1] + 1) * 40 if loud else 10)
-            still = [i for i, f in enumerate(after) if np.abs(f.motion_E.numpy()[mouth]).max() < 0.02]
+            still = [i for i, f in enumerate(after) if np.abs(f.motion_AE[0][mouth]).max() < 0.02]
             rest_after.append((still[0] + 1) * 40 if still else 999)
     return {
         "silent_after_ms_of_sound": max(silent_after),
@@ -522,7 +524,7 @@ def bench_wrong_input(bench: Bench) -> dict[str, Any]:
             with bench.stream() as stream:
                 segment = stream.say(text)
                 for _ in range(30):
-                    stream.next_frame(10)
+                    stream.next(10)
                     if segment.done:
                         break
                 if segment.error:
@@ -536,7 +538,7 @@ def bench_wrong_input(bench: Bench) -> dict[str, Any]:
             with bench.stream() as stream:
                 segment = stream.push_audio(sound, rate_hz, last=True)
                 while not segment.done:
-                    stream.next_frame(10)
+                    stream.next(10)
                 return "shown"
 
         return call

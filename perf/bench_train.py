@@ -105,7 +105,7 @@ def served_row(device: torch.device, *, seconds: float) -> dict[str, Any]:
     config = engine.config
     schedule = plan(num_steps=config.num_steps, num_ranks=1, refresh_chunk=config.refresh_chunk)
     stage = engine.stage(schedule.roles[0], seed=0)
-    head = engine.head(torch.full((config.height, config.width, 3), 128, dtype=torch.uint8), "A person is talking.")
+    head = engine.intake(torch.full((config.height, config.width, 3), 128, dtype=torch.uint8), "A person is talking.")
     sound_S = 0.1 * torch.randn(int(seconds * RATE_HZ), generator=torch.Generator().manual_seed(0))
     heard = chunks([sound_S], engine.audio_encoder(), frames_per_chunk=config.video_frames_per_chunk, fps=config.fps)
     now = time.perf_counter if device.type == "cuda" else time.process_time

@@ -291,7 +291,7 @@ def film(
     else:
         decode = engine.stage(Role(rank=0, encodes=False, steps=(), decodes=True), seed=seed)
         stage = Chain([denoiser(engine, variant, seed=seed), decode])
-    head = engine.head(photo_HWC, told[0], seed=seed)
+    head = engine.intake(photo_HWC, told[0], seed=seed)
 
     def packets() -> Iterator[Packet]:
         heard = chunks(
@@ -758,7 +758,7 @@ def long_run(
     """A stream of ``seconds`` in this variant; ``note`` is told every 500 chunks, and at the end."""
     config = engine.config
     stage = denoiser(engine, variant, seed=seed)
-    head = engine.head(photo_HWC, PLAIN, seed=seed)
+    head = engine.intake(photo_HWC, PLAIN, seed=seed)
     num_chunks = math.ceil(seconds / config.chunk_s)
     heard = chunks(
         itertools.repeat(torch.from_numpy(loop_S)),

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from streamdiff import checkpoint
@@ -29,6 +34,7 @@ from streamdiff.models.audio import AudioEncoder, LogMelFeatures, Wav2Vec2Featur
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.served.options import StepOptions
+from streamdiff.models.served.step import ServedWeights
 from streamdiff.models.tae import TAEConfig, TAEDecoder
 from streamdiff.models.text import HashedText, TextEncoder, UMT5Text
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb8
@@ -36,11 +42,13 @@ from streamdiff.pipeline.decode import PRIMING_LATENTS, DecodeStage
 from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.packet import SetReference
-from streamdiff.pipeline.run import run_local
+from streamdiff.pipeline.run import LocalRanks
 from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
 from streamdiff.pipeline.stage import Chain, Stage
-from streamdiff.session import Session
+from streamdiff.pipeline.stream import PLAYOUT_S, VideoStream
+from streamdiff.session import Opening
 from streamdiff.trace import Observer
+from streamdiff.voice import Synthesizer
 
 _LARGEST_RANDOM = 200_000_000
 """Parameters above which random weights are surely a mistake, and an expensive one."""
@@ -52,6 +60,7 @@ SPEECH_FOLDER = "wav2vec2-large-xlsr-53-english"
 """Where a downloaded Wan2.2-S2V-14B keeps its speech encoder."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Part = TypeVar("_Part")
 _Half = TypeVar("_Half", VAEEncoder, VAEDecoder)
 
 
@@ -67,6 +76,10 @@ class Weights:
     """A published TAE-kind decoder (``taew2_1``) instead of the VAE's: rougher, and many times faster."""
     seed: int = 0
     """Of random weights."""
+
+
+Loading = Callable[[int, int, str], None]
+"""Told while weights are loaded: parts done, parts in all, and the next one's name."""
 
 
 class Engine:
@@ -93,6 +106,9 @@ class Engine:
         if weights.folder is None and (shipped := checkpoint.shipped(config)) is not None:
             self.weights = weights = dataclasses.replace(weights, folder=shipped)
         self.device = torch.device(device)
+        self._parts: dict[str, object] = {}
+        self._loading = threading.RLock()
+        self._numbers = itertools.count()
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if weights.lora is not None and weights.folder is None:
             raise ConfigError("a LoRA needs the checkpoint that it adapts; give --checkpoint as well")
@@ -113,17 +129,42 @@ class Engine:
         """Whether random weights make sense: for trying the engine, not for wasting 30 GiB."""
         return cost.dit_parameters(self.config.dit) <= _LARGEST_RANDOM
 
+    def load(self, progress: Loading | None = None) -> Engine:
+        """Load all that streams in this process need: slow, once; opening streams afterwards is cheap. Returns itself.
+
+        ``progress`` is told how many parts are loaded, of how many, and which is next. Safe to call again, and from any
+        thread.
+        """
+        parts: dict[str, Callable[[], object]] = {
+            "video model": self._served_weights,
+            "decoder": self._kept_decoder,
+            "picture encoder": self._kept_encoder,
+            "text encoder": self._kept_text_encoder,
+            "audio encoder": self._kept_audio_encoder,
+        }
+        for number, (name, load) in enumerate(parts.items()):
+            if progress is not None:
+                progress(number, len(parts), name)
+            load()
+        if progress is not None:
+            progress(len(parts), len(parts), "ready")
+        return self
+
     def stage(self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None) -> Stage:
-        """What one rank does to a packet: its denoising steps, the decoding, or both in this order."""
+        """What one rank does to a packet: its denoising steps, the decoding, or both in this order.
+
+        Stages of one engine share its weights; each has its own memory.
+        """
         stages: list[Stage] = []
         if role.steps:
             denoise = DenoiseStage(
-                self.dit(),
+                self._kept_dit(),
                 self.config,
                 role.steps,
                 seed=seed,
                 stream=stream,
                 options=self.options,
+                weights=self._served_weights(),
                 observer=observer,
             )
             denoise.warm()
@@ -134,8 +175,8 @@ class Engine:
             stages.append(decode)
         return stages[0] if len(stages) == 1 else Chain(stages)
 
-    def head(self, image_HWC: Tensor, prompt: str, *, seed: int = 0, stream: int = 0) -> Intake:
-        """Encode the reference and the prompt, then let those encoders go: a stream rarely needs them again.
+    def intake(self, image_HWC: Tensor, prompt: str, *, seed: int = 0, stream: int = 0) -> Intake:
+        """Encode the reference and the prompt, then let those encoders go: a single stream rarely needs them again.
 
         ``image_HWC`` is uint8 RGB of the configured size.
         """
@@ -149,46 +190,96 @@ class Engine:
 
     def open(
         self,
-        image_HWC: Tensor,
+        image_HWC: Tensor | NDArray[np.uint8],
         prompt: str,
         *,
         num_ranks: int = 1,
         seed: int = 0,
+        stream: int | None = None,
         live: bool = True,
+        voice: Synthesizer | None = None,
         slack_chunks: int | None = None,
+        playout_s: float = PLAYOUT_S,
         deadline_s: float = 60.0,
-    ) -> Session:
-        """A live stream in this process, its ranks as threads; see `Session`.
+    ) -> Opening:
+        """A session: ``async with engine.open(...) as session``; see `stream` for the arguments."""
+        return Opening(
+            lambda: self.stream(
+                image_HWC,
+                prompt,
+                num_ranks=num_ranks,
+                seed=seed,
+                stream=stream,
+                live=live,
+                voice=voice,
+                slack_chunks=slack_chunks,
+                playout_s=playout_s,
+                deadline_s=deadline_s,
+            )
+        )
 
-        ``slack_chunks``: how many chunks an interruption can take back. None: all that can be under way, so that the
-        stream resumes right after the last chunk shown. At 14B each costs 2.4 GiB per step; give fewer there, and an
-        interruption resumes that much later. Every rank holds weights of its own.
+    def stream(
+        self,
+        image_HWC: Tensor | NDArray[np.uint8],
+        prompt: str,
+        *,
+        num_ranks: int = 1,
+        seed: int = 0,
+        stream: int | None = None,
+        live: bool = False,
+        voice: Synthesizer | None = None,
+        slack_chunks: int | None = None,
+        playout_s: float = PLAYOUT_S,
+        deadline_s: float = 60.0,
+    ) -> VideoStream:
+        """A synchronous stream in this process, its ranks as threads; see `VideoStream`. Loads what is not loaded yet.
+
+        Args:
+            image_HWC: uint8 RGB of the configured size: whose face it is.
+            prompt: what happens.
+            num_ranks: 1 to ``num_steps + 1``; the bits are the same.
+            seed: of all noise.
+            stream: number that keys the noise beside the seed; None: one that this engine has not given yet, so that
+                two streams do not look alike. Same seed and number, same noise.
+            live: whether time matters: a live stream fills in silence when nothing is said; otherwise sound is waited
+                for.
+            voice: says what `VideoStream.say` is given; None: only sound is taken.
+            slack_chunks: how many chunks an interruption can take back. None: all that can be under way or with a
+                player, so that the stream resumes right after the last chunk played. At 14B each costs 2.4 GiB per
+                step; give fewer there, and an interruption resumes that much later.
+            playout_s: playout buffer for live sound; see `streamdiff.pipeline.playout`.
+            deadline_s: a rank that works longer on one chunk has failed.
         """
         config = self.config
         if slack_chunks is None:
-            slack_chunks = max(config.memory.slack_chunks, chunks_under_way(num_ranks))
+            slack_chunks = max(config.memory.slack_chunks, chunks_under_way(num_ranks) + 1)
         memory = dataclasses.replace(config.memory, slack_chunks=slack_chunks)
         engine = copy.copy(self)
         engine.config = config = dataclasses.replace(config, memory=memory)
         schedule = plan(num_steps=config.num_steps, num_ranks=num_ranks, refresh_chunk=config.refresh_chunk)
-        stages = [engine.stage(role, seed=seed) for role in schedule.roles]
-        text = engine.text_encoder()
-        return Session(
+        number = next(self._numbers) if stream is None else stream
+        stages = [engine.stage(role, seed=seed, stream=number) for role in schedule.roles]
+        text = self._kept_text_encoder()
+        reference = engine.encode_reference(torch.as_tensor(image_HWC), self._kept_encoder())
+        return VideoStream(
             config,
-            Intake(config, engine.encode_reference(image_HWC), _encoded(text, prompt), seed=seed),
-            engine.audio_encoder(),
-            lambda packets: run_local(schedule, stages, packets, deadline_s=deadline_s),
+            Intake(config, reference, _encoded(text, prompt), seed=seed, stream=number),
+            self._kept_audio_encoder(),
+            lambda packets: LocalRanks(schedule, stages, packets, deadline_s=deadline_s, patient=True),
             encode_prompt=lambda prompt: _encoded(text, prompt),
+            prompt=prompt,
+            voice=voice,
             live=live,
+            playout_s=playout_s,
         )
 
     @torch.inference_mode()
-    def encode_reference(self, image_HWC: Tensor) -> SetReference:
+    def encode_reference(self, image_HWC: Tensor, encoder: VAEEncoder | None = None) -> SetReference:
         """The photograph as a latent, and as the still motion that precedes the stream and opens the decoder."""
         expected = (self.config.height, self.config.width, 3)
         if tuple(image_HWC.shape) != expected:
             raise ConfigError(f"the reference must be {list(expected)}, got {list(image_HWC.shape)}; resize it")
-        encoder = self.encoder()
+        encoder = self.encoder() if encoder is None else encoder
         photo_BCTHW = from_rgb8(image_HWC[None, None]).to(self.device, self.dtype)
         reference_BCTHW, _ = encoder.encode(photo_BCTHW)
         # Without a motion prefix, the decoder still begins with a face that has long been there.
@@ -200,8 +291,6 @@ class Engine:
     def encode_prompt(self, prompt: str) -> Tensor:
         """Prompt embedding ``[1, P, C]``, not padded."""
         return _encoded(self.text_encoder(), prompt)
-
-    # Models
 
     def dit(self) -> CausalDiT:
         config = self.config.dit
@@ -217,13 +306,16 @@ class Engine:
         return self._vae(VAEEncoder(self.config.vae))
 
     def decoder(self) -> VideoDecoder:
-        if self.weights.light_decoder is None:
-            decoder: VideoDecoder = self._vae(VAEDecoder(self.config.vae))
-        else:
-            light = TAEDecoder(TAEConfig(z_dim=self.config.vae.z_dim))
-            checkpoint.load_light_decoder(light, self.weights.light_decoder)
-            decoder = self._placed(light)
+        """The decoder of one stream; what it captures is its own, its weights are the engine's."""
+        decoder = self._kept_decoder()
         return ServedDecoder(decoder) if self.device.type == "cuda" else decoder
+
+    def _read_decoder(self) -> VideoDecoder:
+        if self.weights.light_decoder is None:
+            return self._vae(VAEDecoder(self.config.vae))
+        light = TAEDecoder(TAEConfig(z_dim=self.config.vae.z_dim))
+        checkpoint.load_light_decoder(light, self.weights.light_decoder)
+        return self._placed(light)
 
     def text_encoder(self) -> TextEncoder:
         config = self.config.dit
@@ -248,6 +340,31 @@ class Engine:
                 f"{self.config.name} reads {audio.num_features} x {audio.feature_dim}; change its audio config"
             )
         return encoder
+
+    def _kept(self, name: str, load: Callable[[], _Part]) -> _Part:
+        with self._loading:
+            if name not in self._parts:
+                self._parts[name] = load()
+            return cast(_Part, self._parts[name])
+
+    def _kept_dit(self) -> CausalDiT:
+        return self._kept("dit", self.dit)
+
+    def _served_weights(self) -> ServedWeights:
+        with torch.inference_mode():
+            return self._kept("served weights", lambda: ServedWeights(self._kept_dit(), self.options))
+
+    def _kept_decoder(self) -> VideoDecoder:
+        return self._kept("decoder", self._read_decoder)
+
+    def _kept_encoder(self) -> VAEEncoder:
+        return self._kept("encoder", self.encoder)
+
+    def _kept_text_encoder(self) -> TextEncoder:
+        return self._kept("text encoder", self.text_encoder)
+
+    def _kept_audio_encoder(self) -> AudioEncoder:
+        return self._kept("audio encoder", self.audio_encoder)
 
     def _vae(self, half: _Half) -> _Half:
         if (folder := self.weights.folder) is not None:

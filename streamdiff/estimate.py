@@ -135,7 +135,7 @@ def _measured(engine: Engine) -> Costs:
     window = config.memory.window_chunks
     step_s: list[float] = []
     decode_s: list[float] = []
-    packets = engine.head(image_HWC, "").packets([heard] * (window + _MEASURED_CHUNKS))
+    packets = engine.intake(image_HWC, "").packets([heard] * (window + _MEASURED_CHUNKS))
     for packet in packets:
         start_s = now_s()
         stepped = step.step(packet)

@@ -202,7 +202,7 @@ def _source(job: Job, engine: Engine, num_frames: int) -> Iterator[Packet]:
     """Packets for every chunk of the voice; the encoders are loaded here, on the head alone."""
     config = job.config
     image_HWC = read_image(job.image, config.height, config.width)
-    head = engine.head(image_HWC, job.prompt, seed=job.seed)
+    head = engine.intake(image_HWC, job.prompt, seed=job.seed)
     encoder = engine.audio_encoder()
     num_chunks = -(-num_frames // config.video_frames_per_chunk)
     voice = itertools.chain(read_audio(job.audio, encoder.rate_hz), _silence(encoder.rate_hz))

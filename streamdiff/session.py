@@ -1,255 +1,182 @@
-"""The async face of one live stream.
+"""The async face of one stream, whichever path makes it.
 
     async with engine.open(image_HWC, "a person is talking") as session:
         session.push_audio(samples_S)     # from a microphone or a voice, whenever there is some
         async for shown in session:
             play(shown.frames_THWC, shown.sound_S)
 
-Below this module everything is synchronous; here it crosses once, by a thread. Chunks come out in order, each with the
-sound that belongs to it; where no sound has come in time, with silence, so the face goes on living. `interrupt` is what
-barge-in needs: it costs nothing, drops everything that was made but not shown, and resumes where the shown ends.
+Below this module everything is synchronous; here it crosses once, by one thread per session that asks the stream for
+frames when somebody awaits them. Nothing is fetched ahead: what the caller has not been given counts as not played.
+A wait that is cancelled loses nothing; the frames it waited for are what the next one returns.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
+import queue
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+import weakref
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
+from fractions import Fraction
 from types import TracebackType
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+from streamdiff.errors import SessionClosed
+from streamdiff.stream import Can, Interrupted, Metrics, Samples, Segment, Shown, Stream
 
-from streamdiff.config import EngineConfig
-from streamdiff.errors import InputError, SessionClosed
-from streamdiff.models.audio import AudioChunk, AudioChunker, AudioEncoder
-from streamdiff.pipeline.intake import Intake
-from streamdiff.pipeline.packet import Packet
-
-_NAP_S = 0.05
+_NAP_S = 0.25
 """Longest sleep between two looks at whether the session still stands."""
-MAX_BACKLOG_S = 600.0
-"""Sound that may wait to be spoken."""
+_MAX_PIECES = 256
+"""Pieces of a growing text that may wait for the voice."""
 
-Run = Callable[[Iterator[Packet]], Iterator[Packet]]
-"""From new packets to finished ones: the pipeline."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shown:
-    """One chunk, ready to be shown."""
-
-    chunk: int
-    epoch: int
-    frames_THWC: Tensor
-    """uint8 RGB."""
-    sound_S: Tensor
-    """float32 at the encoder's rate, exactly as long as the frames."""
-
-
-class _Voice:
-    """Sound on its way in: pushed from anywhere, taken chunk by chunk by the head."""
-
-    def __init__(self, encoder: AudioEncoder, config: EngineConfig, *, live: bool) -> None:
-        self._encoder = encoder
-        self._config = config
-        self._live = live
-        self._blocks: collections.deque[Tensor] = collections.deque()
-        self._waiting_samples = 0
-        self._changed = threading.Condition()
-        self._ended = False
-        self._stopped = False
-        self.fresh = 0
-        """Counts interruptions: what was heard before the last one is stale."""
-
-    def push(self, samples_S: Tensor) -> None:
-        with self._changed:
-            if self._ended or self._stopped:
-                raise SessionClosed("push_audio() after the voice has ended; open a new session")
-            if self._waiting_samples + len(samples_S) > MAX_BACKLOG_S * self._encoder.rate_hz:
-                raise InputError(
-                    f"more than {MAX_BACKLOG_S:.0f} s of sound wait to be spoken; push it as it is heard, not at once"
-                )
-            self._blocks.append(samples_S)
-            self._waiting_samples += len(samples_S)
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """No more sound will come: what was pushed is spoken, then the stream ends."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        """End at once."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-    def drop(self) -> None:
-        """Forget what was pushed and not yet taken."""
-        with self._changed:
-            self._blocks.clear()
-            self._waiting_samples = 0
-            self.fresh += 1
-            self._changed.notify_all()
-
-    def chunks(self) -> Iterator[tuple[AudioChunk, int]]:
-        """Chunks, and how fresh they are, for as long as the session stands; in a live session, one at least every
-        ``chunk_s``.
-        """
-        fresh = self.fresh
-        chunker = self._chunker()
-        ready: collections.deque[AudioChunk] = collections.deque()
-        due_s = time.monotonic()
-        while True:
-            block_S, now_fresh, over = self._take(None if ready else due_s)
-            if now_fresh != fresh:
-                fresh, chunker = now_fresh, self._chunker()
-                ready.clear()
-                if block_S is None:
-                    continue
-            if self._stopped:
-                return
-            if block_S is not None:
-                ready.extend(chunker.push(block_S))
-            elif over and not ready:
-                for chunk in chunker.finish():
-                    yield chunk, fresh
-                return
-            elif not ready:
-                while not ready:  # nothing came in time: the face listens
-                    ready.extend(chunker.push(torch.zeros(self._encoder.rate_hz // 25)))
-            if ready:
-                due_s = max(due_s, time.monotonic() - self._config.chunk_s) + self._config.chunk_s
-                yield ready.popleft(), fresh
-
-    def _take(self, until_s: float | None) -> tuple[Tensor | None, int, bool]:
-        """Next block, waiting for it until a moment (None: not at all); how fresh it is; whether it was the last."""
-        with self._changed:
-            while not (self._blocks or self._stopped or self._ended or until_s is None):
-                left_s = until_s - time.monotonic() if self._live else _NAP_S
-                if left_s <= 0:
-                    break
-                self._changed.wait(min(left_s, _NAP_S))
-            block_S = None
-            if self._blocks and until_s is not None:
-                block_S = self._blocks.popleft()
-                self._waiting_samples -= len(block_S)
-            return block_S, self.fresh, self._ended and not self._blocks
-
-    def _chunker(self) -> AudioChunker:
-        return AudioChunker(self._encoder, frames_per_chunk=self._config.video_frames_per_chunk, fps=self._config.fps)
+T = TypeVar("T")
 
 
 class Session:
-    """One stream. Use it as an async context manager and iterate over it once.
+    """One stream on an event loop: an async context manager, and an async iterator of `Shown`.
 
-    ``live``: whether time matters. A live session fills in silence when no sound has come; otherwise it waits.
+    Everything but iterating, `prompt` and `aclose` takes no longer than a lock and may be called from any thread; see
+    `Stream` for what the calls mean and raise. Errors of the stream are raised by every call that follows.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        head: Intake,
-        encoder: AudioEncoder,
-        run: Run,
-        *,
-        encode_prompt: Callable[[str], Tensor],
-        live: bool = True,
-    ) -> None:
-        self._head = head
-        self._encoder = encoder
-        self._encode_prompt = encode_prompt
-        self._voice = _Voice(encoder, config, live=live)
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._reader = _Reader(stream)
+        # Also ends the threads of a session that was dropped without being closed, and at the interpreter's exit.
+        self._end = weakref.finalize(self, self._reader.stop)
+        self._feeders: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        self._pending: asyncio.Future[Shown | None] | None = None
+        self._closing: asyncio.Future[None] | None = None
+        self._given_s = Fraction(0)
+        self._cursor_s: float | None = None
         self._epoch = 0
-        self._shown = -1
-        self._closed = False
-        self._lock = threading.Lock()
-        self._packets = run(self._new_packets())
+        self._cut_s = Fraction(0)
+
+    @property
+    def fps(self) -> int:
+        """Frames per second."""
+        return self._stream.fps
 
     @property
     def rate_hz(self) -> int:
-        """Rate of the sound that comes out, and that `push_audio` takes."""
-        return self._encoder.rate_hz
+        """Samples per second of the sound that comes out."""
+        return self._stream.rate_hz
 
-    def push_audio(self, samples_S: Tensor) -> None:
-        """Say this: float32 mono at `rate_hz`, blocks of any length, from any thread.
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a frame."""
+        return self._stream.size
 
-        Raises InputError for what is no sound, SessionClosed after the end.
-        """
-        if samples_S.ndim != 1 or not samples_S.dtype.is_floating_point:
-            raise InputError(
-                f"push_audio takes mono float samples [S], got {samples_S.dtype} of shape {list(samples_S.shape)}; "
-                "average the channels, scale integers to -1..1"
-            )
-        if not bool(samples_S.isfinite().all()):
-            raise InputError("push_audio got samples that are not numbers; check the source of the sound")
+    @property
+    def can(self) -> frozenset[Can]:
+        """What this session can do; calling anything else raises `Unsupported`."""
+        return self._stream.can
+
+    @property
+    def metrics(self) -> Metrics:
+        """What happened so far."""
+        return self._stream.metrics
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._closing is not None
+
+    def push_audio(self, samples: Samples, rate_hz: int | None = None, *, last: bool = False) -> Segment:
+        """Speak this sound; see `Stream.push_audio`."""
         self._require_open("push_audio")
-        self._voice.push(samples_S.detach().to("cpu", torch.float32))
+        return self._stream.push_audio(samples, rate_hz, last=last)
 
-    def end_audio(self) -> None:
-        """No more sound will come: the stream ends with what was pushed."""
-        self._voice.end()
+    def say(self, text: str | Iterable[str] | AsyncIterable[str]) -> Segment:
+        """Speak this text, which may still be growing; see `Stream.say`. An async iterable needs a running loop."""
+        self._require_open("say")
+        if not isinstance(text, AsyncIterable):
+            return self._stream.say(text)
+        return self._say_growing(text)
+
+    def end(self) -> None:
+        """End the utterance that is being pushed; see `Stream.end`."""
+        self._require_open("end")
+        self._stream.end()
+
+    def finish(self) -> None:
+        """Nothing more will be said: the iteration ends when all has been shown; see `Stream.finish`."""
+        self._require_open("finish")
+        self._stream.finish()
+
+    def listen(self, listening: bool = True) -> None:
+        """Say whether somebody is speaking to the face; see `Stream.listen`."""
+        self._require_open("listen")
+        self._stream.listen(listening)
 
     async def prompt(self, text: str) -> None:
-        """Follow another prompt, from the next chunk that enters the pipeline."""
+        """Follow another prompt; returns when it has been encoded. See `Stream.prompt`."""
         self._require_open("prompt")
-        self._head.switch_prompt(await asyncio.to_thread(self._encode_prompt, text))
+        await _in_thread(lambda: self._stream.prompt(text), "prompt")
 
-    def interrupt(self) -> int:
-        """Stop speaking: forget the sound that waits and everything made but not shown; returns the new epoch.
+    def played(self, position_s: float) -> None:
+        """Say how far a player with a buffer has come; without it, what the iteration gave counts as played."""
+        self._require_open("played")
+        self._cursor_s = position_s
+        self._stream.played(position_s)
 
-        Takes no longer than a lock. The stream resumes right after the last chunk shown if the memory reaches back that
-        far (``memory.slack_chunks``), else as far back as it reaches.
-        """
+    def interrupt(self, played_s: float | None = None) -> Interrupted:
+        """Stop speaking at once; see `Stream.interrupt`."""
         self._require_open("interrupt")
-        with self._lock:
-            self._voice.drop()
-            self._head.take_back(self._shown + 1)
-            self._epoch = self._head.epoch
-            return self._epoch
-
-    def _new_packets(self) -> Iterator[Packet]:
-        for chunk, fresh in self._voice.chunks():
-            with self._lock:
-                # An interruption may have come since the chunk was cut; its sound must not enter the new epoch.
-                packet = self._head.packet(chunk) if fresh == self._voice.fresh else None
-            if packet is not None:
-                yield packet
+        given_s = float(self._given_s)
+        cursor_s = self._cursor_s if played_s is None else played_s
+        interrupted = self._stream.interrupt(given_s if cursor_s is None else min(cursor_s, given_s))
+        self._epoch, self._cut_s = interrupted.epoch, interrupted.cut_s
+        self._given_s = min(self._given_s, interrupted.cut_s)
+        return interrupted
 
     def __aiter__(self) -> AsyncIterator[Shown]:
-        return self._iterate()
-
-    async def _iterate(self) -> AsyncIterator[Shown]:
         self._require_open("iteration")
+        return self
+
+    async def __anext__(self) -> Shown:
         while True:
-            packet = await asyncio.to_thread(next, self._packets, None)
-            if packet is None:
-                return
-            assert packet.frames_THWC is not None
-            assert packet.sound_S is not None
-            with self._lock:
-                if packet.epoch < self._epoch:
-                    continue  # made before an interruption
-                self._shown = packet.chunk
-            yield Shown(packet.chunk, packet.epoch, packet.frames_THWC, packet.sound_S)
+            shown = await self._fetch()
+            if shown is None:
+                raise StopAsyncIteration
+            if shown.epoch >= self._epoch or shown.pts < self._cut_s:
+                self._given_s = shown.pts + Fraction(len(shown.frames_THWC), self.fps)
+                return shown
+
+    async def _fetch(self) -> Shown | None:
+        """The frames that were asked for last and given to nobody, or the next."""
+        async with self._turn:
+            if self._pending is None:
+                if self.is_closed:
+                    return None
+                self._pending = self._reader.ask()
+            try:
+                # Shielded: whoever gives up waiting leaves the frames to the next one.
+                shown = await asyncio.shield(self._pending)
+            except asyncio.CancelledError:
+                if not self._pending.cancelled():
+                    raise
+                shown = None
+            except SessionClosed:
+                if not self.is_closed:
+                    self._pending = None
+                    raise
+                shown = None
+            except BaseException:
+                self._pending = None
+                raise
+            self._pending = None
+            return shown
 
     async def aclose(self) -> None:
-        """End the stream now; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._voice.stop()
-        close = getattr(self._packets, "close", None)
-        if close is not None:
-            # A generator that is running in another thread cannot be closed; it ends by itself, for the voice has.
-            with contextlib.suppress(ValueError):
-                await asyncio.to_thread(close)
+        """End the stream now, and wait until its threads have ended; idempotent, and whole even if cancelled."""
+        for task in self._feeders:
+            task.cancel()
+        if self._closing is None:
+            self._closing = _in_thread(self._end, "close")
+        await asyncio.shield(self._closing)
 
     async def __aenter__(self) -> Session:
         return self
@@ -260,5 +187,154 @@ class Session:
         await self.aclose()
 
     def _require_open(self, what: str) -> None:
-        if self._closed:
+        if self.is_closed:
             raise SessionClosed(f"{what}() after the session ended; open a new one")
+
+    def _say_growing(self, text: AsyncIterable[str]) -> Segment:
+        pieces: queue.Queue[str | BaseException | None] = queue.Queue(_MAX_PIECES)
+        segment: Segment | None = None
+
+        def wanted() -> bool:
+            return (segment is None or not segment.done) and not self.is_closed
+
+        def arriving() -> Iterator[str]:
+            while wanted():
+                with contextlib.suppress(queue.Empty):
+                    piece = pieces.get(timeout=_NAP_S)
+                    if piece is None:
+                        return
+                    if isinstance(piece, BaseException):
+                        raise piece
+                    yield piece
+
+        async def put(piece: str | BaseException | None) -> None:
+            while wanted():
+                try:
+                    pieces.put_nowait(piece)
+                except queue.Full:
+                    await asyncio.sleep(_NAP_S / 10)
+                else:
+                    return
+
+        async def feed() -> None:
+            end: BaseException | None = None
+            try:
+                async for piece in text:
+                    if not wanted():
+                        return
+                    await put(piece)
+            except Exception as error:  # noqa: BLE001  told by the segment, where the speaker of the text can see it
+                end = error
+            finally:
+                await put(end)
+
+        segment = self._stream.say(arriving())
+        task = asyncio.get_running_loop().create_task(feed())
+        self._feeders.add(task)
+        task.add_done_callback(self._feeders.discard)
+        return segment
+
+
+class Opening(Awaitable[Session]):
+    """A session that is being made: await it, or enter it with ``async with``. Making it blocks no event loop."""
+
+    def __init__(self, make: Callable[[], Stream]) -> None:
+        self._make = make
+        self._session: Session | None = None
+
+    def __await__(self) -> Generator[Any, None, Session]:
+        return self._open().__await__()
+
+    async def _open(self) -> Session:
+        making = _in_thread(self._make, "open")
+        try:
+            return Session(await asyncio.shield(making))
+        except asyncio.CancelledError:
+            making.add_done_callback(_close_unwanted)
+            raise
+
+    async def __aenter__(self) -> Session:
+        self._session = await self._open()
+        return self._session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.aclose()
+
+
+def _close_unwanted(making: asyncio.Future[Stream]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        threading.Thread(target=making.result().close, name="session-close", daemon=True).start()
+
+
+class _Reader:
+    """Asks a stream for frames, one at a time, in a thread. Knows nothing of the session, which may be dropped."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._requests: queue.SimpleQueue[asyncio.Future[Shown | None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    def ask(self) -> asyncio.Future[Shown | None]:
+        """The next frames, when they are there."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="session-reader", daemon=True)
+            self._thread.start()
+        future: asyncio.Future[Shown | None] = asyncio.get_running_loop().create_future()
+        self._requests.put(future)
+        return future
+
+    def stop(self) -> None:
+        """Close the stream and end the thread; waits for a bounded time."""
+        self._stopped = True
+        self._requests.put(None)
+        self._stream.close()
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        while (future := self._requests.get()) is not None:
+            try:
+                _settle(future, self._next(), None)
+            except BaseException as error:  # noqa: BLE001  raised where the frames are awaited
+                _settle(future, None, error)
+
+    def _next(self) -> Shown | None:
+        while True:
+            try:
+                return self._stream.next(_NAP_S)
+            except TimeoutError:
+                if self._stopped:
+                    raise SessionClosed("the session was closed") from None
+
+
+def _in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Do something slow in a thread of its own: the loop's few executor threads belong to the application."""
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+    def run() -> None:
+        try:
+            _settle(future, work(), None)
+        except BaseException as error:  # noqa: BLE001  raised where it is awaited
+            _settle(future, None, error)
+
+    threading.Thread(target=run, name=f"session-{name}", daemon=True).start()
+    return future
+
+
+def _settle(future: asyncio.Future[Any], value: object, error: BaseException | None) -> None:
+    """Give a future its result from another thread; nobody cares when its loop is gone."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        future.get_loop().call_soon_threadsafe(settle)

@@ -67,7 +67,7 @@ class Shown:
     pts: Fraction
     """Presentation time of the first of them, seconds since the first frame of the stream."""
     epoch: int
-    """Grows with every interruption that takes something back."""
+    """Interruptions before it."""
     segment: int = 0
     """Number of the utterance that is heard; 0: none."""
     ends_segment: bool = False
@@ -91,15 +91,17 @@ class Interrupted:
     """What an interruption did; known at once, before any frame of the new epoch exists."""
 
     epoch: int
-    """Of the frames that follow; the one before if nothing had to be taken back."""
+    """Of the frames that follow."""
     segment: int
     """The utterance that was being heard; 0: none."""
     played_s: float
     """How much of that utterance was played, seconds."""
     dropped: int
     """Frames that were made and will not be shown."""
+    cut_s: Fraction
+    """A player plays what it holds up to this position, and drops the rest."""
     resumes_s: Fraction
-    """Position of the next frame of the new epoch. A player keeps what it holds before it and drops the rest."""
+    """Position of the next frame; beyond the cut only where the stream does not remember that far."""
 
 
 @dataclass(slots=True)
@@ -146,6 +148,8 @@ class Segment:
         """When its first frame was taken."""
         self.num_shown = 0
         """Frames of it that were taken."""
+        self.queued_s = 0.0
+        """Sound of it that waits to be shown."""
         self._done = threading.Event()
 
     @property

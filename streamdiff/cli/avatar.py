@@ -24,12 +24,14 @@ from torch import Tensor
 
 from streamdiff import demo
 from streamdiff.arrays import Floats
+from streamdiff.avatar.engine import AvatarEngine
 from streamdiff.avatar.kinematics import FPS, KinematicSpec, frame_to_osc, json_lines
-from streamdiff.avatar.path import AvatarEngine, AvatarStream, AVFrame, Renderer, Segment
+from streamdiff.avatar.stream import AvatarStream, Renderer
 from streamdiff.avatar.style import STYLE_NAMES, style_vector
 from streamdiff.avatar.window import load_motion
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import VideoWriter, contact_sheet, read_audio
+from streamdiff.stream import Segment, Shown
 from streamdiff.voice import RATE_HZ, open_voice
 
 if TYPE_CHECKING:
@@ -295,9 +297,10 @@ def run_talk(args: argparse.Namespace) -> int:
             if rig is not None:
                 rig.write(_rig_line(frame, spec) + "\n")
             if wire is not None and host is not None:
-                wire.sendto(frame_to_osc(frame.motion_E.cpu().numpy(), spec), host)
+                assert frame.motion_AE is not None
+                wire.sendto(frame_to_osc(frame.motion_AE[0], spec), host)
             if frame.state == "speaking":
-                sheet.add(frame.video_HW3)
+                sheet.add(torch.from_numpy(frame.frames_THWC[0]))
         film.finish()
     took_s = time.monotonic() - began_s
     _write(
@@ -313,14 +316,15 @@ def run_talk(args: argparse.Namespace) -> int:
 
 def _spoken(
     stream: AvatarStream, text: str | None, sound: Iterator[Tensor] | None
-) -> Iterator[tuple[AVFrame, Segment | None]]:
+) -> Iterator[tuple[Shown, Segment | None]]:
     """A breath of idling, the words, and a breath after them. Raises what the voice failed with."""
+    frames = stream.frames()
     for _ in range(_LEAD_FRAMES):
-        yield stream.next_frame(), None
+        yield next(frames), None
     if sound is None:
         segment = stream.say(sys.stdin if text == "-" else text if text is not None else _TEXT)
         while not segment.done:
-            yield stream.next_frame(), segment
+            yield next(frames), segment
     else:
         segment = None
         block_S = next(sound, None)
@@ -330,11 +334,11 @@ def _spoken(
                 segment = stream.push_audio(block_S.numpy(), RATE_HZ, last=following_S is None)
                 block_S = following_S
             assert segment is not None
-            yield stream.next_frame(), segment
+            yield next(frames), segment
     if segment.error is not None:
         raise segment.error
     for _ in range(_TAIL_FRAMES):
-        yield stream.next_frame(), segment
+        yield next(frames), segment
 
 
 def _seconds(sound: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -357,10 +361,10 @@ class _Film:
         self._pictures: list[Tensor] = []
         self._sounds: list[Floats] = []
 
-    def add(self, frame: AVFrame) -> None:
-        picture = frame.video_HW3.cpu()
+    def add(self, frame: Shown) -> None:
+        picture = torch.from_numpy(frame.frames_THWC[0])
         self._pictures.append(picture if self._mark is None else marked(picture, self._mark))
-        self._sounds.append(frame.audio_S)
+        self._sounds.append(frame.sound_S)
         if len(self._pictures) == _WRITE_FRAMES:
             self.finish()
 
@@ -413,8 +417,9 @@ def marked(picture_HW3: Tensor, mark_HW: Tensor) -> Tensor:
     return (picture_HW3.float() * (1 - strength) + 255 * strength).round().to(torch.uint8)
 
 
-def _rig_line(frame: AVFrame, spec: KinematicSpec) -> str:
-    coefs = {name: round(value, 6) for name, value in spec.named(frame.motion_E.cpu().numpy()).items()}
+def _rig_line(frame: Shown, spec: KinematicSpec) -> str:
+    assert frame.motion_AE is not None
+    coefs = {name: round(value, 6) for name, value in spec.named(frame.motion_AE[0]).items()}
     return json.dumps({"frame": frame.index, "time_s": round(float(frame.pts), 6), "coefs": coefs})
 
 

@@ -49,7 +49,8 @@ class DenoiseStage:
     """Takes a chunk through a contiguous run of denoising steps, each with its own history.
 
     ``steps`` are indices into ``config.sigmas``. ``seed`` and ``stream`` key the fresh noise of the re-noising
-    sampler; the Euler sampler draws none. ``on_velocity`` is told (step, velocity) of every forward.
+    sampler; the Euler sampler draws none. ``weights``: those of ``dit`` with these ``options``, where several
+    stages share them. ``on_velocity`` is told (step, velocity) of every forward.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DenoiseStage:
         stream: int = 0,
         num_streams: int = 1,
         options: StepOptions | None = None,
+        weights: ServedWeights | None = None,
         observer: Observer | None = None,
         on_velocity: Callable[[int, Tensor], None] | None = None,
     ) -> None:
@@ -75,7 +77,7 @@ class DenoiseStage:
         self._text: TextCondition | None = None
         self._options = options = StepOptions() if options is None else options
         with torch.inference_mode():
-            self._weights = ServedWeights(dit, options)
+            self._weights = ServedWeights(dit, options) if weights is None else weights
             self._clean = dit.modulation(0.0)
             self.sink = SinkMemory(
                 num_layers=config.dit.num_layers,

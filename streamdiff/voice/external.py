@@ -19,19 +19,20 @@ from streamdiff.voice.speech import RATE_HZ, SpeechChunk
 class ExternalAudio:
     """Sound from a microphone or another voice: any rate, any block size, int16 or float, mono or not.
 
-    `push` returns chunks at 24 kHz as soon as they are complete; a change of rate in the middle finishes
+    `push` returns chunks at ``rate_hz`` as soon as they are complete; a change of rate in the middle finishes
     what came before. Not thread-safe: one producer.
     """
 
-    def __init__(self, *, segment: int = 0) -> None:
+    def __init__(self, *, segment: int = 0, rate_hz: int = RATE_HZ) -> None:
         self.segment = segment
+        self._out_hz = rate_hz
         self._source_hz: int | None = None
         self._resampler: Resampler | None = None
 
     @property
     def rate_hz(self) -> int:
         """Rate of what was pushed last."""
-        return self._source_hz or RATE_HZ
+        return self._source_hz or self._out_hz
 
     def push(self, samples: NDArray[Any] | bytes, rate_hz: int, *, last: bool = False) -> SpeechChunk:
         """Accept ``[S]`` or ``[S, channels]`` (bytes: int16 little endian) and return what it completes.
@@ -42,7 +43,7 @@ class ExternalAudio:
         mono_S = waveform(samples)
         before_S = np.zeros(0, np.float32)
         if self._resampler is None or rate_hz != self._source_hz:
-            fresh = Resampler(rate_hz)
+            fresh = Resampler(rate_hz, self._out_hz)
             if self._resampler is not None:
                 before_S = self._resampler.finish()
             self._resampler, self._source_hz = fresh, rate_hz
@@ -50,7 +51,7 @@ class ExternalAudio:
         if last:
             parts.append(self._resampler.finish())
             self._resampler = None
-        return SpeechChunk(np.concatenate(parts), RATE_HZ, None, self.segment, last)
+        return SpeechChunk(np.concatenate(parts), self._out_hz, None, self.segment, last)
 
 
 def waveform(samples: NDArray[Any] | bytes) -> Floats:

@@ -12,8 +12,11 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from streamdiff.avatar.path import AvatarEngine, AvatarSession, AvatarStream, AVFrame, Segment
+from streamdiff.avatar.engine import AvatarEngine
+from streamdiff.avatar.stream import AvatarStream
 from streamdiff.errors import InputError
+from streamdiff.session import Session
+from streamdiff.stream import Segment, Shown
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 WORDS = ("one", "two", "three,", "four!", "five", "six?", "seven", "eight;", "nine", "ten.", "Eleven", "twelve:", "old")
@@ -36,29 +39,29 @@ class Witness:
         self.segments: dict[int, Segment] = {}
         self.epoch = 0
         self.num_frames = 0
-        self._last: AVFrame | None = None
+        self._last: Shown | None = None
         self._ends: Counter[int] = Counter()
 
     def note(self, segment: Segment) -> None:
         self.segments[segment.id] = segment
 
-    def see(self, frame: AVFrame, epoch: int) -> None:
+    def see(self, frame: Shown, epoch: int) -> None:
         """``epoch``: of the last interruption that had returned before this frame was asked for."""
         self.num_frames += 1
         assert frame.index == (self._last.index + 1 if self._last else 0)
-        assert frame.audio_S.shape == (960,)
-        assert frame.audio_S.dtype == np.float32
+        assert frame.sound_S.shape == (960,)
+        assert frame.sound_S.dtype == np.float32
         assert frame.epoch >= max(epoch, self._last.epoch if self._last else 0)
-        assert (frame.segment_id == 0) == (frame.state != "speaking")
-        if frame.segment_id == 0 and frame.state != "fading":
-            assert not frame.audio_S.any()
-        if frame.segment_id:
-            assert self._last is None or frame.segment_id >= self._last.segment_id or not self._last.segment_id
-            assert frame.segment_id in self.segments
-            assert self.segments[frame.segment_id].epoch == frame.epoch
-            assert not self._ends[frame.segment_id]
-        if frame.end_of_segment:
-            self._ends[frame.segment_id] += 1
+        assert (frame.segment == 0) == (frame.state != "speaking")
+        if frame.segment == 0 and frame.state != "fading":
+            assert not frame.sound_S.any()
+        if frame.segment:
+            assert self._last is None or frame.segment >= self._last.segment or not self._last.segment
+            assert frame.segment in self.segments
+            assert self.segments[frame.segment].epoch == frame.epoch
+            assert not self._ends[frame.segment]
+        if frame.ends_segment:
+            self._ends[frame.segment] += 1
         self._last = frame
 
     def conclude(self) -> None:
@@ -75,7 +78,7 @@ def test_a_stream_that_is_called_at_random_goes_on(seed: int) -> None:
     rate_hz: int | None = None
     with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion(), seed=seed) as stream:
         for _ in range(120):
-            call = rng.choice(["say", "say", "push", "push", "push", "interrupt", "listen", "flush", "take", "take"])
+            call = rng.choice(["say", "say", "push", "push", "push", "interrupt", "listen", "end", "take", "take"])
             if call == "say":
                 witness.note(stream.say(text_of(rng)))
             elif call == "push":
@@ -89,15 +92,15 @@ def test_a_stream_that_is_called_at_random_goes_on(seed: int) -> None:
                 stream.listen(rng.random() < 0.5)
             else:
                 # Outside real time, sound that was begun must be ended before frames are asked for.
-                stream.flush()
+                stream.end()
                 rate_hz = None
                 for _ in range(rng.randint(1, 30) if call == "take" else 1):
-                    witness.see(stream.next_frame(20), epoch)
-        stream.flush()
+                    witness.see(stream.next(20), epoch)
+        stream.end()
         for _ in range(20_000):
             if all(segment.done for segment in witness.segments.values()):
                 break
-            witness.see(stream.next_frame(20), epoch)
+            witness.see(stream.next(20), epoch)
         assert stream.metrics.longest_queue <= 3
     witness.conclude()
     assert witness.num_frames > 100
@@ -119,7 +122,7 @@ def test_a_session_that_many_call_at_random_for_five_minutes_goes_on() -> None:
             await asyncio.sleep(rng.uniform(0, 0.05))
             yield word + " "
 
-    async def call(session: AvatarSession) -> None:
+    async def call(session: Session) -> None:
         nonlocal refused, returned
         rate_hz: int | None = None
         while time.monotonic() < until_s:
@@ -127,15 +130,15 @@ def test_a_session_that_many_call_at_random_for_five_minutes_goes_on() -> None:
             try:
                 match rng.randrange(8):
                     case 0 | 1:
-                        witness.note(await session.say(text_of(rng)))
+                        witness.note(session.say(text_of(rng)))
                     case 2:
-                        witness.note(await session.say(pieces()))
+                        witness.note(session.say(pieces()))
                     case 3 | 4:
                         rate_hz = 16_000
                         last = rng.random() < 0.3
-                        witness.note(await session.push_audio(sound_of(rng, rate_hz), rate_hz, last=last))
+                        witness.note(session.push_audio(sound_of(rng, rate_hz), rate_hz, last=last))
                     case 5:
-                        await session.flush()
+                        session.end()
                     case 6:
                         session.listen(rng.random() < 0.5)
                     case _:
@@ -145,16 +148,15 @@ def test_a_session_that_many_call_at_random_for_five_minutes_goes_on() -> None:
             except InputError:
                 refused += 1  # 64 segments wait, or 60 s of sound: told, not queued for ever
 
-    async def watch(session: AvatarSession) -> None:
-        frames = session.frames()
+    async def watch(session: Session) -> None:
         while time.monotonic() < until_s:
             known = returned
-            witness.see(await asyncio.wait_for(anext(frames), 20), known)
+            witness.see(await asyncio.wait_for(anext(session), 20), known)
         session.interrupt()
-        await session.flush()
+        session.end()
         known = returned
         for _ in range(20):
-            witness.see(await asyncio.wait_for(anext(frames), 20), known)
+            witness.see(await asyncio.wait_for(anext(session), 20), known)
         assert session.metrics.longest_queue <= 3
 
     async def talk() -> None:

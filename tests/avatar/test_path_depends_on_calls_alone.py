@@ -7,18 +7,19 @@ import time
 import numpy as np
 import pytest
 
-from streamdiff.avatar.path import AvatarStream, AVFrame
+from streamdiff.avatar.stream import AvatarStream
+from streamdiff.stream import Shown
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 
-def scene(*, voice_s: float = 0.0, render_s: float = 0.0, pause_s: float = 0.0) -> list[AVFrame]:
-    taken: list[AVFrame] = []
+def scene(*, voice_s: float = 0.0, render_s: float = 0.0, pause_s: float = 0.0) -> list[Shown]:
+    taken: list[Shown] = []
 
     with AvatarStream(Bars(render_s), voice=Tones(voice_s), motion=tiny_motion(), seed=4) as stream:
 
         def take(count: int) -> None:
             for _ in range(count):
-                taken.append(stream.next_frame(20))
+                taken.append(stream.next(20))
 
         take(3)
         time.sleep(pause_s)
@@ -44,24 +45,24 @@ def scene(*, voice_s: float = 0.0, render_s: float = 0.0, pause_s: float = 0.0) 
         for _ in range(12):
             stream.push_audio(rng.uniform(-0.3, 0.3, 1600).astype(np.float32), 16_000)
             take(2)
-        stream.flush()
+        stream.end()
         take(10)
     return taken
 
 
-def same(one: list[AVFrame], two: list[AVFrame]) -> bool:
+def same(one: list[Shown], two: list[Shown]) -> bool:
     return len(one) == len(two) and all(
-        a.motion_E.equal(b.motion_E)
-        and a.video_HW3.equal(b.video_HW3)
-        and np.array_equal(a.audio_S, b.audio_S)
-        and (a.index, a.state, a.segment_id, a.end_of_segment, a.epoch)
-        == (b.index, b.state, b.segment_id, b.end_of_segment, b.epoch)
+        np.array_equal(a.motion_AE, b.motion_AE)
+        and np.array_equal(a.frames_THWC, b.frames_THWC)
+        and np.array_equal(a.sound_S, b.sound_S)
+        and (a.index, a.state, a.segment, a.ends_segment, a.epoch)
+        == (b.index, b.state, b.segment, b.ends_segment, b.epoch)
         for a, b in zip(one, two, strict=True)
     )
 
 
 @pytest.fixture(scope="module")
-def plain() -> list[AVFrame]:
+def plain() -> list[Shown]:
     return scene()
 
 
@@ -76,10 +77,10 @@ def plain() -> list[AVFrame]:
         *[{"voice_s": 0.005, "render_s": 0.001, "pause_s": 0.01}] * 4,
     ],
 )
-def test_slow_stages_change_nothing(plain: list[AVFrame], slow: dict[str, float]) -> None:
+def test_slow_stages_change_nothing(plain: list[Shown], slow: dict[str, float]) -> None:
     assert same(scene(**slow), plain)
 
 
-def test_another_seed_is_another_motion(plain: list[AVFrame]) -> None:
+def test_another_seed_is_another_motion(plain: list[Shown]) -> None:
     with AvatarStream(Bars(), motion=tiny_motion(), seed=5) as stream:
-        assert not stream.next_frame(20).motion_E.equal(plain[0].motion_E)
+        assert not np.array_equal(stream.next(20).motion_AE, plain[0].motion_AE)

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from streamdiff.avatar.path import AvatarEngine, AvatarStream
-from streamdiff.errors import InputError, SessionClosed
+from streamdiff.avatar.engine import AvatarEngine
+from streamdiff.avatar.stream import AvatarStream
+from streamdiff.errors import InputError, SessionClosed, Unsupported
 from streamdiff.voice import SpeechChunk
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 
 def test_words_need_a_voice_and_letters() -> None:
-    with AvatarStream(Bars(), motion=tiny_motion()) as stream, pytest.raises(InputError, match="needs a voice"):
+    with AvatarStream(Bars(), motion=tiny_motion()) as stream, pytest.raises(Unsupported, match="needs a voice"):
         stream.say("Hello")
     with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion()) as stream:
         for text in ("", "  ", "😀", "..."):
             with pytest.raises(InputError, match="nothing to say"):
                 stream.say(text)
-        assert stream.next_frame(20).state == "idle"
+        assert stream.next(20).state == "idle"
 
 
 def test_a_queue_of_texts_is_bounded() -> None:
@@ -36,12 +37,12 @@ def test_a_queue_of_texts_is_bounded() -> None:
 
 def test_a_backlog_of_sound_is_bounded() -> None:
     with AvatarStream(Bars(), motion=tiny_motion()) as stream:
-        for _ in range(70):
-            stream.push_audio(np.zeros(24_000, np.float32))
-            if stream._segments and stream._segments[0].queued_s > 60:
-                break
+        minute_S = np.zeros(60 * 24_000, np.float32)
+        for _ in range(10):  # ten minutes are kept, and one may be on its way
+            stream.push_audio(minute_S)
         with pytest.raises(InputError, match="take frames"):
-            stream.push_audio(np.zeros(24_000, np.float32))
+            for _ in range(2):
+                stream.push_audio(minute_S)
 
 
 def test_broken_sound_is_refused_and_the_avatar_lives_on() -> None:
@@ -49,12 +50,12 @@ def test_broken_sound_is_refused_and_the_avatar_lives_on() -> None:
         for broken in (np.full(100, np.nan, np.float32), np.zeros((2, 2, 2), np.float32)):
             with pytest.raises(InputError):
                 stream.push_audio(broken)
-        assert stream.next_frame(20).state == "idle"
+        assert stream.next(20).state == "idle"
 
 
 def test_a_closed_stream_says_so() -> None:
     stream = AvatarStream(Bars(), voice=Tones(), motion=tiny_motion())
-    stream.next_frame(20)
+    stream.next(20)
     segment = stream.say("Hello")
     stream.close()
     stream.close()
@@ -63,7 +64,7 @@ def test_a_closed_stream_says_so() -> None:
         lambda: stream.say("Hello"),
         lambda: stream.push_audio(np.zeros(10, np.float32)),
         stream.interrupt,
-        stream.next_frame,
+        stream.next,
     ):
         with pytest.raises(SessionClosed):
             call()
@@ -89,10 +90,10 @@ def test_a_text_that_fails_ends_its_segment_and_not_the_avatar() -> None:
         segment = stream.say("Hello there")
         frames = []
         while not segment.done:
-            frames.append(stream.next_frame(20))
+            frames.append(stream.next(20))
         assert isinstance(segment.error, InputError)
-        assert frames[-1].end_of_segment
-        assert stream.next_frame(20).state == "idle"
+        assert frames[-1].ends_segment
+        assert stream.next(20).state == "idle"
 
 
 class BrokenRenderer(Bars):
@@ -121,14 +122,13 @@ def test_an_async_text_that_never_ends_can_be_interrupted() -> None:
 
     async def run() -> None:
         async with engine.open(realtime=True) as session:
-            segment = await session.say(stuck())
-            frames = session.frames()
+            segment = session.say(stuck())
             for _ in range(10):
-                await anext(frames)
+                await anext(session)
             session.interrupt()
-            again = await session.say("I am back.")
+            again = session.say("I am back.")
             while not again.done:
-                await anext(frames)
+                await anext(session)
             assert segment.interrupted
 
     asyncio.run(asyncio.wait_for(run(), 30))

@@ -44,7 +44,7 @@ def eventful_packets(engine: Engine, *, seed: int = 7) -> Iterator[Packet]:
     config = engine.config
     generator = torch.Generator().manual_seed(5)
     image_HWC = torch.randint(0, 256, (config.height, config.width, 3), dtype=torch.uint8, generator=generator)
-    head = engine.head(image_HWC, "a person talks", seed=seed)
+    head = engine.intake(image_HWC, "a person talks", seed=seed)
     other_prompt = engine.encode_prompt("a person nods")
     audio = config.dit.audio
     assert audio is not None

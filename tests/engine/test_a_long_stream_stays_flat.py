@@ -70,7 +70,7 @@ def run_long(config: EngineConfig, num_chunks: int) -> None:
         for rank, steps in ((0, tuple(range(config.num_steps))), (1, ()))
     )
     assert isinstance(denoise, DenoiseStage)
-    head = engine.head(torch.zeros(config.height, config.width, 3, dtype=torch.uint8), "talk", seed=SEED)
+    head = engine.intake(torch.zeros(config.height, config.width, 3, dtype=torch.uint8), "talk", seed=SEED)
     cpu_s: list[float] = []
     resident: list[int] = []
     packets = run_local(

@@ -74,7 +74,7 @@ def interrupted(num_ranks: int, slack: int, moments: dict[int, int]) -> list[Pac
     """A stream in which, before its n-th packet, chunk ``moments[n]`` is asked for again."""
     memory = dataclasses.replace(CONFIG.memory, slack_chunks=slack)
     engine = Engine(dataclasses.replace(CONFIG, memory=memory))
-    head = engine.head(torch.zeros(64, 64, 3, dtype=torch.uint8), "talk", seed=1)
+    head = engine.intake(torch.zeros(64, 64, 3, dtype=torch.uint8), "talk", seed=1)
 
     def sounds():
         for entry in range(14):

@@ -33,12 +33,12 @@ def _film(engine: Engine, num_ranks: int) -> Tensor:
 
     async def collect() -> list[Tensor]:
         frames: list[Tensor] = []
-        session = engine.open(image, "A person is talking to the camera.", num_ranks=num_ranks, seed=5, live=False)
-        async with session:
+        prompt = "A person is talking to the camera."
+        async with engine.open(image, prompt, num_ranks=num_ranks, seed=5, stream=0, live=False) as session:
             session.push_audio(_speech(1.9))
-            session.end_audio()
+            session.finish()
             async for shown in session:
-                frames.append(shown.frames_THWC)
+                frames.append(torch.from_numpy(shown.frames_THWC))
         return frames
 
     return torch.cat(asyncio.run(collect()))

@@ -1,0 +1,80 @@
+"""What several streams of one avatar share: weights that are loaded once, and a door to open streams by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+from streamdiff.avatar.cues import Cues
+from streamdiff.avatar.kinematics import FPS
+from streamdiff.avatar.motion import MotionStream
+from streamdiff.avatar.stream import AvatarStream, Renderer
+from streamdiff.avatar.window import MotionModel, load_motion
+from streamdiff.session import Opening
+from streamdiff.voice import RATE_HZ, Synthesizer
+
+
+class AvatarEngine:
+    """A voice, a motion model, and a renderer of one person; opens any number of streams of that person.
+
+    Args:
+        renderer: draws this person; see `streamdiff.avatar.render`.
+        voice: see `open_voice`; None: sound from outside only.
+        motion: see `load_motion`; None: the packaged model.
+        style: how this person moves, by name.
+
+        engine = AvatarEngine(WarpRenderer(bundle), voice=open_voice())
+        async with engine.open() as session:
+            session.say("Hello there!")
+            async for shown in session:
+                play(shown.frames_THWC, shown.sound_S)
+    """
+
+    fps = FPS
+    rate_hz = RATE_HZ
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        *,
+        voice: Synthesizer | None = None,
+        motion: MotionModel | None = None,
+        style: Mapping[str, float] | None = None,
+    ) -> None:
+        self._renderer, self._voice, self._style = renderer, voice, dict(style or {})
+        self._motion = motion or load_motion()
+        self._numbers = itertools.count()
+        self._warm_up()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a frame."""
+        return self._renderer.size, self._renderer.size
+
+    def stream(self, *, seed: int = 0, stream: int | None = None, realtime: bool = False) -> AvatarStream:
+        """A synchronous stream; see `AvatarStream`.
+
+        ``stream``: number that keys its randomness beside the seed; None: one that this engine has not given yet, so
+        that two streams do not move alike. Same seed, number and calls: same frames.
+        """
+        return AvatarStream(
+            self._renderer,
+            voice=self._voice,
+            motion=self._motion,
+            style=self._style,
+            seed=seed,
+            stream=next(self._numbers) if stream is None else stream,
+            realtime=realtime,
+        )
+
+    def open(self, *, seed: int = 0, stream: int | None = None, realtime: bool = True) -> Opening:
+        """A session: ``async with engine.open() as session``; see `stream` and `streamdiff.session.Session`."""
+        return Opening(lambda: self.stream(seed=seed, stream=stream, realtime=realtime))
+
+    def _warm_up(self) -> None:
+        """First calls allocate and choose kernels: let nobody wait for that."""
+        motion = MotionStream(self._motion)
+        for length in self._motion.config.lengths:
+            motion.revise(Cues.silence(length))
+            frame_E = motion.emit()
+            self._renderer.render(frame_E[None])
