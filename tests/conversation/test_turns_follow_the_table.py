@@ -96,10 +96,11 @@ def test_an_onset_alone_does_not_stop_the_face() -> None:
 
 
 def test_the_drawing_in_the_documents_is_the_table() -> None:
-    page = Path(__file__).parents[2] / "docs" / "CONVERSATION.md"
+    page = Path(__file__).parents[2] / "streamdiff" / "conversation" / "README.md"
     assert draw() in page.read_text(encoding="utf-8"), "run python -m streamdiff.conversation.turn, paste it"
 
 
+@pytest.mark.processes
 def test_the_command_prints_the_drawing() -> None:
     command = [sys.executable, "-m", "streamdiff.conversation.turn"]
     assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip() == draw()

@@ -27,7 +27,7 @@ SLOW = ("torchrun", "bash launch/quickstart.sh")
 """Commands of the README that take longer than a default test may."""
 EXAMPLES = {
     README: r"0 \(12, 128, 128, 3\) 7680",
-    "docs/AVATAR.md": r"\(256, 256, 3\) 960 InterruptReport\(epoch=1, segment_id=1, played_s=1\.",
+    "streamdiff/avatar/README.md": r"\(1, 256, 256, 3\) 960 Interrupted\(epoch=1, segment=1, played_s=1\.",
     "kernels/README.md": "",
 }
 """What their Python examples print first."""
