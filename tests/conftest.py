@@ -32,8 +32,8 @@ def _refuse() -> None:
         )
 
 
-def _on_audit(event: str, _: tuple[object, ...]) -> None:
-    if event in STARTS:
+def _on_audit(event: str, _: tuple[object, ...], starts: frozenset[str] = STARTS) -> None:
+    if event in starts:
         _refuse()
 
 

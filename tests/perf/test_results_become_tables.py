@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import table
 
-ROOT = Path(__file__).resolve().parents[2]
 GPU = {"device": "NVIDIA H200", "driver": "580.1", "processors": 132, "commit": "abc1234"}
 
 
@@ -120,46 +119,47 @@ def test_ten_numbers_are_headlines_and_none_of_them_is_a_prediction() -> None:
     assert "not measured" in line(table.headlines([]), "a denoising step")
 
 
-def run_table(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "perf" / "table.py"), *arguments]
-    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+def run_table(monkeypatch: pytest.MonkeyPatch, *arguments: str, said: str = "") -> str:
+    """Call the command; its complaint, or nothing."""
+    monkeypatch.setattr(sys, "argv", ["table.py", *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    try:
+        table.main()
+    except SystemExit as error:
+        return str(error.code)
+    return ""
 
 
-@pytest.mark.processes
-def test_a_stale_table_fails_the_check(tmp_path: Path) -> None:
+def test_a_stale_table_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "README.md"
     document.write_text("# title\n" + "\n".join(table.markers("headlines")) + "\n")
     (tmp_path / "results").mkdir()
     options = ("--results", str(tmp_path / "results"))
-    stale = run_table(*options, "--check", str(document))
-    assert stale.returncode == 1
-    assert "is stale" in stale.stderr
-    assert run_table(*options, "--write", str(document)).returncode == 0
-    assert run_table(*options, "--check", str(document)).returncode == 0
+    assert "is stale" in run_table(monkeypatch, *options, "--check", str(document))
+    assert run_table(monkeypatch, *options, "--write", str(document)) == ""
+    assert run_table(monkeypatch, *options, "--check", str(document)) == ""
     assert "# title" in document.read_text()
 
 
-@pytest.mark.processes
-def test_documents_show_what_is_kept() -> None:
-    done = run_table("--check")
-    assert done.returncode == 0, done.stderr
+def test_documents_show_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_table(monkeypatch, "--check") == ""
 
 
 @pytest.mark.processes
-def test_a_kept_result_has_a_card_a_date_and_a_commit(tmp_path: Path) -> None:
+def test_a_kept_result_has_a_card_a_date_and_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = 'a table\n{"bench": "reference", "threads": 2, "rows": []}\na library says goodbye\n'
-    done = run_table("--keep", "reference", "--results", str(tmp_path), "--commit", "abc", said=said)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == said
+    options = ("--keep", "reference", "--results", str(tmp_path), "--commit", "abc")
+    assert run_table(monkeypatch, *options, said=said) == ""
+    assert capsys.readouterr().out == said
     kept = json.loads((tmp_path / "reference.json").read_text())
     assert kept["card"]["threads"] == 2
     assert kept["card"]["torch"]
     assert re.match(r"\d{4}-\d\d-\d\dT", kept["date"])
 
 
-@pytest.mark.processes
-def test_what_is_no_result_is_not_kept(tmp_path: Path) -> None:
-    done = run_table("--keep", "x", "--results", str(tmp_path), said="Traceback ...\n")
-    assert done.returncode == 1
-    assert "no line is a bench's JSON object" in done.stderr
+def test_what_is_no_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaint = run_table(monkeypatch, "--keep", "x", "--results", str(tmp_path), said="Traceback ...\n")
+    assert "no line is a bench's JSON object" in complaint
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@
     outcomes = run_ranks(job, 3, 10, timeout_s=60)
     assert [outcome.value for outcome in outcomes] == [0, 10, 20]
 
-Processes are forked from a server that has imported torch once, so a rank starts in some 30 ms. They end with
+Processes are forked from a server that has imported the engine once, so a rank starts in some 30 ms. They end with
 ``os._exit`` as the command line does: a thread may be stuck in a dead connection. Whatever is left is killed.
 """
 
@@ -28,8 +28,10 @@ from typing import Any
 
 from streamdiff.pipeline.group import World
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch.distributed", "numpy", "streamdiff.pipeline.group"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["torch.distributed", "numpy", "streamdiff.generate", "streamdiff.cli.main", "streamdiff.training.shard"]
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,9 @@ class Ranks:
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(size):
-            ours, theirs = _PROCESSES.Pipe()
+            ours, theirs = PROCESSES.Pipe()
             world = World(rank=rank, size=size, local_rank=rank, port=port)
-            process = _PROCESSES.Process(
-                target=_run, args=(function, world, tuple(args), theirs, sys.path), daemon=True
-            )
+            process = PROCESSES.Process(target=_run, args=(function, world, tuple(args), theirs, sys.path), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
