@@ -12,11 +12,11 @@ case "${1:-}" in
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument $1; give --all, --slow PATH... or nothing" ;;
 esac
-install dev -e ".[avatar,avatar-eval,demo,encoders,listen,think]" --group dev
+install dev -e ".[avatar,avatar-eval,demo,encoders,listen,think,serve]" --group dev
 # One thread per process: the tests start many, and two threads on two busy cores are slower than one.
 export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
 poe check
 if [ $# -gt 0 ]; then
     shift # the option; what is left are paths, or nothing: all
-    pytest -m "slow and not gpu and not multigpu" --durations=15 "$@"
+    pytest -m "slow and not gpu and not multigpu" --no-other-skips --durations=15 "$@"
 fi

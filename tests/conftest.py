@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.skips import Skips
+
 torch.set_num_threads(1)
 
 STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"})
@@ -45,6 +47,14 @@ def _start(process: multiprocessing.process.BaseProcess) -> None:
 _started = multiprocessing.process.BaseProcess.start
 multiprocessing.process.BaseProcess.start = _start  # a process of a fork server raises no audit event
 sys.addaudithook(_on_audit)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-other-skips", action="store_true", help="fail when a test is skipped unexpectedly")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Skips(strict=config.getoption("--no-other-skips")), "skips")
 
 
 @pytest.hookimpl(wrapper=True)
