@@ -63,12 +63,13 @@ class Work:
         self.products = 0
         if seconds and device.type == "cuda":
             self.a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+            stream = torch.cuda.current_stream(device)
             for repeats in (10, 50):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
+                start.record(stream)
                 for _ in range(repeats):
                     torch.mm(self.a, self.a)
-                end.record()
+                end.record(stream)
                 end.synchronize()
                 self.products = max(1, round(seconds * 1e3 / (start.elapsed_time(end) / repeats)))
 
@@ -91,14 +92,12 @@ def source(told: Plan, device: torch.device) -> Iterator[Packet]:
 def measure_rank(world: World, told: Plan, results: Any) -> None:
     torch.set_num_threads(1)
     device = torch.device(told.devices[world.rank])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     recorder = Recorder()
     delivered: list[float] = []
 
     def deliver(packet: Packet) -> None:
         if packet.latent_BCTHW.is_cuda:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(device).synchronize()
         delivered.append(time.monotonic())
 
     limits = Limits(deadline_s=60, startup_s=300)

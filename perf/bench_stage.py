@@ -262,17 +262,18 @@ class Power(threading.Thread):
         return self.samples
 
 
-def sustained(call: Callable[[], Tensor], seconds: float) -> dict[str, Any]:
+def sustained(call: Callable[[], Tensor], device: torch.device, seconds: float) -> dict[str, Any]:
     """The step back to back until the card is as warm as in a stream: its clock may fall, and so the speed."""
     power = Power()
     power.start()
+    stream = torch.cuda.current_stream(device)
     marks: list[torch.cuda.Event] = []
     end_s = time.perf_counter() + seconds
     while time.perf_counter() < end_s:
         for _ in range(4):
             call()
             marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
+            marks[-1].record(stream)
         marks[-1].synchronize()
     samples = power.stop()
     late = marks[len(marks) // 2 :]
@@ -321,7 +322,7 @@ def bench(
             call = rig.step_call()
             step = time_call(call, device, flush=False, budget_s=args.budget_s, max_runs=args.runs)
             chunk = time_call(rig.one, device, flush=False, budget_s=args.budget_s, max_runs=args.runs)
-            hot = sustained(call, args.sustain_s) if way == "graph" and args.sustain_s > 0 else {}
+            hot = sustained(call, device, args.sustain_s) if way == "graph" and args.sustain_s > 0 else {}
         rows.append(row_of(config, f"{way} compiled" if compiled else way, step, chunk, floor) | facts | hot)
     return rows, velocity
 

@@ -88,14 +88,16 @@ def _cuda_times_ms(
 ) -> list[float]:
     scratch = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device) if flush else None
 
+    stream = torch.cuda.current_stream(device)
+
     def timed(count: int) -> list[float]:
         marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for before, after in marks:
             if scratch is not None:
                 scratch.zero_()
-            before.record()
+            before.record(stream)
             call()
-            after.record()
+            after.record(stream)
         torch.cuda.synchronize(device)
         return [before.elapsed_time(after) for before, after in marks]
 

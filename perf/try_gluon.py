@@ -256,9 +256,9 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=2.0)
     parser.add_argument("--save", type=Path, help="write the JSON object here too")
     args = parser.parse_args()
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+    device, overlap = torch.device("cuda", 0), args.overlap == "on"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (9, 0):
         raise SystemExit("error: wgmma and TMA need a Hopper GPU; without one, the test beside it compiles this kernel")
-    device, overlap = torch.device("cuda"), args.overlap == "on"
     L, M, N, K = args.tokens, args.rows, args.heads, 128
     generator = torch.Generator(device=device).manual_seed(0)
     q, keys, values = (

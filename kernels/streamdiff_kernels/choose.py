@@ -84,19 +84,24 @@ def measure_backends(
 
 
 def _median_ms(call: Callable[[], None], device: torch.device, num_runs: int) -> float:
+    once = _cuda_ms if device.type == "cuda" else _host_ms
     for _ in range(2):
         call()
-    times_ms: list[float] = []
-    for _ in range(num_runs):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times_ms.append(start.elapsed_time(end))
-        else:
-            start_s = time.perf_counter()
-            call()
-            times_ms.append(1e3 * (time.perf_counter() - start_s))
-    return sorted(times_ms)[num_runs // 2]
+    return sorted(once(call, device) for _ in range(num_runs))[num_runs // 2]
+
+
+def _cuda_ms(call: Callable[[], None], device: torch.device) -> float:
+    stream = torch.cuda.current_stream(device)  # the call's own, which is not the current one of every rank
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(stream)
+    call()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _host_ms(call: Callable[[], None], device: torch.device) -> float:
+    del device
+    start_s = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start_s)

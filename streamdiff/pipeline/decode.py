@@ -14,6 +14,7 @@ from streamdiff.config import EngineConfig
 from streamdiff.errors import MemoryOrderError
 from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
+from streamdiff.pipeline.device import on_device
 from streamdiff.pipeline.packet import Packet, Rewind, SetReference
 from streamdiff.trace import Observer, Silent, span
 
@@ -34,12 +35,17 @@ class DecodeStage:
         self._config = config
         self._slack = config.memory.slack_chunks
         self._observer = observer or Silent()
+        self._device = next(decoder.parameters()).device
         self._way_out: torch.cuda.Stream | None = None
         self._before: dict[int, DecoderState] = {}
         """Chunk -> what the decoder remembered before it, for the chunks that can be taken back, and for the next."""
 
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
+        with on_device(self._device):
+            return self._step(packet)
+
+    def _step(self, packet: Packet) -> Packet:
         for command in packet.commands:
             match command:
                 case SetReference():
@@ -67,12 +73,12 @@ class DecodeStage:
         """Capture the decoding of a chunk before the first one comes; what captures nothing is left alone."""
         if not isinstance(self._decoder, ServedDecoder):
             return
-        config = self._config
-        device = next(self._decoder.parameters()).device
-        latents_BCTHW = torch.zeros(1, config.vae.z_dim, config.frames_per_chunk, *config.latent_hw, device=device)
-        _, state = self._decoder.decode(latents_BCTHW[:, :, :1].expand(-1, -1, PRIMING_LATENTS, -1, -1))
-        frames_BCTHW, _ = self._decoder.decode(latents_BCTHW, state)
-        self._leave(to_rgb8(frames_BCTHW)[0])
+        config, device = self._config, self._device
+        with on_device(device):
+            latents_BCTHW = torch.zeros(1, config.vae.z_dim, config.frames_per_chunk, *config.latent_hw, device=device)
+            _, state = self._decoder.decode(latents_BCTHW[:, :, :1].expand(-1, -1, PRIMING_LATENTS, -1, -1))
+            frames_BCTHW, _ = self._decoder.decode(latents_BCTHW, state)
+            self._leave(to_rgb8(frames_BCTHW)[0])
 
     def _leave(self, frames_THWC: Tensor) -> Tensor:
         """Frames brought to pinned memory, on a stream of their own; waits for them, and for no work behind them."""

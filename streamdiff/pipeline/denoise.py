@@ -19,6 +19,7 @@ from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
 from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.models.served.step import ServedStep, ServedWeights
+from streamdiff.pipeline.device import on_device
 from streamdiff.pipeline.packet import Packet, RefreshSink, Rewind, SetReference, SwitchPrompt
 from streamdiff.rope import FrameRotations, Rotation, first_shift, sink_position
 from streamdiff.trace import Observer, Silent, span
@@ -116,6 +117,10 @@ class DenoiseStage:
         """
         if not self._weights.needs_warming:
             return
+        with on_device(self._dit.device):
+            self._warm()
+
+    def _warm(self) -> None:
         device, silence = self._dit.device, self._silence()
         (_, prompt) = silence.commands
         assert isinstance(prompt, SwitchPrompt)
@@ -181,6 +186,10 @@ class DenoiseStage:
 
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
+        with on_device(self._dit.device):
+            return self._step(packet)
+
+    def _step(self, packet: Packet) -> Packet:
         self._obey(packet)
         if self._text is None or self._reference is None:
             raise StreamdiffError(

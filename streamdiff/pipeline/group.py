@@ -23,6 +23,7 @@ import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from streamdiff.errors import ConfigError, RankFailed, ScheduleError
+from streamdiff.pipeline.device import use_device
 from streamdiff.pipeline.link import POLL_S, Activity, Check, Doing, LineLink, Returned, local_links
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Edge, Schedule, render_around
@@ -32,6 +33,7 @@ from streamdiff.pipeline.transport import (
     Inbox,
     Outbox,
     Payload,
+    mark_used,
     reason,
     require_backends,
 )
@@ -72,6 +74,7 @@ class Group:
     died, and become a RankFailed that names the dead one when it can be found. A clean end waits until every
     rank is done. With one rank there is nothing to watch, and the link is local.
 
+    ``device`` becomes the current CUDA device of the thread that enters, and of every thread started here.
     ``on_abort`` is called, from another thread, before a process whose main thread is stuck is ended by
     force. After RankFailed, end the process with ``os._exit`` once files are closed: a thread may be stuck in
     a dead connection.
@@ -108,6 +111,7 @@ class Group:
 
     def __enter__(self) -> Group:
         self._start_s = time.monotonic()
+        use_device(self._device)
         world = self._world
         if world.size == 1:
             return self
@@ -166,7 +170,7 @@ class Group:
         inlet = outlet = give_back = returned = None
         for edge, end in ends:
             if edge.is_feedback and edge.dst == rank:
-                returned = Returned(watch.check)
+                returned = Returned(watch.check, taken=mark_used)
                 self._spawn(Inbox(end, self._glance, returned.put), edge.src)
             elif edge.dst == rank:
                 inbox = Inbox(end, self._glance)
@@ -282,8 +286,7 @@ class Group:
     def _open_edges(self, watch: Watch) -> list[tuple[Edge, EdgeEnd]]:
         """Connect and warm this rank's edges, in the one order that all ranks share."""
         rank = self._world.rank
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # of this thread
+        use_device(self._device)
         ends: list[tuple[Edge, EdgeEnd]] = []
         for edge in self._schedule.edges:
             if rank not in (edge.src, edge.dst):
@@ -312,8 +315,7 @@ class Group:
 
         def run() -> None:
             try:
-                if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)
+                use_device(self._device)
                 box.run()
             except RankFailed as error:
                 if watch.failure is None:

@@ -93,9 +93,13 @@ class Mailbox(Generic[T]):
 
 
 class Returned:
-    """Latents that came back to the head. Bounded by forgetting the oldest, so returning one never waits."""
+    """Latents that came back to the head. Bounded by forgetting the oldest, so returning one never waits.
 
-    def __init__(self, check: Check) -> None:
+    ``taken`` is told of every packet handed out, by the thread that will use it.
+    """
+
+    def __init__(self, check: Check, taken: Callable[[Packet], None] | None = None) -> None:
+        self._taken = taken
         self._packets: dict[tuple[int, int], Packet] = {}
         self._changed = threading.Condition()
         self._check = check
@@ -113,9 +117,13 @@ class Returned:
         while True:
             self._check()
             with self._changed:
-                if (chunk, epoch) in self._packets:
-                    return self._packets[chunk, epoch]
-                self._changed.wait(POLL_S)
+                packet = self._packets.get((chunk, epoch))
+                if packet is None:
+                    self._changed.wait(POLL_S)
+                    continue
+            if self._taken is not None:
+                self._taken(packet)
+            return packet
 
 
 class Order:

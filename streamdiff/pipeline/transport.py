@@ -14,7 +14,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -79,11 +79,11 @@ class EdgeEnd:
         if self._nccl is not None:
             buffer_S = torch.zeros(1, dtype=torch.uint8, device=self._device)
             call = self._nccl.send if self._is_sender else self._nccl.recv
-            self._finish(call([buffer_S], self._peer, 0))
+            self._finish_transfer(call([buffer_S], self._peer, 0))
         self._seq += 1
 
-    def send(self, packet: Packet | None, ready: torch.cuda.Event | None) -> None:
-        """Returns when the receiver has it. ``ready``: when the packet's GPU tensors are written."""
+    def send(self, packet: Packet | None, ready: Sequence[torch.cuda.Event]) -> None:
+        """Returns when the receiver has it. ``ready``: the packet's GPU tensors are written when all have happened."""
         if packet is None:
             self._send_frame(wire.Header(wire.Kind.END, self._seq), b"")
             return
@@ -161,19 +161,19 @@ class EdgeEnd:
         except RuntimeError as error:
             raise Broken(reason(error)) from error
 
-    def _gather(self, message: wire.Message, ready: torch.cuda.Event | None) -> Tensor:
+    def _gather(self, message: wire.Message, ready: Sequence[torch.cuda.Event]) -> Tensor:
         """GPU tensors in one buffer, in the memory that the payload leaves from."""
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
-            if ready is not None:
-                self._stream.wait_event(ready)
+            for event in ready:
+                self._stream.wait_event(event)
             num_bytes = message.num_bytes["cuda"]
             if self._nccl is None:
                 buffer_S = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
             else:
                 buffer_S = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
             wire.fill_payload(buffer_S, message, "cuda")
-        self._finish(self._stream.record_event())
+        self._finish_event(_recorded(self._stream))
         return buffer_S
 
     def _send_cuda(self, buffer_S: Tensor) -> None:
@@ -182,7 +182,7 @@ class EdgeEnd:
             return
         with torch.cuda.stream(self._stream):
             work = self._nccl.send([buffer_S], self._peer, 0)
-        self._finish(work)
+        self._finish_transfer(work)
 
     def _receive_cuda(self, num_bytes: int) -> Tensor:
         if self._stream is None:
@@ -192,23 +192,31 @@ class EdgeEnd:
                 host_S = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
                 self._get(host_S)
                 buffer_S = host_S.to(self._device, non_blocking=True)
-                done: Any = self._stream.record_event()
+                self._finish_event(_recorded(self._stream))
             else:
                 buffer_S = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-                done = self._nccl.recv([buffer_S], self._peer, 0)
-        self._finish(done)
+                self._finish_transfer(self._nccl.recv([buffer_S], self._peer, 0))
         return buffer_S
 
-    def _finish(self, work: Any) -> None:
+    def _finish_event(self, event: torch.cuda.Event) -> None:
         """Wait on the host, in naps: packets are handed over whole, and no kernel waits for a dead peer."""
-        is_event = isinstance(work, torch.cuda.Event)
-        while not (work.query() if is_event else work.is_completed()):
-            self._check()
-            time.sleep(2e-4)
-        # A transfer that failed also counts as completed. The library warns once that this call may go; there
-        # is no other that tells the two apart.
-        if not is_event and not work.is_success():
-            raise Broken("the transfer between GPUs failed")
+        while not event.query():
+            self._nap()
+
+    def _finish_transfer(self, work: Any) -> None:
+        """The same for a transfer between GPUs."""
+        while not work.is_completed():
+            self._nap()
+        # One that failed counts as completed too. NCCL's work has no is_success; waiting for what is over costs nothing
+        # and raises what went wrong.
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise Broken(f"the transfer between GPUs failed: {reason(error)}") from error
+
+    def _nap(self) -> None:
+        self._check()
+        time.sleep(2e-4)
 
 
 class Outbox:
@@ -217,13 +225,14 @@ class Outbox:
     def __init__(self, end: EdgeEnd, check: Check) -> None:
         self._end, self._check = end, check
         self._room = threading.Semaphore(1)
-        self._queue: queue.SimpleQueue[tuple[Packet | None, torch.cuda.Event | None]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Packet | None, Sequence[torch.cuda.Event]]] = queue.SimpleQueue()
 
     def put(self, packet: Packet | None, check: Check) -> None:
-        ready = None
-        if packet is not None and any(tensor.is_cuda for tensor in wire.tensors_of(packet)):
-            ready = torch.cuda.Event()
-            ready.record()
+        ready: list[torch.cuda.Event] = []
+        if packet is not None:
+            # On the stream that writes the tensors: that of their device, which need not be the current one.
+            devices = {tensor.device for tensor in wire.tensors_of(packet) if tensor.is_cuda}
+            ready = [_recorded(torch.cuda.current_stream(device)) for device in devices]
         _acquire(self._room, check)
         self._queue.put((packet, ready))
 
@@ -248,11 +257,7 @@ class Inbox:
         packet = _take(self._queue, check)
         self._room.release()
         if packet is not None:
-            for tensor in wire.tensors_of(packet):
-                if tensor.is_cuda:
-                    # Born on the edge's stream, used on ours: the allocator must not reuse it before we are
-                    # done.
-                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            mark_used(packet)
         return packet
 
     def run(self) -> None:
@@ -263,6 +268,22 @@ class Inbox:
             (self._queue.put if self._sink is None else self._sink)(packet)
             if packet is None:
                 return
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event that happens when all that was launched on the stream so far is done."""
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
+
+
+def mark_used(packet: Packet) -> None:
+    """Tell the allocator that this thread's stream uses a packet's tensors, which were born on the stream of an edge:
+    their memory must not be used again before that stream is done with them.
+    """
+    for tensor in wire.tensors_of(packet):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _acquire(room: threading.Semaphore, check: Check) -> None:

@@ -254,7 +254,6 @@ class LateCounting:
 def gpu_stream(world: World, schedule: Schedule, payload: Payload, num_chunks: int) -> list[Any]:
     """Latents in GPU memory through every rank; chunk, latent and the untouched rest, as the tail has them."""
     device = torch.device("cuda", world.rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
     delivered: list[Any] = []
 
     def source() -> Iterator[Packet]:

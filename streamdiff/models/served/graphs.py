@@ -33,13 +33,14 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, function: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        with _capturing, torch.cuda.device(self._stream.device):
+        device = self._stream.device
+        with _capturing, torch.cuda.device(device):
             # Kernels are compiled and libraries pick their algorithms outside the capture.
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._stream):
                 for _ in range(2):
                     function()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(device).wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other ranks may be threads of this process, and go on allocating meanwhile.
             mode = "thread_local"
