@@ -13,17 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from streamdiff.avatar.mouth import MouthLook
+from streamdiff.avatar.kinematics import ARKIT_NAMES, arkit64
+from streamdiff.avatar.mouth import NUM_SHAPES, LowerFaceDecoder, MouthLook
+from streamdiff.avatar.style import MAX_STYLE, STYLE_NAMES
 from streamdiff.errors import CheckpointError
+from streamdiff.tensorfile import Facts, TensorFile, Wanted, like, parse_json
 
 FORMAT = "streamdiff.identity"
 ENGINE_SUFFIX = ".engine"
@@ -46,6 +48,7 @@ HOLD = (0.4, 0.2)
 """How far past its edge the upper, and the lower, side of a slit is carried on, in widths of the slit."""
 SIDES_DIFFER = (1.2, 0.65, 0.65)
 """How far below mouth and eyes a frame has to ask for the lower side: the hold, and how far the skin there drops."""
+NUM_LANDMARKS = 478
 IRISES = (468, 473)
 """Centres of the right and of the left iris; the four that follow lie on its rim."""
 
@@ -77,15 +80,6 @@ def refuse_engine(path: str | Path) -> None:
             f"{path}: the format {ENGINE_SUFFIX} was removed, because opening such a file could run code from it; "
             "make the .avatar from the photo again: streamdiff avatar create --photo PHOTO"
         )
-
-
-def _placement(facts: dict[str, Any]) -> Placement:
-    def tuples(values: dict[str, Any]) -> dict[str, Any]:
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-    fixed = tuples(facts)
-    fixed["look"] = MouthLook(**tuples(facts["look"]))
-    return Placement(**fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,35 +159,29 @@ class IdentityBundle:
 
     @staticmethod
     def load(path: str | Path) -> IdentityBundle:
-        """Read and verify a bundle; `CheckpointError` when it is none, is newer, or was altered."""
+        """Read and verify a bundle.
+
+        Nothing in it is trusted: sizes are bounded before it is read, names, kinds and shapes before tensors are made,
+        then facts, hash and values.
+
+        Raises:
+            CheckpointError: it is none, is newer, was altered, or holds what no bundle can.
+        """
         refuse_engine(path)
-        try:
-            with safe_open(path, "pt") as opened:
-                metadata = dict(opened.metadata() or {})
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as an identity bundle ({error}); make one with create_bundle()"
-            ) from error
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-            raise CheckpointError(
-                f"{path} is no identity bundle of version {VERSION}; make it again with create_bundle()"
-            )
-        facts = json.loads(metadata["facts"])
-        decoder = {k.removeprefix("decoder."): tensors.pop(k) for k in list(tensors) if k.startswith("decoder.")}
-        try:
-            bundle = IdentityBundle(
-                **tensors,
-                placement=_placement(facts["placement"]),
-                name=facts["name"],
-                source_sha256=facts["source_sha256"],
-                style=facts["style"],
-                decoder=decoder,
-            )
-        except TypeError as error:
-            raise CheckpointError(f"{path} lacks or adds tensors: {error}") from error
-        if bundle.sha256 != metadata["sha256"]:
-            raise CheckpointError(f"{path} was altered after it was made: its hash differs; make it again")
+        file = TensorFile(path, what="an identity bundle", hint=_HINT, most_bytes=_MAX_BYTES)
+        if file.metadata.get("format") != FORMAT or file.metadata.get("version") != str(VERSION):
+            file.fail(f"its format is not {FORMAT!r} of version {VERSION}")
+        wanted = _wanted_tensors(file)
+        tensors = file.tensors(wanted)
+        facts = _read_facts(file, tensors["reference_3HW"].shape[-1])
+        plain = {name: value for name, value in tensors.items() if not name.startswith(_DECODER)}
+        decoder = {n.removeprefix(_DECODER): value for n, value in tensors.items() if n.startswith(_DECODER)}
+        bundle = IdentityBundle(**plain, **facts, decoder=decoder)
+        if bundle.sha256 != file.metadata.get("sha256"):
+            file.fail("it was altered after it was made: its hash differs")
+        file.check_values(tensors, wanted)
+        if fault := geometry_fault(bundle):
+            file.fail(fault)
         return bundle
 
     def inspect(self) -> dict[str, Any]:
@@ -214,6 +202,101 @@ class IdentityBundle:
             "idle_frames": 0 if self.idle_AE is None else len(self.idle_AE),
             "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
         }
+
+
+_HINT = "make one from a photo: streamdiff avatar create, or create_bundle()"
+_DECODER = "decoder."
+_MAX_BYTES = 64 << 20
+_MAX_IDLE_FRAMES = 25 * 3600
+_BUSY_PX = 0.02
+
+
+def _wanted_tensors(file: TensorFile) -> dict[str, Wanted]:
+    """What the tensors of a bundle must be, for the size that its reference says."""
+    size = file.shape_of("reference_3HW")[-1:]
+    if size not in {(side,) for side in SIZES}:
+        file.fail(f"its reference is no square of {' or '.join(map(str, SIZES))} pixels")
+    (side,) = size
+    byte, half, single = (torch.uint8,), (torch.float16,), (torch.float32,)
+    drivers, far = 1 + len(ARKIT_NAMES), 8.0 * side
+    wanted = {
+        "reference_3HW": Wanted((3, side, side), byte),
+        "eyes_3HW": Wanted((3, side, side), byte),
+        "mask_HW": Wanted((side, side), byte),
+        "landmarks_J3": Wanted((NUM_LANDMARKS, 3), single, -far, far),
+        "motion_KJ2": Wanted((drivers, NUM_LANDMARKS, 2), single, -far, far),
+        "upper_K2GG": Wanted((drivers, 2, GRID, GRID), half, -far, far),
+        "lower_K2GG": Wanted((drivers, 2, GRID, GRID), half, -far, far),
+        "pose_2GG": Wanted((2, GRID, GRID), half, -far, far),
+        "idle_AE": Wanted((None, arkit64().num_coefs), single, -10.0, 10.0, required=False),
+    }
+    if any(name.startswith(_DECODER) for name in file.names):
+        with torch.device("meta"):
+            weights = LowerFaceDecoder().state_dict()
+        wanted |= {_DECODER + name: want for name, want in like(weights).items()}
+    return wanted
+
+
+def _read_facts(file: TensorFile, side: int) -> dict[str, Any]:
+    """Name, origin, placement and style from the metadata, typed and within their ranges."""
+    try:
+        values = parse_json(file.metadata.get("facts", ""))
+    except ValueError as error:
+        file.fail(f"its facts are no JSON ({error})")
+    facts = Facts(values, file.fail)
+    facts.only(("name", "source_sha256", "placement", "style"))
+    style = facts.section("style")
+    style.only(STYLE_NAMES)
+    return {
+        "name": facts.words("name", 300),
+        "source_sha256": facts.words("source_sha256", 64),
+        "placement": _read_placement(facts.section("placement"), side),
+        "style": {name: style.number(name, -MAX_STYLE, MAX_STYLE) for name in style.names},
+    }
+
+
+def _read_placement(facts: Facts, side: int) -> Placement:
+    facts.only([f.name for f in fields(Placement)])
+    look = facts.section("look")
+    look.only([f.name for f in fields(MouthLook)])
+    x, y = facts.numbers("stomion", 0, side, count=2)
+    px, py, pz = facts.numbers("pivot", -8 * side, 8 * side, count=3)
+    return Placement(
+        pixels_per_cm=facts.number("pixels_per_cm", side / 1000, side),
+        stomion=(x, y),
+        roll=facts.number("roll", -math.pi, math.pi),
+        yaw=facts.number("yaw", -1.6, 1.6),
+        pitch=facts.number("pitch", -1.6, 1.6),
+        pivot=(px, py, pz),
+        eye_distance=facts.number("eye_distance", side / 100, side),
+        gain=_colour(facts, "gain", 4.0),
+        look=MouthLook(
+            light_x=look.number("light_x", -4, 4),
+            light_y=look.number("light_y", -4, 4),
+            ambient=look.number("ambient", 0, 1),
+            shape=look.numbers("shape", -10, 10, count=NUM_SHAPES),
+            gloss=look.number("gloss", 0, 4),
+            teeth=_colour(look, "teeth", 1.0),
+            flesh=_colour(look, "flesh", 1.0),
+        ),
+    )
+
+
+def _colour(facts: Facts, name: str, most: float) -> tuple[float, float, float]:
+    red, green, blue = facts.numbers(name, 0, most, count=3)
+    return red, green, blue
+
+
+def geometry_fault(bundle: IdentityBundle) -> str:
+    """Why this face cannot be drawn, or nothing: eyes and mouth lie in the picture, and something moves."""
+    for slit in SLITS:
+        points = bundle.landmarks_J3[list(slit[0] + slit[1]), :2]
+        wide = float(points[:, 0].max() - points[:, 0].min())
+        if float(points.min()) < 0 or float(points.max()) > bundle.size or wide < 1:
+            return "its eyes or its mouth do not lie in the picture"
+    if not any(bool((field.abs() > _BUSY_PX).any()) for field in (bundle.upper_K2GG, bundle.lower_K2GG)):
+        return "nothing in it moves"
+    return ""
 
 
 def with_look(bundle: IdentityBundle, **changes: Any) -> IdentityBundle:

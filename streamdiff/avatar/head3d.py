@@ -10,15 +10,18 @@ here are those of a camera: x to the right of the picture, y down, z away; centi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from streamdiff.arrays import Floats
-from streamdiff.errors import InputError
+from streamdiff.errors import CheckpointError, InputError
+from streamdiff.tensorfile import read_npz
 
 Ints = NDArray[np.int64]
 
@@ -35,6 +38,29 @@ IRISES = (slice(22221, 23021), slice(23791, 24591))
 SHELLS = slice(24591, 26719)
 
 _TO_CAMERA = np.array([1.0, -1.0, -1.0], np.float32)
+
+
+_MAX_BYTES = 1 << 30
+
+
+def _check_head(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raise `CheckpointError` unless these are the arrays of a head, finite, with faces that name its points."""
+    wanted = {"neutral": "f", "faces": "iu", "expression_names": "U", "expression": "f", "identity": "f"}
+    for name, kinds in wanted.items():
+        if name not in arrays or arrays[name].dtype.kind not in kinds or not arrays[name].size:
+            raise CheckpointError(f"{name} is missing or of another kind")
+        if kinds == "f" and (arrays[name].shape[-1:] != (3,) or not np.isfinite(arrays[name]).all()):
+            raise CheckpointError(f"{name} holds no finite points")
+    V, faces = len(arrays["neutral"]), arrays["faces"]
+    # A fourth corner of -1 is none: a triangle among the quads.
+    quads = faces.ndim == 2 and faces.shape[1] == 4 and faces[:, :3].min() >= 0 and faces.min() >= -1
+    if arrays["neutral"].shape != (V, 3) or not quads or faces.max() >= V:
+        raise CheckpointError("its faces do not name its points")
+    for name in ("expression", "identity"):
+        if arrays[name].shape[1:] != (V, 3):
+            raise CheckpointError(f"{name} has shape {list(arrays[name].shape)}, not [any, {V}, 3]")
+    if arrays["expression_names"].shape != arrays["expression"].shape[:1]:
+        raise CheckpointError("its shapes and their names differ in number")
 
 
 @dataclass(frozen=True)
@@ -56,19 +82,18 @@ class HeadModel:
         Raises `InputError` when the file is not there or holds other arrays.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                neutral, quads = arrays["neutral"], arrays["faces"]
-                names = [str(name) for name in arrays["expression_names"]]
-                expression, identity = arrays["expression"], arrays["identity"]
-        except (OSError, KeyError, ValueError) as error:
+            arrays = read_npz(path, most_bytes=_MAX_BYTES)
+            _check_head(arrays)
+        except CheckpointError as error:
             raise InputError(
                 f"{path} is not a packed ICT-FaceKit head ({error}); see the model card of the mouth"
             ) from error
+        neutral, quads, identity = arrays["neutral"], arrays["faces"], arrays["identity"]
         shapes: dict[str, Floats] = {}
-        for name, delta_V3 in zip(names, expression, strict=True):
-            stem, _, side = name.partition("_")
+        for name, delta_V3 in zip(arrays["expression_names"].tolist(), arrays["expression"], strict=True):
+            stem, _, side = str(name).partition("_")
             both = stem in ("browInnerUp", "cheekPuff")  # ARKit has one shape where the head has two halves
-            key = stem if both else stem + {"L": "Left", "R": "Right", "": ""}[side]
+            key = stem if both else stem + {"L": "Left", "R": "Right"}.get(side, "")
             shapes[key] = shapes.get(key, 0) + delta_V3.astype(np.float32) * _TO_CAMERA
         return HeadModel(
             neutral_V3=neutral * _TO_CAMERA,

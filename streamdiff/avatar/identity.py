@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from streamdiff.arrays import Floats
-from streamdiff.avatar.bundle import MOUTH, SIZES, SLITS, IdentityBundle, Placement, refuse_engine
+from streamdiff.avatar.bundle import MOUTH, SIZES, SLITS, IdentityBundle, Placement, geometry_fault, refuse_engine
 from streamdiff.avatar.fields import BLINKS, LASHES, NUM_MESH, fill_smoothly, pose_fields, spread
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
@@ -132,7 +132,7 @@ def bundle_from_landmarks(
     pose, mask = pose_fields(landmarks, float(pivot[2]), size)
     stomion = (landmarks[13, :2] + landmarks[14, :2]) / 2
     gain, look = light_of(crop, landmarks, rig.triangles_R3)
-    return IdentityBundle(
+    bundle = IdentityBundle(
         reference_3HW=torch.from_numpy(crop).permute(2, 0, 1).contiguous(),
         eyes_3HW=torch.from_numpy(_without_lids(crop, landmarks)).permute(2, 0, 1).contiguous(),
         mask_HW=torch.from_numpy(mask),
@@ -155,6 +155,9 @@ def bundle_from_landmarks(
         name=name,
         source_sha256=source_sha256,
     )
+    if fault := geometry_fault(bundle):
+        raise InputError(f"the face in {source} is cut off: {fault}; use a photo that shows all of it")
+    return bundle
 
 
 def _crop_to_face(picture: NDArray[np.uint8], landmarks_J3: Floats, size: int) -> tuple[NDArray[np.uint8], Floats]:

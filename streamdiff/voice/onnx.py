@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from streamdiff.errors import CheckpointError
+from streamdiff.tensorfile import read_bytes
 from streamdiff.voice.packages import required_package
 
 
@@ -27,6 +31,34 @@ def _field(number: int, payload: bytes) -> bytes:
         length >>= 7
     size.append(length)
     return bytes([number << 3 | 2]) + bytes(size) + payload
+
+
+_MAX_MODEL_BYTES = 1 << 30
+_EXTERNAL = bytes([1 << 3 | 2, len(b"location")]) + b"location" + bytes([2 << 3 | 2])
+"""How a tensor of a model says that its numbers lie in another file (field 1 of an entry is its key, 2 its value)."""
+
+
+def read_model(path: str | Path) -> bytes:
+    """An ONNX file from a stranger: bounded, and whole in itself; `CheckpointError` says why not."""
+    try:
+        model = read_bytes(Path(path), _MAX_MODEL_BYTES)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read as an ONNX model: {error}; check the path") from error
+    if _EXTERNAL in model:
+        raise CheckpointError(f"{path} takes weights from other files, which is refused; export it as one file")
+    return model
+
+
+def run_within(session: Any, feed: dict[str, Any], limit_s: float) -> list[Any]:
+    """All outputs of a network; one that runs longer than ``limit_s`` is stopped and raises onnxruntime's error."""
+    options = required_package("onnxruntime").RunOptions()
+    timer = threading.Timer(limit_s, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        return session.run(None, feed, options)
+    finally:
+        timer.cancel()
 
 
 def onnx_session(model: bytes, num_threads: int) -> Any:

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_speaker_encoder_is_told(tmp_path: Path) -> None:
     torch.save({"model_state": {}}, tmp_path / "empty.pt")
     (tmp_path / "text.pt").write_text("hello")
     for name in ("empty.pt", "text.pt"):
-        with pytest.raises(CheckpointError, match="not Resemblyzer"):
+        with pytest.raises(CheckpointError, match="Resemblyzer's speaker encoder"):
             GE2EEncoder(tmp_path / name)
 
 

@@ -1,0 +1,380 @@
+"""Read files of tensors that a stranger made: safetensors, torch's ``.pth``, numpy's ``.npz``.
+
+A file is data. Its size is bounded before it is read, its header before it is parsed, names, shapes and kinds before a
+tensor is made, and values before anybody computes with them. Nothing in a file can name code: safetensors has no way
+to, ``.pth`` is read by torch's restricted unpickler (tensors and plain containers only), ``.npz`` without pickles.
+
+Whatever is wrong leaves as one `CheckpointError` of one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from streamdiff.errors import CheckpointError
+
+_HEADER_BYTES = 1 << 20
+_MAX_TENSORS = 10_000
+_MAX_NAME = 300
+_KINDS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Kinds of learned weights."""
+
+
+def printable(text: object, most: int = 80) -> str:
+    """Words from a file as one line of at most ``most`` characters; what a terminal would obey is escaped.
+
+    >>> printable("red\\x1b[31m\\nname")
+    'red\\\\x1b[31m\\\\nname'
+    """
+    words = str(text)
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in words[:most])
+    return shown[:most] + ("..." if len(words) > most or len(shown) > most else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What one tensor of a file must be."""
+
+    shape: tuple[int | None, ...]
+    """None: at least one, as many as the file has."""
+    kinds: tuple[torch.dtype, ...] = FLOATS
+    low: float = -math.inf
+    high: float = math.inf
+    """Range of the values. They are finite in any case."""
+    required: bool = True
+
+
+def like(weights: Mapping[str, Tensor]) -> dict[str, Wanted]:
+    """Every tensor of a module's state, by name: the same shape, and any kind of real numbers, or the same integers."""
+    return {
+        name: Wanted(tuple(value.shape), FLOATS if value.is_floating_point() else (value.dtype,))
+        for name, value in weights.items()
+    }
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked; `tensors` reads the rest.
+
+    Args:
+        path: of the file.
+        what: what it should be, for errors: "an identity bundle".
+        hint: what to do when it is not, for errors.
+        most_bytes: size beyond which it is refused unread.
+
+    Raises:
+        CheckpointError: no regular file, too large, or no safetensors.
+    """
+
+    def __init__(self, path: str | Path, *, what: str, hint: str, most_bytes: int) -> None:
+        self.path, self._what, self._hint = Path(path), what, hint
+        try:
+            self._data = read_bytes(self.path, most_bytes)
+        except CheckpointError as error:
+            self.fail(str(error))
+        self.metadata: dict[str, str] = {}
+        self._found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._read_header()
+
+    def fail(self, why: str) -> NoReturn:
+        """Raise the error of this file."""
+        raise CheckpointError(f"{printable(self.path, 300)} cannot be read as {self._what}: {why}; {self._hint}")
+
+    def _read_header(self) -> None:
+        size = int.from_bytes(self._data[:8], "little")
+        if len(self._data) < 8 or size > len(self._data) - 8:
+            self.fail("it is not a safetensors file")
+        if size > _HEADER_BYTES:
+            self.fail(f"its header has {size} bytes, more than {_HEADER_BYTES}")
+        try:
+            header = parse_json(self._data[8 : 8 + size])
+        except ValueError as error:
+            self.fail(f"its header is no JSON ({error})")
+        if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
+            self.fail("its header is no table of tensors")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            self.fail("its metadata are no words")
+        self.metadata = metadata
+        for name, entry in header.items():
+            self._found[name] = self._entry(name, entry)
+
+    def _entry(self, name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...]]:
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        kind = entry.get("dtype") if isinstance(entry, dict) else None
+        if (
+            len(name) > _MAX_NAME
+            or not isinstance(shape, list)
+            or len(shape) > 8
+            or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+            or not isinstance(kind, str)
+            or kind not in _KINDS
+        ):
+            self.fail(f"its header says nothing sensible of tensor {printable(name)!r}")
+        return _KINDS[kind], tuple(shape)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors in the file."""
+        return list(self._found)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, as the header says; empty when it is not there."""
+        return self._found[name][1] if name in self._found else ()
+
+    def tensors(self, wanted: Mapping[str, Wanted]) -> dict[str, Tensor]:
+        """All tensors, which are exactly those wanted; values are not looked at yet (`check_values`)."""
+        wrong = [f"{name} is missing" for name, want in wanted.items() if want.required and name not in self._found]
+        wrong += [f"{printable(name)} is not known" for name in self._found if name not in wanted]
+        for name, (kind, shape) in self._found.items():
+            if name in wanted and (why := _misfit(wanted[name], kind, shape)):
+                wrong.append(f"{name} {why}")
+        if wrong:
+            self.fail(listed(wrong))
+        from safetensors.torch import load
+
+        try:
+            return load(self._data)
+        except Exception as error:  # noqa: BLE001  a stranger's bytes may fail anywhere inside the reader
+            self.fail(_short(error))
+
+    def check_values(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -> None:
+        """Refuse numbers that are not finite or out of range."""
+        for name, value in tensors.items():
+            if why := _bad_values(value, wanted[name].low, wanted[name].high):
+                self.fail(f"{name} holds {why}")
+
+
+def _misfit(want: Wanted, kind: torch.dtype, shape: tuple[int, ...]) -> str:
+    if kind not in want.kinds:
+        return f"holds {_kind(kind)}, not {' or '.join(map(_kind, want.kinds))}"
+    fits = len(shape) == len(want.shape) and all(
+        n == w if w is not None else n > 0 for n, w in zip(shape, want.shape, strict=True)
+    )
+    return "" if fits else f"has shape {list(shape)}, not {[w if w is not None else 'any' for w in want.shape]}"
+
+
+def _kind(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _bad_values(value: Tensor, low: float, high: float) -> str:
+    if not value.is_floating_point() or not value.numel():
+        return ""
+    least, most = (float(v) for v in value.aminmax())
+    # A NaN anywhere makes both NaN.
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return "values that are not finite"
+    return f"values of {least:g}..{most:g} outside {low:g}..{high:g}" if least < low or most > high else ""
+
+
+def listed(wrong: Sequence[str], most: int = 6) -> str:
+    """The first few complaints and how many there are."""
+    rest = f" and {len(wrong) - most} more" if len(wrong) > most else ""
+    return "; ".join(wrong[:most]) + rest
+
+
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """A regular file of bounded size; `CheckpointError` says why not, without naming the file."""
+    if not path.is_file():
+        raise CheckpointError("it is no regular file" if path.exists() else "there is no such file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise CheckpointError(error.strerror or str(error)) from error
+    if len(data) > most_bytes:
+        raise CheckpointError(f"it is larger than {most_bytes} bytes")
+    return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON with finite numbers and without repeated names; `ValueError` says in a few words why not."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise ValueError("a name stands there twice")
+        return dict(pairs)
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(printable(error)) from None
+
+
+class Facts:
+    """A JSON object of a file, read by name, kind and range.
+
+    Raises:
+        CheckpointError: from every method, when the fact is missing or something else.
+    """
+
+    def __init__(self, values: object, fail: Callable[[str], NoReturn], where: str = "") -> None:
+        self._fail, self._where = fail, where
+        if not isinstance(values, dict):
+            fail(f"{where.rstrip('.') or 'its description'} is no table of facts")
+        self._values: dict[str, Any] = values
+
+    @property
+    def names(self) -> list[str]:
+        """Of all facts."""
+        return list(self._values)
+
+    def only(self, names: Sequence[str]) -> None:
+        """Refuse facts of other names."""
+        other = [printable(name) for name in self._values if name not in names]
+        if other:
+            self._fail(f"{self._where}{other[0]} is not known")
+
+    def _get(self, name: str) -> Any:
+        if name not in self._values:
+            self._fail(f"{self._where}{printable(name)} is missing")
+        return self._values[name]
+
+    def number(self, name: str, low: float, high: float) -> float:
+        """A number within ``low..high``, as it is written (an integer stays one)."""
+        return self._number(name, self._get(name), low, high)
+
+    def _number(self, name: str, value: object, low: float, high: float) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            shown = printable(json.dumps(value), 40)
+            self._fail(f"{self._where}{printable(name)} must be a number in {low:g}..{high:g}, got {shown}")
+        return value
+
+    def whole(self, name: str, low: int, high: int) -> int:
+        """An integer within ``low..high``."""
+        value = self.number(name, low, high)
+        if isinstance(value, float):
+            self._fail(f"{self._where}{printable(name)} must be a whole number, got {value}")
+        return value
+
+    def numbers(self, name: str, low: float, high: float, *, count: int | None = None) -> tuple[float, ...]:
+        """A list of numbers, ``count`` of them (None: 1 to 64)."""
+        value = self._get(name)
+        if not isinstance(value, list) or not 1 <= len(value) <= 64 or (count is not None and len(value) != count):
+            self._fail(f"{self._where}{printable(name)} must be a list of {count or 'up to 64'} numbers")
+        return tuple(self._number(name, item, low, high) for item in value)
+
+    def words(self, name: str, most: int = 300) -> str:
+        """A text of at most ``most`` characters."""
+        value = self._get(name)
+        if not isinstance(value, str) or len(value) > most:
+            self._fail(f"{self._where}{printable(name)} must be a text of at most {most} characters")
+        return value
+
+    def section(self, name: str) -> Facts:
+        """A table within the table."""
+        return Facts(self._get(name), self._fail, f"{self._where}{name}.")
+
+
+def load_pickled(path: str | Path, *, what: str, hint: str, most_bytes: int) -> dict[str, Any]:
+    """What ``torch.save`` wrote: a dictionary whose leaves are tensors or plain values; no code of it is run.
+
+    Raises:
+        CheckpointError: no such file, too large, compressed, or anything but tensors and plain containers.
+    """
+    path = Path(path)
+
+    def fail(why: str) -> NoReturn:
+        raise CheckpointError(f"{printable(path, 300)} cannot be read as {what}: {why}; {hint}")
+
+    try:
+        data = read_bytes(path, most_bytes)
+    except CheckpointError as error:
+        fail(str(error))
+    if data[:2] == b"PK" and (why := _swollen(data, most_bytes)):
+        fail(why)
+    try:
+        loaded = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  a stranger's bytes may fail anywhere inside the reader
+        fail(f"torch refuses it, {_short(error)}")
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        fail("it holds no tensors by name")
+    return loaded
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {printable(str(error).partition(chr(10))[0], 200)}"
+
+
+def _swollen(data: bytes, most_bytes: int) -> str:
+    """Why a zip would unpack to more than it is, or nothing."""
+    try:
+        with zipfile.ZipFile(BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return printable(error)
+    if len(entries) > _MAX_TENSORS or sum(entry.file_size for entry in entries) > most_bytes:
+        return f"it unpacks to more than {most_bytes} bytes"
+    return ""
+
+
+def plain_fault(value: object) -> str:
+    """Why a leaf that `load_pickled` read is no tensor to compute with, or nothing."""
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        return "is no tensor"
+    assert isinstance(value, Tensor)
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        return "is no plain tensor"
+    return ""
+
+
+def misfits(found: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> list[str]:
+    """What is wrong with tensors that were read by `load_pickled`; an empty list: nothing."""
+    wrong = [f"{name} is missing" for name, want in wanted.items() if want.required and name not in found]
+    wrong += [f"{printable(name)} is not known" for name in found if name not in wanted]
+    for name, value in found.items():
+        if name not in wanted:
+            continue
+        if (why := plain_fault(value)) or (why := _misfit(wanted[name], value.dtype, tuple(value.shape))):
+            wrong.append(f"{name} {why}")
+        elif why := _bad_values(value, wanted[name].low, wanted[name].high):
+            wrong.append(f"{name} holds {why}")
+    return wrong
+
+
+def read_npz(path: str | Path, *, most_bytes: int, most_arrays: int = 1000) -> dict[str, NDArray[Any]]:
+    """All arrays of an ``.npz``; `CheckpointError` says why not, without naming the file."""
+    data = read_bytes(Path(path), most_bytes)
+    if why := _swollen(data, most_bytes):
+        raise CheckpointError(why)
+    try:
+        with np.load(BytesIO(data), allow_pickle=False) as arrays:
+            if len(arrays.files) > most_arrays:
+                raise CheckpointError(f"it holds {len(arrays.files)} arrays, more than {most_arrays}")
+            found = {name: arrays[name] for name in arrays.files}
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"numpy refuses it, {_short(error)}") from error
+    if strange := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
+        raise CheckpointError(f"{printable(strange[0])} is no array")
+    return found
