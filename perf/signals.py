@@ -182,6 +182,21 @@ def seam_ratio(change_T: Array, *, period: int) -> float:
     return float(change_T[border].mean()) / inside if inside > 1e-9 else 1.0
 
 
+def seam(frames_THWC: NDArray[np.uint8], *, period: int) -> float:
+    """Change of pictures into frames ``period, 2 * period, ...`` over that into all others (`seam_ratio`)."""
+    return seam_ratio(_steps(frames_THWC.mean(3, dtype=np.float32), 1), period=period)
+
+
+def per_minute(track_T: Array, *, rate_hz: float, above: float = 0.5) -> float:
+    """How often a track rises above a level, a minute: blinks of a track of lids.
+
+    >>> per_minute(np.array([0, 1, 1, 0, 0.9, 0.2] * 10), rate_hz=1)
+    20.0
+    """
+    high = track_T > above
+    return float((high[1:] & ~high[:-1]).sum() + high[0]) / (len(track_T) / rate_hz / 60)
+
+
 def coarse(frames_THWC: NDArray[np.uint8], cells: int = 4) -> Array:
     """Mean colours of ``cells x cells`` parts of each frame, 0..1, ``[T, cells, cells, 3]``."""
     T, H, W, C = frames_THWC.shape

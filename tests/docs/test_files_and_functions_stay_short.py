@@ -20,11 +20,9 @@ FOLDERS = ("streamdiff", "kernels", "perf", "tests")
 
 TO_BE_SPLIT = (
     "perf/bench_avatar.py",
-    "perf/evaluate.py",
     "perf/profile_stream.py",
     "streamdiff/avatar/",
     "streamdiff/engine.py",
-    "streamdiff/training/",
     "streamdiff/voice/",
     "tests/kernels/paper_gpu.py",
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from evaluate import Model, long_run, summary
+from evaluate.drift import beyond, long_run, summary
+from evaluate.model import Model
 from numpy.typing import NDArray
 
 from streamdiff import checkpoint, presets
@@ -31,7 +33,7 @@ pytestmark = [
 ]
 
 PERSON = Path(__file__).with_name("person.png")
-"""A drawn head that no training saw: number 1,000,500 of `perf/evaluate.py`."""
+"""A drawn head that no training saw: number 1,000,500 of `perf/evaluate`."""
 
 
 def babble(seconds: float) -> NDArray[np.float32]:
@@ -74,18 +76,38 @@ def test_trained_streams_are_equal_on_one_to_five_ranks() -> None:
             assert torch.equal(one.frames_THWC, other.frames_THWC)
 
 
-@pytest.mark.timeout(1800)
-def test_a_thousand_seconds_stay_the_same_person() -> None:
+def facts_of(variant: str, seconds: float) -> dict[str, Any]:
+    """A long run of the drawn head, in this variant."""
     torch.set_num_threads(1)
     engine = Model("portrait").engine()
     photo_HWC = read_image(PERSON, engine.config.height, engine.config.width)
-    run = long_run(engine, "full", photo_HWC=photo_HWC, loop_S=babble(60.0), opening_T=np.zeros(1500, np.float32),
-                   probe=load_probe(), seconds=1000.0)  # fmt: skip
-    facts = summary(run, {})
+    run = long_run(engine, variant, photo_HWC=photo_HWC, loop_S=babble(60.0), opening_T=np.zeros(1500, np.float32),
+                   probe=load_probe(), seconds=seconds)  # fmt: skip
+    return summary(run, {})
+
+
+@pytest.mark.timeout(1800)
+def test_a_thousand_seconds_stay_the_same_person() -> None:
+    facts = facts_of("full", 1000.0)
     assert facts["chunks"] == 2084
+    assert beyond(facts) == []
     # Seen: 23 MiB here and 59 over 10,000 s, an eighth of what so steep a leak would take: an allocator that settles.
     assert facts["resident_growth_mib"] < 48
     for name in ("colour", "identity"):
         assert facts[f"{name}_slope_holds_0"], (name, facts)
     # Seen: 0.001 per 1000 s while a stream settles; 0.15 with a clean history, which dissolves the face.
     assert abs(facts["latent_shift_slope"]) < 0.02, facts
+
+
+@pytest.mark.parametrize("variant", ["no-sink", "clean-history"])
+@pytest.mark.timeout(900)
+def test_a_variant_that_loses_the_person_breaks_the_levels(variant: str) -> None:
+    """Its slopes may hold 0, as they do without a sink: it is another person from the first seconds on."""
+    broken = beyond(facts_of(variant, 120.0))
+    assert any(level.startswith("identity_mean") for level in broken), broken
+
+
+@pytest.mark.parametrize("variant", ["absolute", "no-adaptive"])
+@pytest.mark.timeout(900)
+def test_a_variant_that_keeps_the_person_keeps_the_levels(variant: str) -> None:
+    assert beyond(facts_of(variant, 120.0)) == []

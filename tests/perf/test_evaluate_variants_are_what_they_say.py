@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from evaluate import VARIANTS, Model, denoiser, film, long_run, standing_still, summary
+from evaluate.drift import long_run, summary
+from evaluate.film import film
+from evaluate.model import Model
+from evaluate.variants import VARIANTS, denoiser, standing_still
 
 from streamdiff import presets
 from streamdiff.engine import Engine, Weights
