@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from streamdiff import __version__, checkpoint, demo, doctor, flow, presets
 from streamdiff.cli import avatar as avatar_commands
+from streamdiff.cli import serve as serve_command
 from streamdiff.cli import train as train_commands
 from streamdiff.config import sparse
 from streamdiff.engine import Weights
@@ -82,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     avatar_commands.register(commands, fit=_fit)
     train_commands.register(commands)
+    serve_parser = commands.add_parser("serve", help=serve_command.HELP, description=serve_command.DESCRIPTION)
+    serve_command.add_arguments(serve_parser)
+    serve_parser.set_defaults(run=serve_command.run)
     doctor_parser = commands.add_parser("doctor", help="what this machine can do, and why not more")
     doctor_parser.set_defaults(run=run_doctor)
     return root

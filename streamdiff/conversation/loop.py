@@ -186,6 +186,11 @@ class Conversation:
             self._clock = _Clock(self._loop.time())
             self._understood(text, Event.WORDS)
 
+    def stop(self) -> None:
+        """The person wants silence: what is being said or thought of ends, and only what was heard is remembered."""
+        self._require_open("stop")
+        self._happen(Event.STOPPED)
+
     def answer(self, call_id: str, result: str) -> None:
         """The result of a function that the mind asked for; ignored if it no longer waits."""
         future = self._answers.get(call_id)

@@ -55,6 +55,8 @@ class Event(StrEnum):
     """The mind did not answer, not in time, or broke off."""
     SPOKEN = "spoken"
     """The reply was heard to its end."""
+    STOPPED = "stopped"
+    """The user wants silence, and says so with a button."""
     SILENCE = "silence"
     """Nobody has said anything for long."""
 
@@ -127,6 +129,9 @@ TABLE: dict[tuple[Phase, Event], Turn] = {
     (Phase.THINKING, Event.MIND_FAILED): _turn(Phase.SPEAKING, Action.RELAX, Action.EXCUSE_MIND),
     (Phase.SPEAKING, Event.VOICED): _turn(Phase.INTERRUPTED, Action.STOP, Action.ATTEND),
     (Phase.SPEAKING, Event.WORDS): _turn(Phase.THINKING, Action.STOP, Action.CUT, Action.FORGET, Action.ASK),
+    (Phase.THINKING, Event.STOPPED): _turn(Phase.IDLE, Action.RELAX, Action.FORGET),
+    (Phase.SPEAKING, Event.STOPPED): _turn(Phase.IDLE, Action.STOP, Action.CUT, Action.FORGET),
+    (Phase.INTERRUPTED, Event.STOPPED): _turn(Phase.IDLE, Action.RELAX, Action.DROP, Action.CUT, Action.FORGET),
     (Phase.SPEAKING, Event.MIND_FAILED): _turn(Phase.SPEAKING, Action.EXCUSE_MIND),
     (Phase.SPEAKING, Event.SPOKEN): _turn(Phase.IDLE, Action.KEEP),
     (Phase.INTERRUPTED, Event.PAUSE): _turn(Phase.INTERRUPTED, Action.TRANSCRIBE),

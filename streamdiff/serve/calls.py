@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ from streamdiff.serve.protocol import (
     Stopped,
 )
 from streamdiff.serve.pump import Beat, Pump, Source
-from streamdiff.stream import Can, Segment, State
+from streamdiff.stream import Can, Interrupted, Segment, State
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,8 @@ class Talk(Protocol):
         """Sound from the microphone, mono; any thread."""
         ...
 
-    def interrupted(self, segment: int, heard_s: float) -> None:
-        """The utterance was stopped from outside when so much of it was heard."""
+    def stop(self, heard_s: float | None) -> None:
+        """Somebody wants silence; ``heard_s`` as in `Call.interrupt`, which this calls."""
         ...
 
     async def aclose(self) -> None:
@@ -110,8 +111,8 @@ class Reader:
     def hear(self, samples_S: NDArray[np.float32], rate_hz: int) -> None:
         del samples_S, rate_hz
 
-    def interrupted(self, segment: int, heard_s: float) -> None:
-        del segment, heard_s
+    def stop(self, heard_s: float | None) -> None:
+        self._call.interrupt(heard_s)
 
     async def aclose(self) -> None:
         pass
@@ -202,8 +203,8 @@ class Call:
         self.meters.problems.labels(code).inc()
         self.emit(Problem(code, text))
 
-    def interrupt(self, heard_s: float | None = None) -> Stopped:
-        """Stop speaking, and say how much of the utterance was heard.
+    def interrupt(self, heard_s: float | None = None) -> Interrupted:
+        """Stop speaking, and tell everybody how much of the utterance was heard: ``played_s`` of what is returned.
 
         ``heard_s``: position in the stream that the listener has reached; None: estimated from what was sent and the
         delay that the browser last reported.
@@ -213,12 +214,10 @@ class Call:
             heard_s = self.pump.head.heard_s(self._heard_delay_s)
         done = self.pump.interrupt()
         heard_of_it_s = max(0.0, done.played_s - max(0.0, sent_s - heard_s))
-        stopped = Stopped(done.segment, round(heard_of_it_s, 3), done.dropped)
         if done.segment:
             self._stopped_s = time.monotonic()
-        self.talk.interrupted(done.segment, heard_of_it_s)
-        self.emit(stopped)
-        return stopped
+        self.emit(Stopped(done.segment, round(heard_of_it_s, 3), done.dropped))
+        return dataclasses.replace(done, played_s=heard_of_it_s)
 
     def hear(self, samples_S: NDArray[np.float32], rate_hz: int) -> None:
         """Sound from the client's microphone, mono -1..1; any thread."""
@@ -236,7 +235,7 @@ class Call:
             self.emit(Latency("interrupt", round((time.monotonic() - self._stopped_s) * 1e3, 1), 0))
             self._stopped_s = None
         doing = "speaking" if beat.segment else "listening" if beat.state is State.LISTENING else "idle"
-        self._tell(doing, self._thinking)
+        self._tell(doing, self._thinking and not beat.segment)
         if beat.index % 25 == 0:
             self._count()
 
@@ -253,7 +252,7 @@ class Call:
             case Say(text):
                 self.talk.text(text)
             case Interrupt(heard_s):
-                self.interrupt(heard_s)
+                self.talk.stop(heard_s)
             case Listen(listening):
                 if Can.LISTEN in self.session.can:
                     self.session.listen(listening)

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,8 @@ class Cast:
         load: makes the engine of a bundle file; None: users cannot bring photographs.
     """
 
-    def __init__(self, engines: dict[str, Engine], *, load: Callable[[Path], Engine] | None = None) -> None:
-        self._engines = engines
+    def __init__(self, engines: Mapping[str, Engine], *, load: Callable[[Path], Engine] | None = None) -> None:
+        self._engines = dict(engines)
         self._load = load
         self._brought: dict[str, _Brought] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="streamdiff-serve-")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _MS = (5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 500, 750, 1_000, 2_000, 5_000)
-STAGES = ("end of turn", "transcript", "first word", "voice", "face", "encode", "interrupt")
+STAGES = ("end of turn", "transcript", "first word", "first sound", "answer", "voice", "face", "encode", "interrupt")
 """Stages of a turn that have a series of their own; any other is counted as ``other``."""
 
 

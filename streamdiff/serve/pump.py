@@ -12,11 +12,12 @@ All methods belong to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,7 +60,7 @@ class Source(Protocol):
 
     def push_audio(self, samples: Samples, rate_hz: int | None = None, *, last: bool = False) -> Segment: ...
 
-    def say(self, text: str) -> Segment: ...
+    def say(self, text: str | Iterable[str] | AsyncIterable[str]) -> Segment: ...
 
     def end(self) -> None: ...
 
@@ -90,22 +91,49 @@ class Sound:
 class Beat:
     """One frame and its sound, on their way to the viewers."""
 
-    index: int
-    """Of the frame in the stream."""
-    pts: Fraction
-    """Its presentation time, seconds since the first frame of the stream."""
-    epoch: int
-    segment: int
-    """The utterance that is heard; 0: none."""
-    ends_segment: bool
-    state: State
-    frame_HWC: NDArray[np.uint8]
+    shown: Shown
+    """The frame and its sound as the session gave them; one frame, whatever its chunks hold."""
     picture: Picture | None
     """The same, encoded; None while nobody wants that."""
     sounds: tuple[Sound, ...]
     """The 20 ms blocks that are complete with this beat; two at 25 frames per second."""
     left_s: float
     """When it left the pump, on the monotonic clock."""
+
+    @property
+    def index(self) -> int:
+        """Of the frame in the stream."""
+        return self.shown.index
+
+    @property
+    def pts(self) -> Fraction:
+        """Its presentation time, seconds since the first frame of the stream."""
+        return self.shown.pts
+
+    @property
+    def epoch(self) -> int:
+        """Grows with interruptions."""
+        return self.shown.epoch
+
+    @property
+    def segment(self) -> int:
+        """The utterance that is heard; 0: none."""
+        return self.shown.segment
+
+    @property
+    def ends_segment(self) -> bool:
+        """Whether that utterance ends with this frame."""
+        return self.shown.ends_segment
+
+    @property
+    def state(self) -> State:
+        """What the face does."""
+        return self.shown.state
+
+    @property
+    def frame_HWC(self) -> NDArray[np.uint8]:  # noqa: N802
+        """The picture, sRGB."""
+        return self.shown.frames_THWC[0]
 
 
 class Sink(Protocol):
@@ -203,7 +231,7 @@ class Pump:
         """Stop speaking: what has left counts as played, what has not is dropped. As `Stream.interrupt`."""
         done = self.session.interrupt(played_s=self.head.sent_s)
         if done.epoch != self._epoch:
-            self._epoch, self._void_from = done.epoch, done.resumes_s
+            self._epoch, self._void_from = done.epoch, done.cut_s
         return done
 
     async def run(self) -> Ending:
@@ -235,43 +263,26 @@ class Pump:
     async def _publish(self, shown: Shown) -> None:
         """Send the frames of a chunk at their times; a single frame comes at its time by itself."""
         arrived_s = time.monotonic()
-        bounds = np.linspace(0, len(shown.sound_S), len(shown.frames_THWC) + 1).round().astype(int)
-        for k, frame_HWC in enumerate(shown.frames_THWC):
+        for k, frame in enumerate(_frames(shown, self.fps)):
             if k and (wait_s := arrived_s + k / self.fps - time.monotonic()) > 0:
                 await asyncio.sleep(wait_s)
-            pts = shown.pts + Fraction(k, self.fps)
-            if shown.epoch < self._epoch and pts >= self._void_from:
+            if frame.epoch < self._epoch and frame.pts >= self._void_from:
                 return
-            is_last = k == len(shown.frames_THWC) - 1
-            sound_S = shown.sound_S[bounds[k] : bounds[k + 1]]
-            await self._send(shown, frame_HWC, sound_S, k, is_last)
+            await self._send(frame)
 
-    async def _send(
-        self, shown: Shown, frame_HWC: NDArray[np.uint8], sound_S: NDArray[np.float32], k: int, is_last: bool
-    ) -> None:
-        index, pts = shown.index + k, shown.pts + Fraction(k, self.fps)
+    async def _send(self, frame: Shown) -> None:
         # Taken before encoding: an interruption from here on knows that this frame will leave.
-        self.head.sent(float(pts), 1 / self.fps)
-        blocks = list(self._blocks.push(sound_S, at=round(pts * self.rate_hz)))
+        self.head.sent(float(frame.pts), 1 / self.fps)
+        blocks = list(self._blocks.push(frame.sound_S, at=round(frame.pts * self.rate_hz)))
         picture: Picture | None = None
         packets: list[bytes | None] = [None] * len(blocks)
         if any(sink.is_encoded for sink in self._sinks):
-            work = functools.partial(self._encode, *self._encoders(), frame_HWC, index, self._take_key(), blocks)
+            work = functools.partial(self._encode, *self._encoders(), frame, self._take_key(), blocks)
             began_s = time.monotonic()
             picture, packets = await asyncio.get_running_loop().run_in_executor(self._executor, work)
             self.encode_ms = (time.monotonic() - began_s) * 1e3
-        beat = Beat(
-            index=index,
-            pts=pts,
-            epoch=shown.epoch,
-            segment=shown.segment,
-            ends_segment=shown.ends_segment and is_last,
-            state=shown.state,
-            frame_HWC=frame_HWC,
-            picture=picture,
-            sounds=tuple(Sound(first, block_S, opus) for (first, block_S), opus in zip(blocks, packets, strict=True)),
-            left_s=time.monotonic(),
-        )
+        sounds = [Sound(first, block_S, opus) for (first, block_S), opus in zip(blocks, packets, strict=True)]
+        beat = Beat(shown=frame, picture=picture, sounds=tuple(sounds), left_s=time.monotonic())
         self.num_beats += 1
         for sink in tuple(self._sinks):
             sink.put(beat)
@@ -294,17 +305,32 @@ class Pump:
     def _encode(
         video: VideoEncoder,
         opus: SoundEncoder,
-        frame_HWC: NDArray[np.uint8],
-        index: int,
+        frame: Shown,
         key: bool,
         blocks: list[tuple[int, NDArray[np.int16]]],
     ) -> tuple[Picture, list[bytes | None]]:
-        picture = video.encode(frame_HWC, index, key=key)
+        picture = video.encode(frame.frames_THWC[0], frame.index, key=key)
         return picture, [opus.encode(block_S, first) for first, block_S in blocks]
 
     def _aim(self) -> None:
         if self._video is not None:
             self._video.aim(min(self._limits.values(), default=self._video.most))
+
+
+def _frames(shown: Shown, fps: int) -> Iterator[Shown]:
+    """The frames of a chunk one by one, each with its own sound."""
+    T = len(shown.frames_THWC)
+    bounds = np.linspace(0, len(shown.sound_S), T + 1).round().astype(int)
+    for k in range(T):
+        yield dataclasses.replace(
+            shown,
+            frames_THWC=shown.frames_THWC[k : k + 1],
+            sound_S=shown.sound_S[bounds[k] : bounds[k + 1]],
+            motion_AE=None if shown.motion_AE is None else shown.motion_AE[k : k + 1],
+            index=shown.index + k,
+            pts=shown.pts + Fraction(k, fps),
+            ends_segment=shown.ends_segment and k == T - 1,
+        )
 
 
 class Viewer:

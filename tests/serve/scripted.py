@@ -1,4 +1,4 @@
-"""A stream that costs nothing and an async session over it, for tests of everything that stands above a session.
+"""A stream that costs nothing, for tests of everything that stands above a session.
 
 Pictures are flat grey, brighter while something is said; sound is a tone while something is said. One word takes
 ``word_s``. Interruptions and positions follow `streamdiff.stream.Stream`.
@@ -6,17 +6,16 @@ Pictures are flat grey, brighter while something is said; sound is a tone while 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
 
 from streamdiff.errors import InputError, SessionClosed
+from streamdiff.session import Session
 from streamdiff.stream import Can, Interrupted, Metrics, PlayClock, Samples, Segment, Shown, State
 
 FPS = 25
@@ -51,17 +50,23 @@ class ScriptedStream:
 
     def say(self, text: str | Iterable[str]) -> Segment:
         """Of `Stream`."""
-        words = "".join(text).split()
-        if not words:
+        if isinstance(text, str) and not text.split():
             raise InputError("nothing to say; give words")
         with self._lock:
-            return self._enqueue(round(len(words) * self._word_s * FPS), live=False)
+            segment = self._begin(live=False)
+        if isinstance(text, str):
+            self._speak(segment, text)
+        else:  # it may still be growing, and nobody may be kept waiting for that
+            threading.Thread(target=lambda: self._speak(segment, "".join(text)), daemon=True).start()
+        return segment
 
     def push_audio(self, samples: Samples, rate_hz: int | None = None, *, last: bool = False) -> Segment:
         """Of `Stream`."""
         del last
         with self._lock:
-            return self._enqueue(max(1, round(len(samples) / (rate_hz or self.rate_hz) * FPS)), live=True)
+            segment = self._begin(live=True)
+            self._enqueue(segment, max(1, round(len(samples) / (rate_hz or self.rate_hz) * FPS)))
+            return segment
 
     def end(self) -> None:
         """Of `Stream`."""
@@ -89,7 +94,12 @@ class ScriptedStream:
             dropped, heard = self._index - resumes, self._heard
             if heard is None and not self._queue:
                 return Interrupted(
-                    epoch=self._epoch, segment=0, played_s=0.0, dropped=0, resumes_s=Fraction(self._index, FPS)
+                    epoch=self._epoch,
+                    segment=0,
+                    played_s=0.0,
+                    dropped=0,
+                    cut_s=Fraction(self._index, FPS),
+                    resumes_s=Fraction(self._index, FPS),
                 )
             self._epoch += 1
             self._index = resumes
@@ -105,6 +115,7 @@ class ScriptedStream:
                 segment=heard.id if heard else 0,
                 played_s=max(0.0, played),
                 dropped=dropped,
+                cut_s=Fraction(resumes, FPS),
                 resumes_s=Fraction(resumes, FPS),
             )
 
@@ -133,15 +144,24 @@ class ScriptedStream:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _enqueue(self, frames: int, *, live: bool) -> Segment:
+    def _speak(self, segment: Segment, text: str) -> None:
+        with self._lock:
+            self._enqueue(segment, max(1, round(len(text.split()) * self._word_s * FPS)))
+
+    def _begin(self, *, live: bool) -> Segment:
         if self.closed:
             raise SessionClosed("say() after close(); open a new stream")
         self._num += 1
         segment = Segment(self._num, live=live, epoch=self._epoch)
-        segment.voiced_s = time.monotonic()
-        self._queue.append((segment, frames))
         self.metrics.segments += 1
         return segment
+
+    def _enqueue(self, segment: Segment, frames: int) -> None:
+        if segment.epoch != self._epoch:
+            segment.finish(interrupted=True)
+            return
+        segment.voiced_s = time.monotonic()
+        self._queue.append((segment, frames))
 
     def _make(self, late_s: float) -> Shown:
         segment, ends = None, False
@@ -175,40 +195,6 @@ class ScriptedStream:
         )
 
 
-class ScriptedSession:
-    """The async face of a `ScriptedStream`."""
-
-    def __init__(self, stream: ScriptedStream) -> None:
-        self.stream = stream
-        self.fps, self.rate_hz, self.size, self.can = stream.fps, stream.rate_hz, stream.size, stream.can
-        self.say, self.push_audio, self.end = stream.say, stream.push_audio, stream.end
-        self.listen, self.interrupt = stream.listen, stream.interrupt
-
-    @property
-    def metrics(self) -> Metrics:
-        """Of the stream."""
-        return self.stream.metrics
-
-    async def prompt(self, text: str) -> None:
-        """Of `Session`."""
-        await asyncio.to_thread(self.stream.prompt, text)
-
-    async def __aiter__(self) -> AsyncIterator[Shown]:
-        with contextlib.suppress(SessionClosed):
-            while (shown := await asyncio.to_thread(self.stream.next)) is not None:
-                yield shown
-
-    async def aclose(self) -> None:
-        """Of `Session`."""
-        self.stream.close()
-
-    async def __aenter__(self) -> ScriptedSession:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
-
-
 class Stage:
     """An opener of scripted sessions that remembers them."""
 
@@ -216,8 +202,8 @@ class Stage:
         self.streams: list[ScriptedStream] = []
         self._options = options
 
-    def __call__(self, avatar: str) -> ScriptedSession:
+    def __call__(self, avatar: str) -> Session:
         if avatar == "nobody":
             raise InputError("there is no avatar 'nobody'; known: demo")
         self.streams.append(ScriptedStream(**self._options))  # type: ignore[arg-type]
-        return ScriptedSession(self.streams[-1])
+        return Session(self.streams[-1])

@@ -113,9 +113,8 @@ def test_a_request_for_a_keyframe_is_heard() -> None:
         (receiver,) = [t.receiver for t in far.pc.getTransceivers() if t.kind == "video"]
         await asyncio.sleep(0.6)
         before = call.pump.num_keys
-        stats = [vars(value) for value in (await far.pc.getStats()).values()]
-        (ssrc,) = {value["ssrc"] for value in stats if value.get("kind") == "video"}
-        await receiver._send_rtcp_pli(ssrc)
+        (sender,) = [t.sender for t in peer._pc.getTransceivers() if t.kind == "video"]
+        await receiver._send_rtcp_pli(sender._ssrc)
         for _ in range(20):
             await far.tracks["video"].recv()
         assert call.pump.num_keys == before + 1

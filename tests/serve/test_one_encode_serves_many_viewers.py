@@ -12,14 +12,15 @@ import numpy as np
 
 from streamdiff.serve.protocol import Ending
 from streamdiff.serve.pump import Beat, Pump, Viewer
-from tests.serve.scripted import ScriptedSession, ScriptedStream
+from streamdiff.session import Session
+from tests.serve.scripted import ScriptedStream
 
 
 def on_air(stream: ScriptedStream, scene: Callable[[Pump], Awaitable[None]]) -> Ending:
     """Run a scene beside a pump; why the pump ended."""
 
     async def play() -> Ending:
-        async with ScriptedSession(stream) as session:
+        async with Session(stream) as session:
             pump = Pump(session)
             running = asyncio.create_task(pump.run())
             await asyncio.wait_for(scene(pump), 30)

@@ -18,7 +18,8 @@ from streamdiff.serve.cast import Cast, check_photo
 from streamdiff.serve.gate import Denied, Gate, Guest, Loopback
 from streamdiff.serve.leases import Leases, Terms
 from streamdiff.serve.server import House, application, serve
-from tests.serve.scripted import ScriptedSession, ScriptedStream
+from streamdiff.session import Session
+from tests.serve.scripted import ScriptedStream
 
 Visit = Callable[[TestClient, House], Awaitable[None]]
 
@@ -29,9 +30,9 @@ class Scripted:
     def __init__(self) -> None:
         self.streams: list[ScriptedStream] = []
 
-    def open(self) -> ScriptedSession:
+    def open(self) -> Session:
         self.streams.append(ScriptedStream())
-        return ScriptedSession(self.streams[-1])
+        return Session(self.streams[-1])
 
 
 class Passwords:

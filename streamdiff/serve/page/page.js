@@ -2,7 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 const face = $("face");
-const STAGES = ["end of turn", "transcript", "first word", "voice", "face", "encode", "audible", "silent"];
+const STAGES = [
+  "end of turn", "transcript", "first word", "first sound", "answer", "voice", "face", "encode", "audible", "interrupt", "silent",
+];
 const KEEP = 24;
 const PROBE_MS = 5;
 const LOUD = 0.01;

@@ -1,0 +1,298 @@
+"""``streamdiff serve``: a page that a person talks to, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streamdiff.errors import BackendError, ConfigError, InputError
+
+if TYPE_CHECKING:
+    from aiortc import RTCIceServer
+
+    from streamdiff.avatar.engine import AvatarEngine
+    from streamdiff.conversation.mind import Mind
+    from streamdiff.serve.calls import TalkFactory
+    from streamdiff.serve.gate import Gate
+    from streamdiff.voice import Synthesizer
+
+HELP = "talk to a face in the browser"
+DESCRIPTION = (
+    "Serve a page with a face that listens and answers. Needs no GPU. Prints the address; opens nothing by itself. "
+    "On any other address than this machine's own it starts only with --token-key."
+)
+_USE = 0.8
+"""Share of the cores that sessions may fill; the rest keeps frames in time when all speak at once."""
+_PROBE_TEXT = "How much does it cost to say this sentence, which is neither short nor very long?"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``streamdiff serve``."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8100, help="port to listen on, 0: any (default: %(default)s)")
+    add(
+        "--avatar",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="a photo or a bundle of `streamdiff avatar`; several times: a choice (default: the demo's)",
+    )
+    add("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
+    add("--voice", default="heart", help="as `streamdiff talk --voice` (default: %(default)s)")
+    add(
+        "--mind",
+        default="scripted",
+        metavar="URL",
+        help="who answers: an OpenAI-compatible chat endpoint (key: OPENAI_API_KEY), `scripted`, which says that it "
+        "is no language model, or `none`: what is typed is read aloud (default: %(default)s)",
+    )
+    add("--mind-model", default="default", metavar="NAME", help="which model of that endpoint")
+    add("--instructions", default="", metavar="TEXT", help="what the mind is told to be")
+    add(
+        "--ear",
+        default="moonshine",
+        metavar="NAME",
+        help="who understands the microphone: moonshine, whisper, the URL of an OpenAI-compatible endpoint, or none "
+        "(default: %(default)s)",
+    )
+    add("--no-photos", action="store_true", help="let nobody bring a photograph of their own")
+    seats = parser.add_argument_group("seats")
+    add = seats.add_argument
+    add("--capacity", type=int, metavar="N", help="sessions at once (default: what this machine was measured to hold)")
+    add("--per-user", type=int, metavar="N", help="sessions at once of one user (default: no limit)")
+    add("--idle", type=float, default=300.0, metavar="S", help="end a session in which nobody does anything")
+    add("--lifetime", type=float, default=3600.0, metavar="S", help="end a session in any case (default: %(default)s)")
+    add("--linger", type=float, default=30.0, metavar="S", help="wait for a viewer who lost the connection")
+    add("--drain", type=float, default=10.0, metavar="S", help="on SIGTERM, wait for faces to finish a sentence")
+    wire = parser.add_argument_group("wire")
+    add = wire.add_argument
+    add("--codec", choices=("vp8", "h264"), default="vp8", help="of the pictures (default: %(default)s)")
+    add("--ice", action="append", default=[], metavar="URL", help="stun:HOST:PORT, or turn:USER:PASSWORD@HOST:PORT")
+    add("--origin", action="append", default=[], metavar="URL", help="another page that may call, https://example.org")
+    add("--token-key", type=Path, metavar="FILE", help="key that bearer tokens are signed with, 32 bytes or more")
+    add("--mint", metavar="USER", help="print a token for this user, signed with --token-key, and stop")
+    add("--log", choices=("text", "json"), default="text", help="how to write the log (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``streamdiff serve``."""
+    try:
+        import aiohttp
+        import aiortc
+        import prometheus_client
+
+        del aiohttp, aiortc, prometheus_client
+    except ImportError as error:
+        raise BackendError(f"serving needs {error.name}; pip install 'streamdiff[serve]'") from None
+    import torch
+
+    _check(args)
+    if args.mint is not None:
+        from streamdiff.serve.tokens import mint
+
+        print(mint(_key(args.token_key), args.mint))
+        return 0
+    torch.set_num_threads(1)
+    _log(args.log)
+    gate = _gate(args.host, args.token_key)
+    asyncio.run(_serve(args, gate))
+    return 0
+
+
+async def _serve(args: argparse.Namespace, gate: Gate) -> None:
+    from streamdiff.serve.calls import Calls
+    from streamdiff.serve.cast import Cast
+    from streamdiff.serve.leases import Leases, Terms
+    from streamdiff.serve.server import House, application, serve
+    from streamdiff.voice import open_voice
+
+    talk, answers = _talk(args)
+    voice = open_voice(args.voice)
+    engines = {name: _engine(path, args.size, voice) for name, path in _named(args.avatar).items()}
+    capacity, why = _capacity(args.capacity, next(iter(engines.values())))
+    terms = Terms(
+        capacity=capacity, per_user=args.per_user, idle_s=args.idle, lifetime_s=args.lifetime, linger_s=args.linger
+    )
+
+    def load(path: Path) -> AvatarEngine:
+        return _engine(path, args.size, voice)
+
+    with Cast(engines, load=None if args.no_photos else load) as cast:
+        calls = Calls(Leases(terms), cast.open, talk=talk, codec=args.codec)
+        house = House(
+            calls=calls,
+            cast=cast,
+            gate=gate,
+            host=args.host,
+            ice_servers=_ice_servers(args.ice),
+            origins=frozenset(args.origin),
+            mind="" if args.mind == "none" else args.mind,
+        )
+
+        def up(port: int) -> None:
+            host = f"[{args.host}]" if ":" in args.host else args.host
+            print(f"http://{host}:{port}/")
+            print(f"holds {capacity} {'session' if capacity == 1 else 'sessions'}: {why}; {answers}")
+            sys.stdout.flush()
+
+        await serve(application(house), host=args.host, port=args.port, drain_s=args.drain, on_up=up)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.port < 65_536:
+        raise ConfigError(f"--port must lie in 0..65535, got {args.port}")
+    if args.drain < 0 or args.drain > 600:
+        raise ConfigError(f"--drain must lie in 0..600 seconds, got {args.drain:g}")
+
+
+def _gate(host: str, key_file: Path | None) -> Gate:
+    """Who may come in. A server that others can reach needs a key."""
+    from streamdiff.serve.gate import Loopback, is_loopback
+
+    if key_file is None:
+        if not is_loopback(host):
+            raise ConfigError(
+                f"--host {host} can be reached by others: give --token-key FILE, whose key signs the tokens that let "
+                "them in, or listen on 127.0.0.1"
+            )
+        return Loopback()
+    from streamdiff.serve.tokens import TokenGate
+
+    return TokenGate(_key(key_file))
+
+
+def _key(file: Path | None) -> bytes:
+    if file is None:
+        raise ConfigError("--mint needs --token-key FILE, the key that the server checks tokens with")
+    try:
+        return file.read_bytes().strip()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _talk(args: argparse.Namespace) -> tuple[TalkFactory | None, str]:
+    """Who answers, and what to say about it."""
+    from streamdiff.conversation.ear import SpeechEar, open_ear
+    from streamdiff.conversation.mind import open_mind
+    from streamdiff.serve.talk import talking
+
+    if args.mind == "none":
+        return None, "reads aloud what is typed"
+    key = os.environ.get("OPENAI_API_KEY", "")
+
+    def mind() -> Mind:
+        return open_mind(args.mind, model=args.mind_model, api_key=key)
+
+    mind()  # what is wrong with it is said before anybody comes
+    ear: SpeechEar | None = None
+    hears = "understands no microphone"
+    if args.ear != "none":
+        try:
+            ear = open_ear(args.ear, api_key=key)
+            hears = f"hears with {args.ear}"
+        except (BackendError, InputError) as error:
+            logging.getLogger("streamdiff.serve").warning("nobody will be heard: %s", error)
+    return talking(mind, args.mind, ear=ear, instructions=args.instructions), f"{hears}, answers from {args.mind}"
+
+
+def _named(paths: Sequence[Path] | None) -> dict[str, Path | None]:
+    """Avatars by the names of their files, which must differ."""
+    if not paths:
+        return {"demo": None}
+    named: dict[str, Path | None] = {path.stem: path for path in paths}
+    if len(named) < len(paths):
+        raise ConfigError("two avatars have one name; rename a file")
+    return named
+
+
+def _engine(path: Path | None, size: int, voice: Synthesizer) -> AvatarEngine:
+    from streamdiff.avatar.engine import AvatarEngine
+    from streamdiff.cli.avatar import open_person
+
+    person = open_person(path, size=size)
+    return AvatarEngine(person.renderer, voice=voice, style=person.style)
+
+
+def _capacity(asked: int | None, engine: AvatarEngine) -> tuple[int, str]:
+    """Sessions that this machine can hold, and where the number comes from."""
+    if asked is not None:
+        if asked < 1:
+            raise ConfigError(f"--capacity must be at least 1, got {asked}")
+        return asked, "as asked for"
+    cost_s = frame_cost_s(engine)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num = max(1, int(_USE * cores / engine.fps / cost_s))
+    height, width = engine.size
+    text = (
+        f"a frame of {width}x{height} costs {cost_s * 1e3:.1f} ms on one of {cores} {'core' if cores == 1 else 'cores'}"
+    )
+    return num, text
+
+
+def frame_cost_s(engine: AvatarEngine) -> float:
+    """CPU seconds of a spoken frame: voice, motion, picture and packets."""
+    from streamdiff.serve.clock import Blocks
+    from streamdiff.serve.encoder import SoundEncoder, VideoEncoder
+
+    height, width = engine.size
+    video, opus = VideoEncoder(width, height, engine.fps), SoundEncoder(engine.rate_hz)
+    blocks = Blocks(engine.rate_hz)
+    with engine.stream() as stream:
+        stream.next()
+        began_s = time.process_time()
+        segment, num = stream.say(_PROBE_TEXT), 0
+        while not segment.done:
+            shown = stream.next()
+            assert shown is not None
+            video.encode(shown.frames_THWC[0], num, key=num == 0)
+            for first, block_S in blocks.push(shown.sound_S):
+                opus.encode(block_S, first)
+            num += 1
+        return (time.process_time() - began_s) / max(1, num)
+
+
+def _ice_servers(urls: Sequence[str]) -> list[RTCIceServer]:
+    from aiortc import RTCIceServer
+
+    servers: list[RTCIceServer] = []
+    for url in urls:
+        scheme, _, rest = url.partition(":")
+        login, _, where = rest.rpartition("@")
+        user, _, password = login.partition(":")
+        if scheme not in ("stun", "stuns", "turn", "turns") or not where:
+            raise ConfigError(f"--ice looks like stun:HOST:PORT or turn:USER:PASSWORD@HOST:PORT, got {url!r}")
+        servers.append(RTCIceServer(f"{scheme}:{where}", username=user or None, credential=password or None))
+    return servers
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        line = {"at": round(record.created, 3), "level": record.levelname.lower(), "where": record.name}
+        if message.startswith("session "):
+            session, _, message = message.removeprefix("session ").partition(": ")
+            line["session"] = session
+        line["message"] = message
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _log(kind: str) -> None:
+    """The application decides about logs, and this is the application: one line per event, on stderr."""
+    handler = logging.StreamHandler()
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JsonLines() if kind == "json" else plain)
+    root = logging.getLogger("streamdiff")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    root.propagate = False
