@@ -50,7 +50,7 @@ def stream(num_ranks: int, num_chunks: int) -> list[Packet]:
     config = engine.config
     schedule = plan(num_steps=config.num_steps, num_ranks=num_ranks, refresh_chunk=config.refresh_chunk)
     stages = [engine.stage(role, seed=2) for role in schedule.roles]
-    head = engine.head(read_image(PERSON, config.height, config.width), "A person talks.", seed=2)
+    head = engine.intake(read_image(PERSON, config.height, config.width), "A person talks.", seed=2)
     nods = engine.encode_prompt("A person is nodding.")
 
     def packets() -> Iterator[Packet]:
@@ -79,7 +79,7 @@ def test_trained_streams_are_equal_on_one_to_five_ranks() -> None:
 def facts_of(variant: str, seconds: float) -> dict[str, Any]:
     """A long run of the drawn head, in this variant."""
     torch.set_num_threads(1)
-    engine = Model("portrait").engine()
+    engine = Model("portrait").engine(adaptive_sink=False if variant == "no-adaptive" else None)
     photo_HWC = read_image(PERSON, engine.config.height, engine.config.width)
     run = long_run(engine, variant, photo_HWC=photo_HWC, loop_S=babble(60.0), opening_T=np.zeros(1500, np.float32),
                    probe=load_probe(), seconds=seconds)  # fmt: skip

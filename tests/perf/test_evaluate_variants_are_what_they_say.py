@@ -49,7 +49,7 @@ NUM_CHUNKS = 9
 
 
 def packets(engine: Engine) -> Iterator[Packet]:
-    head = engine.head(PHOTO, "a person talks", seed=5)
+    head = engine.intake(PHOTO, "a person talks", seed=5)
     heard = chunks([sound(5.0)], engine.audio_encoder(), frames_per_chunk=12, fps=25)
     return head.packets(itertools.islice(heard, NUM_CHUNKS))
 
