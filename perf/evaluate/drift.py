@@ -37,7 +37,7 @@ SHOWN_AT_S = (1.0, 10.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 
 
 def resident_mib() -> float:
-    """Memory of this process."""
+    """Resident memory of this process, MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 

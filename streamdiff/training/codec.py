@@ -161,7 +161,7 @@ def codec_batch(shards: Shards, step: int, *, seed: int, size: int, latents: int
 
 @torch.no_grad()
 def principal_start(codec: Codec, frames_BCTHW: Tensor) -> float:
-    """Let the projections be the principal components of these clips' patches and the convolutions add nothing yet.
+    """Initialise the projections as principal components of these clips' patches, and the convolutions as zero.
 
     Patches count by `attention_map`. Returns the PSNR in dB that the components reach on the clips themselves.
     """

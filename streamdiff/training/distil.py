@@ -82,13 +82,13 @@ def consistency_grid(sigmas: Sequence[float], *, num_levels: int = 48, shift: fl
 
 
 def at_level(data_BCTHW: Tensor, noise_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """Clips made noisy, each at its own level."""
+    """Noisy clips ``(1 - sigma) * data + sigma * noise``, each at its own level."""
     sigma = _per_clip(sigma_B, data_BCTHW)
     return (1 - sigma) * data_BCTHW + sigma * noise_BCTHW
 
 
 def data_of(noisy_BCTHW: Tensor, velocity_BCTHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """The data that a velocity points to."""
+    """Data prediction of a velocity: ``noisy - sigma * velocity``."""
     return noisy_BCTHW - _per_clip(sigma_B, noisy_BCTHW) * velocity_BCTHW
 
 
@@ -101,7 +101,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def guided(velocity: Velocity, without: Velocity, guidance: float) -> Velocity:
-    """Away from what a model says without conditions: ``v + guidance * (v - v_without)``; 0 asks it only once."""
+    """Classifier-free guidance, ``v + guidance * (v - v_without)``; 0 evaluates the model only once."""
     if guidance == 0:
         return velocity
 
@@ -166,7 +166,7 @@ def matching_gradient(
 
 
 class Forgetful(Protocol):
-    """What a chunk leaves behind, and can be kept without its past."""
+    """State of a chunk (keys and values) that can be detached from the autograd graph."""
 
     def detach(self: _T) -> _T: ...
 
@@ -252,7 +252,7 @@ def roll_out(
 
 
 def remake(model: ChunkModel[_R], rollout: Rollout[_R], chunk: int) -> Tensor:
-    """The data of one chunk again, from what it and its history were: equal to the rollout's, and differentiable."""
+    """Recompute one chunk of a rollout, differentiably: the same data from the same inputs and history."""
     seen = {c: rollout.kept[c].detach() for c in rollout.visible[chunk] if c != chunk}
     x = rollout.entered[chunk]
     velocity, _ = model(x, sigma=rollout.sigma, chunk=chunk, history=seen)
@@ -285,7 +285,7 @@ def mapped(tree: _T, function: Callable[[Tensor], Tensor]) -> _T:
 
 
 class Cut(Generic[_T]):
-    """Values that many backward passes share: gradients gather at the cut, and go on from there once.
+    """A cut in the autograd graph: many backward passes accumulate gradients there, one pass takes them on.
 
     What the prompt, the sound and the reference become is the same for all chunks. Without the cut the first chunk's
     backward pass would free what the second needs; with it they are computed once and still learn.
@@ -305,7 +305,7 @@ class Cut(Generic[_T]):
         self.tree: _T = mapped(tree, leaf)
 
     def go_on(self) -> None:
-        """Take the gathered gradients back to the weights."""
+        """Propagate the accumulated gradients to the weights."""
         reached = [(x, y.grad) for x, y in zip(self._before, self._after, strict=True) if y.grad is not None]
         if reached:
             torch.autograd.backward([x for x, _ in reached], [gradient for _, gradient in reached])
@@ -313,7 +313,7 @@ class Cut(Generic[_T]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditions:
-    """What clips are made from, as the model knows it."""
+    """Conditions of clips as the model encodes them: prompt, sound and reference."""
 
     text: TextCondition
     audio: AudioCondition | None
@@ -330,7 +330,7 @@ def conditions(
     *,
     visit: Visit = directly,
 ) -> Conditions:
-    """Take in reference, prompt and sound once for all chunks and levels of clips."""
+    """Encode reference, prompt and sound once for all chunks and levels of clips."""
     text = dit.text_condition(text_BPC)
     return Conditions(
         text=text,

@@ -1,4 +1,4 @@
-"""A model and its running average in one module, for recipes in which the average itself takes part in learning."""
+"""A model and its exponential moving average (EMA) in one module, for recipes whose EMA takes part in learning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Followed(nn.Module, Generic[M]):
-    """A model that learns, and its running average as buffers, so that a checkpoint holds both."""
+    """A model, and its exponential moving average as buffers, so that a checkpoint holds both."""
 
     def __init__(self, model: M, average: float) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Followed(nn.Module, Generic[M]):
 
     @torch.no_grad()
     def follow(self, updates: int) -> None:
-        """Draw the average towards the model after this many updates; a young average forgets its beginning fast."""
+        """Update the average after this many steps of the model; a young average forgets its beginning fast."""
         averages = dict(self.average.named_buffers())
         keep = min(self._keep, (1 + updates) / (10 + updates))
         for name, parameter in self.model.named_parameters():

@@ -42,7 +42,7 @@ _LEAST_SIGMA = 0.6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForcingConfig:
-    """What is drawn how often."""
+    """Shares and distributions of what a step draws."""
 
     num_chunks: int = 7
     shared: float = 0.6
@@ -73,7 +73,7 @@ class ForcingConfig:
             raise ConfigError(f"shares lie in 0..1, num_chunks >= 1, shift > 0 and portrait >= 0, got {self}")
 
     def layout(self, config: EngineConfig) -> Layout:
-        """Who sees whom in a clip of this preset."""
+        """Attention layout of a clip of this preset."""
         if self.sparse:
             return sequence.sparse(self.num_chunks, frames_per_chunk=config.frames_per_chunk)
         return sequence.windowed(
@@ -269,7 +269,7 @@ class ForcingTask:
 
 
 def random_dit(config: EngineConfig, *, seed: int) -> CausalDiT:
-    """A DiT to begin with: it does nothing yet.
+    """A DiT with random weights, its output head zero.
 
     The head begins at zero and noise levels move little, as in the published model (Wan2.1 ``init_weights``).
     """

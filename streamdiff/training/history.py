@@ -1,4 +1,4 @@
-"""What a run has measured: one JSON line a step, and curves for people who look."""
+"""Log of a run (one JSON line a step) and its training curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamdiff.errors import InputError
 
 
 class Log:
-    """One JSON line a step. What a checkpoint does not know of is forgotten: those steps are made again."""
+    """Training log, one JSON line a step; on resume, lines after the checkpoint are dropped: those steps run again."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path

@@ -26,7 +26,7 @@ LATENTS = "latents.safetensors"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Clips to learn from."""
+    """A batch of encoded clips and their conditions."""
 
     latent_BCTHW: Tensor
     """Normalised, ``n * frames_per_chunk`` latent frames."""

@@ -1,4 +1,4 @@
-"""One loop for everything that is learned here: steps, averages, checkpoints, and a stop at any moment.
+"""The training loop of all recipes: optimiser steps, EMA, checkpoints, and a stop at any moment.
 
 A `Task` computes gradients; the loop does the rest. What a step does depends on its number alone: noise and clips are
 drawn by counters (`streamdiff.rng`), the learning rate follows the number of the step and never the clock. So a run
@@ -62,7 +62,7 @@ class Part:
     clip_norm: float = 1.0
     """The gradient of the whole part is made no longer than this."""
     average: float = 0.998
-    """How much of the running average of the weights a step keeps; 0: no average."""
+    """Decay of the exponential moving average (EMA) of the weights; 0: no average."""
     final_lr: float = 0.0
     """Share of the learning rate that is left at the last step."""
 
@@ -75,7 +75,7 @@ class Part:
 
 
 class Task(Protocol):
-    """What is learned."""
+    """A training task: modules that learn, and their gradients."""
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -150,7 +150,7 @@ OnSample = Callable[[int], None]
 
 
 class _Learner:
-    """A part at work: its optimiser and the running average of its weights."""
+    """Optimiser and exponential moving average (EMA) of a part."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -174,7 +174,7 @@ class _Learner:
         return {name: b for name, b in self.part.module.named_buffers() if name in kept}
 
     def clip(self) -> float | None:
-        """Length of the gradient before it was cut; None where there is none."""
+        """Clip the gradient norm; its length before, None where there is no gradient."""
         found = [p for p in self.parameters.values() if p.grad is not None]
         return float(torch.nn.utils.clip_grad_norm_(found, self.part.clip_norm)) if found else None
 
@@ -217,7 +217,7 @@ class _Learner:
 
 
 class Trainer:
-    """A run in a folder.
+    """A training run, kept in a folder.
 
     Args:
         facts: what the run must be resumed with (recipe, preset, seed, ...), as short texts.

@@ -82,7 +82,7 @@ class MatchingConfig:
         )
 
     def student_layout(self, config: EngineConfig) -> Layout:
-        """Who sees whom in a rollout."""
+        """Attention layout of a rollout."""
         if self.sparse:
             return sequence.sparse(self.num_chunks, frames_per_chunk=config.frames_per_chunk)
         return self.draws.layout(config)
@@ -171,7 +171,7 @@ class MatchingTask:
         return {"loss": self._teach_critic(data, batch, sink, draws, step), **numbers}
 
     def _disagreement(self, data_BCTHW: Tensor, batch: Batch, sink: Tensor, draws: Draws, step: int) -> Tensor:
-        """Where the student should have gone: what critic and teacher make of the same noisy clips."""
+        """Distribution matching gradient: the difference of critic and teacher on the same noisy clips."""
         with torch.no_grad(), self._arithmetic():
             return distil.matching_gradient(
                 self._real(batch, sink, draws),

@@ -1,4 +1,4 @@
-"""What training recipes have alike: their options, and how a run is shown, stopped and finished.
+"""Shared by all training recipes: options, progress bar, stopping and finishing a run.
 
 A recipe (`streamdiff.cli.train` lists them) is one function that adds options to a parser and one that runs. Those that
 learn share `add_run_arguments`, turn options into values with `set_machine` and `plan_of`, and run by `conduct`.

@@ -1,4 +1,4 @@
-"""A look at a model while it learns: clips that it never saw, made as the engine makes them, beside the clips.
+"""Samples during training: held-out clips, generated as the engine does, beside the clips themselves.
 
 Axes: B clips, T frames, C channels, H height, W width.
 """

@@ -1,4 +1,4 @@
-"""The served step once more, for learning: many chunks at once, nothing written in place, every value differentiable.
+"""The served step in differentiable form: many chunks at once, nothing written in place.
 
 The engine denoises one chunk after the other and writes what it will remember into ring buffers, which autograd cannot
 follow. This module computes the same from the same weights (`streamdiff.models.dit.CausalDiT`, whose parts it calls) in
@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Which chunks each chunk sees, itself among them, and where the chunks stand."""
+    """Attention mask over chunks, each seeing itself and others, and the positions of the chunks."""
 
     visible: tuple[tuple[int, ...], ...]
     """Per chunk, the chunks that it attends to."""
@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def most_visible(self) -> int:
-        """Chunks that the best informed chunk sees."""
+        """The largest number of chunks that any chunk sees."""
         return max(len(seen) for seen in self.visible)
 
 
@@ -109,18 +109,18 @@ class Visit(Protocol):
 
 
 def directly(module: nn.Module, function: Callable[..., _T], /, *tensors: Tensor) -> _T:
-    """Just run it."""
+    """Run it, keeping all activations."""
     return function(*tensors)
 
 
 def recomputed(module: nn.Module, function: Callable[..., _T], /, *tensors: Tensor) -> _T:
-    """Keep only the inputs and run it again in the backward pass: a third more work, one layer of activations."""
+    """Activation checkpointing: run it again in the backward pass; a third more work, one layer of activations."""
     return cast("_T", checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
-    """What the model makes of a noise level per chunk, before the layers add their own."""
+    """Modulation (adaptive layer norm) by one noise level per chunk, before the layers add their own."""
 
     projected_Bn6D: Tensor
     embedded_BnD: Tensor
@@ -171,7 +171,7 @@ class Remembered:
     values: tuple[Tensor, ...]
 
     def detach(self) -> Remembered:
-        """The same values without their past."""
+        """The same values, detached from the autograd graph."""
         return Remembered(tuple(k.detach() for k in self.keys), tuple(v.detach() for v in self.values))
 
 
@@ -343,7 +343,7 @@ def _check_fit(layout: Layout, latent_BCTHW: Tensor, sigma_Bn: Tensor) -> None:
 
 
 def _velocity(dit: CausalDiT, x_BnLD: Tensor, levels: Levels, latent_BCTHW: Tensor, sigma: Tensor) -> Tensor:
-    """What the tokens after the last layer say of the velocity; ``sigma`` spreads over the latents."""
+    """Output head: the velocity from the last layer's tokens; ``sigma`` broadcasts over the latents."""
     _, _, T, H, W = latent_BCTHW.shape
     patches_BnLC = dit.head(x_BnLD, levels.head(dit))
     said_BCTHW = dit.unpatchify(patches_BnLC.flatten(1, 2), T, H, W)
@@ -357,7 +357,7 @@ def _sink_turns(
     shape: tuple[int, int],
     latent_hw: tuple[int, int],
 ) -> Tensor:
-    """Where the sink stands for each chunk of each clip, ``[B, n, S, F]``."""
+    """Rotation of the sink for each chunk of each clip, ``[B, n, S, F]``."""
     if lead_Bn is None or lead_Bn.shape != shape:
         got = None if lead_Bn is None else tuple(lead_Bn.shape)
         raise ConfigError(f"a sink needs its lead before every chunk: lead_Bn of shape {shape}, got {got}")
@@ -366,7 +366,7 @@ def _sink_turns(
 
 
 class _Gather:
-    """Brings together what each chunk sees, latent frame by latent frame, in one copy."""
+    """Gathers the keys and values visible to each chunk, latent frame by latent frame, in one copy."""
 
     def __init__(self, layout: Layout, shape: tuple[int, int], sink: bool, sees_sink_B: Tensor | None) -> None:
         B, n = shape
@@ -395,7 +395,7 @@ class _Gather:
 
 
 def _gathered(sink_BnSNK: Tensor | None, own_BnLNK: Tensor, index_M: Tensor, num_frames: int) -> Tensor:
-    """What every chunk sees, ``[B * n, M, N, K]``."""
+    """Keys or values visible to every chunk, ``[B * n, M, N, K]``."""
     B, n, _, N, K = own_BnLNK.shape
     frames = own_BnLNK.reshape(B, num_frames, -1)
     if sink_BnSNK is not None:

@@ -58,7 +58,7 @@ _T = TypeVar("_T")
 
 @contextlib.contextmanager
 def processes(world: World, *, device: torch.device | str = "cpu", timeout_s: float = 600.0) -> Generator[DeviceMesh]:
-    """All ranks of one training, met at ``world.host``; a mesh of one axis. They part when the context ends.
+    """Process group of all ranks, met at ``world.host``, as a mesh of one axis; destroyed when the context ends.
 
     Raises whatever torch raises when a rank is not there, or silent, for ``timeout_s``.
     """
@@ -186,7 +186,7 @@ def clip(parameters: Iterable[nn.Parameter], longest: float) -> float:
 
 @torch.no_grad()
 def whole_state(dit: nn.Module, *, only: Callable[[str], bool] = lambda _name: True) -> dict[str, Tensor]:
-    """The state dict of a sharded model, brought together tensor by tensor: on rank 0, on the CPU; empty elsewhere.
+    """Full state dict of a sharded model, gathered tensor by tensor: on rank 0, on the CPU; empty elsewhere.
 
     All ranks call it.
     """
@@ -202,7 +202,7 @@ def whole_state(dit: nn.Module, *, only: Callable[[str], bool] = lambda _name: T
 
 @torch.no_grad()
 def fill(dit: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Fill a sharded model, for instance one that was built on the meta device and given ``to_empty(device=...)``.
+    """Load weights into a sharded model, for instance one built on the meta device and given ``to_empty(device=...)``.
 
     ``read`` gives a whole tensor by its name; each rank reads it and keeps its own part, so that no more than one
     tensor is whole at a time.

@@ -1,4 +1,4 @@
-"""What the recipes for few steps have alike: the options, the clips, how a student is served, looked at and saved."""
+"""Shared by the distillation recipes: options, clips, and how a student is served, sampled and saved."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class StudentRun:
 
 
 def silent(batch: Batch, empty_text_1PC: Tensor) -> Batch:
-    """The same clips without sound and prompt, as the teacher was trained to do without them."""
+    """Unconditional batch for guidance: the same clips without sound and prompt, as the teacher was trained on."""
     return dataclasses.replace(
         batch,
         audio_BZEA=torch.zeros_like(batch.audio_BZEA),

@@ -1,4 +1,4 @@
-"""What the warp of one picture lacks around the mouth, learned from a person's own frames.
+"""Training of a person's lower-face decoder: what the warp of one picture lacks around the mouth.
 
 A frames   C conditions   B frames of a batch   P pixels along a side of the lower face
 """
@@ -81,7 +81,7 @@ def _patch_places(bundle: IdentityBundle) -> Tensor:
 
 
 class Judge(nn.Module):
-    """Tells patches of the clip from decoded ones (hinge loss; Isola et al. 2017, "PatchGAN")."""
+    """Patch discriminator (PatchGAN, Isola et al. 2017; hinge loss): frames of the video against decoded ones."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the motion model learns by: flow matching, then consistency with its teacher.
+"""Losses of the motion model: flow matching, then consistency distillation.
 
 Axes as in `streamdiff.avatar.window`.
 """
@@ -58,7 +58,7 @@ def _history(model: MotionModel, motion_BAE: Tensor, generator: torch.Generator)
 
 
 def flow_loss(model: MotionModel, batch: Mapping[str, Tensor], weight_E: Tensor, generator: torch.Generator) -> Tensor:
-    """Velocity matching, written as a weighted error of the data, and the error of its change from frame to frame."""
+    """Flow matching loss, written as a weighted error of the data, and of its change from frame to frame."""
     config = model.config
     history_BAE = _history(model, batch["motion"], generator)
     data_BAE = model.normal(batch["motion"][:, config.history :])
@@ -93,7 +93,7 @@ def consistency_loss(
     *,
     num_levels: int = 16,
 ) -> Tensor:
-    """Agree with oneself one teacher step further down (consistency distillation, Song et al. 2023).
+    """Consistency distillation (Song et al. 2023): agree with oneself one teacher step further down.
 
     The averaged student judges the next point of the teacher's own path; at the lowest level the data do.
     """

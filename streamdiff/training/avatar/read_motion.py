@@ -1,4 +1,4 @@
-"""Coefficients that explain landmarks: what a face of a video commands, in the terms of a bundle.
+"""Coefficients from landmarks, by least squares on a bundle's own drivers.
 
 A frames   E coefficients   K drivers   J landmarks   N terms of the least squares
 """

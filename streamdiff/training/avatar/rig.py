@@ -1,4 +1,4 @@
-"""Carry a 3D head's shapes onto landmarks: ``streamdiff train rig --head ict_facekit.npz``.
+"""Blendshapes of landmarks, transferred from a 3D head: ``streamdiff train rig --head ict_facekit.npz``.
 
 The landmarker looks at pictures of many random heads; each landmark is looked up on the mesh that was drawn
 and averaged over heads in the mean head's own place. What comes out is a small table: for each of 468

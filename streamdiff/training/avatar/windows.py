@@ -88,7 +88,7 @@ class Dataset:
 
 
 def _disturbed(mel_BAF: Tensor, generator: torch.Generator) -> Tensor:
-    """Another microphone in another room: gain, colour and a noise floor, in the log-mel domain."""
+    """Audio augmentation in the log-mel domain, as another microphone and room: gain, colour and a noise floor."""
     B, A, _ = mel_BAF.shape
     power = torch.exp(mel_BAF * 4.0 - 8.0).view(B, A, -1, NUM_MEL // 4)
     num_bands = power.shape[-1]
