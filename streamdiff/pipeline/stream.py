@@ -173,9 +173,10 @@ class VideoStream:
             kept = self._shown if position_s is None else min(self._shown, self._chunks_until(position_s))
             self._backlog.drop()
             stale = sorted(chunk for chunk, made in self._made.items() if chunk >= kept and made.heard.utterance)
-            resumes, dropped = kept, 0
+            cut, resumes, dropped = self._shown, self._shown, 0
             if stale:
-                dropped = self._frames * sum(chunk >= stale[0] for chunk in self._made)
+                cut = stale[0]
+                dropped = self._frames * sum(chunk >= cut for chunk in self._made)
                 resumes = self._take_back(stale)
             being_heard = self._made.get(kept - 1)
             segment, heard_s = 0, 0.0
@@ -194,8 +195,8 @@ class VideoStream:
                 segment=segment,
                 played_s=heard_s,
                 dropped=dropped,
-                cut_s=self._pts(stale[0] if stale else kept),
-                resumes_s=self._pts(resumes if stale else kept),
+                cut_s=self._pts(cut),
+                resumes_s=self._pts(resumes),
             )
 
     def _take_back(self, stale: list[int]) -> int:

@@ -263,11 +263,11 @@ class Backlog:
 
 
 def as_array(samples: Samples) -> np.ndarray | bytes:
-    """A copy of somebody's samples as an array; tensors of any device, and arrays that will be overwritten."""
+    """Somebody's samples as an array, whatever they came as; see `ExternalAudio.push`, which copies them."""
     if isinstance(samples, bytes):
         return samples
     if isinstance(samples, bytearray | memoryview):
         return bytes(samples)
     if isinstance(samples, Tensor):
         samples = samples.detach().to("cpu").numpy()
-    return np.array(samples)
+    return np.asarray(samples)  # copied when it is brought to mono
