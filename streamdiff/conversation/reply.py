@@ -97,8 +97,10 @@ class Reply:
                 self._begin(speaker)
             if piece:
                 part = self.parts[-1] if self.parts else self._begin(self.speaker)
+                # A colon after a name may come in the next piece.
+                piece = piece.lstrip(" \n:") if self.speakers and not part.text else piece
                 part.add(piece)
-                added.append((part.speaker, piece))
+                added += [(part.speaker, piece)] if piece else []
         return added
 
     def _cut(self) -> Iterator[tuple[str | None, str]]:

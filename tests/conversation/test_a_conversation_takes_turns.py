@@ -295,11 +295,40 @@ def test_several_faces_take_turns_and_the_others_listen() -> None:
         async with Evening(talk, "anna", "ben") as it:
             talk.tell("Go.")
             await asyncio.sleep(8)
-            assert " ".join(faces["anna"].heard.split()) == "Good evening, Ben. Let us begin."
+            assert faces["anna"].heard == "Good evening, Ben.Let us begin.", "two utterances"
             assert faces["ben"].heard.strip() == "Hello, Anna!"
             assert [event.speaker for event in it.of(said.ReplyStarted)] == ["anna", "ben", "anna"]
             assert True in faces["ben"].listening
             assert _plain(talk)[-1][1] == "[anna] Good evening, Ben. [ben] Hello, Anna! [anna] Let us begin."
+
+    run(evening())
+
+
+def test_a_face_begins_when_the_one_before_it_is_done_though_the_mind_still_writes() -> None:
+    async def evening() -> None:
+        faces = {"anna": ScriptedFace(), "ben": ScriptedFace()}
+        mind = ScriptedMind(["[anna] Hi. [ben] One two three four five six seven eight."], gap_s=0.5)
+        talk = Conversation(faces, ScriptedEar([], []), mind, manners=Manners(silence_s=None))
+        async with Evening(talk, "anna", "ben") as it:
+            talk.tell("Go.")
+            await asyncio.sleep(3)
+            assert [event.speaker for event in it.of(said.ReplyStarted)] == ["anna", "ben"]
+
+    run(evening())
+
+
+def test_it_resumes_with_what_was_not_written_yet_when_it_was_interrupted() -> None:
+    async def evening() -> None:
+        it, face, _ = _evening("Hello?", "Mm-hm.", mind=ScriptedMind(["Well, three. Four."], gap_s=1.5))
+        async with it:
+            await it.hear(6)
+            await asyncio.sleep(1.4)
+            assert face.heard + "Well," == "Well,"
+            await it.hear(6)
+            await asyncio.sleep(6)
+            assert len(it.of(said.Resumed)) == 1
+            assert face.heard.split() == ["Well,", "three.", "Four."]
+            assert it.talk.phase is Phase.IDLE
 
     run(evening())
 
