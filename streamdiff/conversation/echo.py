@@ -56,6 +56,7 @@ class EchoGate:
         self._lags: deque[int] = deque(maxlen=12)
         self._gains: deque[float] = deque(maxlen=64)
         self._last_in, self._last_out = 0.0, 0.0
+        self._last_at = -_REACH
 
     def played(self, sound_S: Floats, position_s: float) -> None:
         """This sound, 16 kHz, is played from this position of the stream on; it may overwrite what was taken back."""
@@ -87,6 +88,9 @@ class EchoGate:
         score, at = (0.0, 0) if lag is None else self._agreement(reference_S, max(0, lag - _NEAR), lag + _NEAR)
         if lag is None or score < self._known:
             furthest, where = self._agreement(reference_S, 0, _REACH)
+            # Any short sound agrees with something somewhere; an echo does so at the same place as 32 ms before.
+            is_steady, self._last_at = abs(where - self._last_at) <= _NEAR, where
+            furthest *= is_steady
             if furthest >= self._free:
                 self._lags.append(where)
             # A microphone that was off for a moment hears the echo elsewhere.

@@ -23,7 +23,7 @@ class Patience:
     lasts: float = 0.35
     """Probability from which a hop goes on with one."""
     clear: float = 0.9
-    """Mean probability of a clear voice."""
+    """Probability of a clear voice, in two hops running; the first ones of a word are seldom clear."""
     confirm_clear: int = 4
     confirm: int = 6
     confirm_hum: int = 20
@@ -58,7 +58,7 @@ class Endpointer:
         self._voiced = 0
         self._quiet = 0
         self._hums = 0
-        self._sum = 0.0
+        self._clear = 0
         self._confirmed = False
         self._paused = False
         self._text = None
@@ -93,7 +93,7 @@ class Endpointer:
         self._voiced += 1
         self._quiet = 0
         self._hums += is_hum
-        self._sum += probability
+        self._clear = self._clear + 1 if probability >= self._patience.clear else 0
         if self._voiced >= self._needed(face_speaks):
             self._confirmed = True
             return Event.VOICED
@@ -102,8 +102,7 @@ class Endpointer:
     def _needed(self, face_speaks: bool) -> int:
         if face_speaks and 2 * self._hums > self._voiced:
             return self._patience.confirm_hum
-        is_clear = self._sum >= self._patience.clear * self._voiced
-        return self._patience.confirm_clear if is_clear else self._patience.confirm
+        return self._patience.confirm_clear if self._clear >= 2 else self._patience.confirm
 
     def _without_voice(self) -> Event | None:
         self._quiet += 1
