@@ -53,7 +53,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--long", type=float, metavar="SECONDS", help="one long run instead")
     add("--variant", choices=VARIANTS, default="full", help="of the long run")
     add("--draw", action="store_true", help="draw the long runs that are there")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the streams (default: %(default)s)")
     add("--work", type=Path, default=Path("out/evaluate"), metavar="DIR",
         help="keeps drawn persons (default: %(default)s)")  # fmt: skip
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="where results go (default: perf/results)")

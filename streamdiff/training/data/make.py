@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recordings to speak from as well: sound files, or facegood_audio2rig.npz")  # fmt: skip
     add("--clips", type=int, default=960, help="how many clips of 3.9 s to draw (default: %(default)s)")
     add("--size", type=int, default=128, help="pixels along a side (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="same seed, same clips (default: %(default)s)")
     add("--first", type=int, default=0, help="number of the first motion; take a far one for clips to judge by")
     add("--part", default="0/1", metavar="K/N", help="write every N-th shard beginning with the K-th (default: all)")
 
