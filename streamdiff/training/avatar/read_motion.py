@@ -32,35 +32,17 @@ def read_motion(
     """
     spec = arkit64()
     rest_J3 = bundle.landmarks_J3.numpy().astype(np.float64)
-    place = bundle.placement
-    pivot = np.array(place.pivot)
-    A = len(landmarks_AJ3)
-    motion_AE = np.tile(spec.rest_E, (A, 1))
-    flat_AJ2 = np.zeros((A, rest_J3.shape[0], 2))
-    for frame, points_J3 in enumerate(landmarks_AJ3.astype(np.float64)):
-        turn, scale, shift = similarity(rest_J3[RIGID], points_J3[RIGID])
-        flat_AJ2[frame] = ((points_J3 - shift) @ turn / scale)[:, :2]
-        moved = (scale * turn @ pivot + shift - pivot)[:2] / place.eye_distance
-        pose = _uneased(np.concatenate([_rotation_vector(turn), moved]))
-        motion_AE[frame, spec.part("rotation")], motion_AE[frame, spec.part("translation")] = pose[:3], pose[3:]
-        motion_AE[frame, spec.part("scale")] = scale
+    motion_AE, flat_AJ2 = _posed(bundle, rest_J3, landmarks_AJ3.astype(np.float64))
     motion_KJ2 = bundle.motion_KJ2.numpy().astype(np.float64)
     shut_J2 = rest_J3[:, :2] + motion_KJ2[0]
-    if photo_J3 is not None and np.linalg.norm(motion_KJ2[0, 13] - motion_KJ2[0, 14]) < 0.02 * place.eye_distance:
+    gap = np.linalg.norm(motion_KJ2[0, 13] - motion_KJ2[0, 14])
+    if photo_J3 is not None and gap < 0.02 * bundle.placement.eye_distance:
         shut_J2 = photo_J3[:, :2].astype(np.float64)
     important_J = np.full(_NUM_MESH, 0.3)
     seen = [j for slit in (MOUTH, RIGHT_EYE, LEFT_EYE) for side in slit for j in side]
     important_J[seen] = 1.5
     moves_AJ2, drives_EJ2 = (flat_AJ2 - shut_J2)[:, :_NUM_MESH], motion_KJ2[1:, :_NUM_MESH]
-
-    def terms(moves: Floats) -> Floats:
-        # What people see first is how far lips and lids are apart: it counts beside the points themselves.
-        gaps = [
-            moves[:, low] - moves[:, high] for high, low in ((13, 14), (82, 87), (312, 317), (159, 145), (386, 374))
-        ]
-        return np.concatenate([moves * important_J[:, None], 3 * np.stack(gaps, 1)], 1).reshape(len(moves), -1)
-
-    target_AN, basis_EN = terms(moves_AJ2), terms(drives_EJ2)
+    target_AN, basis_EN = (_terms(moves, important_J) for moves in (moves_AJ2, drives_EJ2))
     basis_EN[[ARKIT_NAMES.index(name) for name in _UNSEEN]] = 0
     price = 0.004 * float((basis_EN**2).sum(1).max())
     motion_AE[:, spec.part("face")] = _solve_within_one(basis_EN, target_AN, price)
@@ -69,9 +51,36 @@ def read_motion(
     for columns, iris, eye in ((slice(0, 2), IRISES[1], LEFT_EYE), (slice(2, 4), IRISES[0], RIGHT_EYE)):
         corners = [eye[0][0], eye[0][-1]]
         away = (flat_AJ2[:, iris] - flat_AJ2[:, corners].mean(1)) - (rest_J3[iris] - rest_J3[corners].mean(0))[:2]
-        gaze = np.arcsin(np.clip(away / (EYE_RADIUS_CM * place.pixels_per_cm), -0.45, 0.45))
+        gaze = np.arcsin(np.clip(away / (EYE_RADIUS_CM * bundle.placement.pixels_per_cm), -0.45, 0.45))
         motion_AE[:, spec.part("gaze")][:, columns] = gaze
     return motion_AE.astype(np.float32), error
+
+
+def _posed(bundle: IdentityBundle, rest_J3: Floats, landmarks_AJ3: Floats) -> tuple[Floats, Floats]:
+    """Coefficients ``[A, E]`` of pose alone, and the landmarks ``[A, J, 2]`` with that pose taken away."""
+    spec, place = arkit64(), bundle.placement
+    pivot = np.array(place.pivot)
+    motion_AE = np.tile(spec.rest_E, (len(landmarks_AJ3), 1))
+    flat_AJ2 = np.zeros((len(landmarks_AJ3), rest_J3.shape[0], 2))
+    for frame, points_J3 in enumerate(landmarks_AJ3):
+        turn, scale, shift = similarity(rest_J3[RIGID], points_J3[RIGID])
+        flat_AJ2[frame] = ((points_J3 - shift) @ turn / scale)[:, :2]
+        moved = (scale * turn @ pivot + shift - pivot)[:2] / place.eye_distance
+        pose = _uneased(np.concatenate([_rotation_vector(turn), moved]))
+        motion_AE[frame, spec.part("rotation")], motion_AE[frame, spec.part("translation")] = pose[:3], pose[3:]
+        motion_AE[frame, spec.part("scale")] = scale
+    return motion_AE, flat_AJ2
+
+
+def _terms(moves_AJ2: Floats, important_J: Floats) -> Floats:
+    """Terms of the least squares ``[A, N]``: landmarks by their importance, and gaps of lips and lids beside them.
+
+    What people see first is how far lips and lids are apart.
+    """
+    pairs = ((13, 14), (82, 87), (312, 317), (159, 145), (386, 374))
+    gaps = [moves_AJ2[:, low] - moves_AJ2[:, high] for high, low in pairs]
+    terms = np.concatenate([moves_AJ2 * important_J[:, None], 3 * np.stack(gaps, 1)], 1)
+    return terms.reshape(len(moves_AJ2), -1)
 
 
 def _uneased(pose_5: Floats) -> Floats:
