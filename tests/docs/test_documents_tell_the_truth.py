@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = tuple(
     sorted(
         path.relative_to(ROOT).as_posix()
-        for pattern in ("*.md", "docs/*.md", "perf/*.md", "perf/results/*.md", "kernels/*.md")
+        for pattern in ("*.md", "streamdiff/*/README.md", "perf/*.md", "perf/results/*.md", "kernels/*.md")
         for path in ROOT.glob(pattern)
     )
 )
