@@ -149,8 +149,6 @@ def stream_facts(lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------- one step
-
 WORDS = (
     ("attention", r"attend|attention|flash|fmha|sdpa"),
     ("ring", r"qk_norm|rope|rotate|ring"),

@@ -18,25 +18,11 @@ LONGEST_OF_NINE_IN_TEN = 25
 """Lines of a function, its signature and docstring among them."""
 FOLDERS = ("streamdiff", "kernels", "perf", "tests")
 
-TO_BE_SPLIT = (
-    "perf/bench_avatar.py",
-    "perf/profile_stream.py",
-    "streamdiff/avatar/",
-    "streamdiff/engine.py",
-    "streamdiff/voice/",
-    "tests/kernels/paper_gpu.py",
-)
-"""What is still too long or cut by banners; this list only gets shorter."""
-
 RULE = re.compile(r"\s*#\s*[-=#*~_]{3}")
 
 
 def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
-
-
-def excused(path: Path) -> bool:
-    return path.relative_to(ROOT).as_posix().startswith(TO_BE_SPLIT)
 
 
 def may_be_long(path: Path) -> bool:
@@ -71,7 +57,7 @@ def test_no_file_is_long(folder: str) -> None:
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files(folder)}
     assert lengths
     held = {name: length for name, length in lengths.items() if not may_be_long(ROOT / name)}
-    assert {name: n for name, n in held.items() if n > LONGEST_FILE and not excused(ROOT / name)} == {}
+    assert {name: n for name, n in held.items() if n > LONGEST_FILE} == {}
 
 
 @pytest.mark.parametrize("folder", ["streamdiff", "tests"])
@@ -85,7 +71,6 @@ def test_no_file_is_cut_by_banners(folder: str) -> None:
     found = [
         f"{path.relative_to(ROOT).as_posix()}:{number} {line}"
         for path in files(folder)
-        if not excused(path)
         for number, line in banners(path.read_text())
     ]
     assert found == []

@@ -147,8 +147,6 @@ def compile_call(call: Callable[[], object], capability: int) -> Compiled:
     return _inspect(*paper.last, paper.num_warps)
 
 
-# --------------------------------------------------------------------------------- the calls of the 14B model
-
 B, T, L, N, K, F = 1, 3, 3168, 40, 128, 13824
 D, SINK = N * K, 2640
 M = SINK + 4 * L
