@@ -8,7 +8,7 @@ tasks, no sockets; `Leases.expired` says who has to go and why.
 >>> lease = leases.acquire("ann")
 >>> try: leases.acquire("bob")
 ... except NoCapacity as error: print(error.retry_after_s)
-60
+30
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("sink_by", ["turned queries", "turned keys"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2.0**-20), (torch.bfloat16, 2.0**-8)])
 def test_two_thousand_chunks_in_random_slots(dtype: torch.dtype, bound: float, sink_by: str) -> None:

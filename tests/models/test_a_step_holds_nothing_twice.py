@@ -96,7 +96,7 @@ def test_the_sink_can_still_be_made_from_eight_bits() -> None:
     assert 1e-3 < rms_distance(case._sink().values_ZBSNK, before) < 0.06
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "num_steps"), [(None, 1), (1, 4)])
 def test_a_14b_rank_needs_what_cost_says(kept: int | None, num_steps: int) -> None:
     """Every allocation of a chunk with a full window, counted on paper at 704x384, against the closed form."""

@@ -42,7 +42,7 @@ def _local_bytes(tensors: list[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_14b_recipe_on_eight_gpus(models: shard.ShardedModels) -> None:
     predicted = shard.training_bytes(RECIPE)
     everything = [p for dit in (models.student, models.critic, models.teacher) for p in dit.parameters()]
@@ -68,7 +68,7 @@ def test_the_14b_recipe_on_eight_gpus(models: shard.ShardedModels) -> None:
     assert predicted.total < 0.9 * 80e9
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_what_is_whole_for_a_while_is_what_lies_between_layers(models: shard.ShardedModels) -> None:
     dit = models.student
     apart = {id(p) for module in shard._apart(dit) for p in module.parameters()}
