@@ -21,7 +21,14 @@ def modules() -> list[str]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", modules())
+def imports_sockets(name: str) -> bool:
+    """Whether a library that the module imports looks for C libraries with a process of its own."""
+    return name.startswith("streamdiff.serve")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.processes) if imports_sockets(n) else n for n in modules()]
+)
 def test_doctests_of(name: str) -> None:
     try:
         module = importlib.import_module(name)
