@@ -32,6 +32,7 @@ from streamdiff.avatar.window import load_motion
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.media import VideoWriter, contact_sheet, read_audio
 from streamdiff.stream import Segment, Shown
+from streamdiff.tensorfile import printable
 from streamdiff.voice import RATE_HZ, open_voice
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def _save(bundle: IdentityBundle, out: Path) -> None:
         bundle.save(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error}; choose another place") from error
-    _write(f"{out}: {bundle.name}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
+    _write(f"{out}: {printable(bundle.name)}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
 
 
 def run_voice(args: argparse.Namespace) -> int:
@@ -279,7 +280,7 @@ def run_talk(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stream = stack.enter_context(engine.stream(seed=args.seed, realtime=host is not None))
         frames = _spoken(stream, args.text, sound)
-        tags = {"title": "streamdiff talk", "artist": person.name}
+        tags = {"title": "streamdiff talk", "artist": printable(person.name)}
         writer = stack.enter_context(
             VideoWriter(args.out, width=renderer.size, height=renderer.size, fps=FPS, rate_hz=RATE_HZ, metadata=tags)
         )

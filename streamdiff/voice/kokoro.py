@@ -115,9 +115,7 @@ class KokoroVoice(Speaker):
 
 def _kokoro_session(model: bytes, num_threads: int) -> tuple[Any, bool]:
     """A session that also gives the durations: a rounded value with one number per token."""
-    # Bounded repeats: a row of slashes must not be searched from each of its slashes to its end.
-    found = {m.decode() for m in re.findall(rb"/[\w/.]{0,200}(?:Round|Clip)(?:_\d{1,6})?_output_0", model)}
-    for name in sorted(found, key=lambda n: ("Round" not in n, len(n)))[:_MAX_CANDIDATES]:
+    for name in _rounded_values(model)[:_MAX_CANDIDATES]:
         try:
             session = onnx_session(onnx_with_outputs(model, [name]), num_threads)
             if _gives_one_number_per_token(session):
@@ -128,6 +126,17 @@ def _kokoro_session(model: bytes, num_threads: int) -> tuple[Any, bool]:
         return onnx_session(model, num_threads), False
     except Exception as error:
         raise CheckpointError(f"the Kokoro model cannot be loaded: {printable(error, 300)}; export it again") from error
+
+
+def _rounded_values(model: bytes) -> list[str]:
+    """Names of a graph's values that may be durations, likely ones first."""
+    found: set[str] = set()
+    # From the end of a name back to its start: a row of slashes is not searched from each of its slashes.
+    for match in re.finditer(rb"(?:Round|Clip)(?:_\d{1,6})?_output_0", model):
+        before = model[max(0, match.start() - 200) : match.end()]
+        if name := re.search(rb"/[\w/.]*+\Z", before):
+            found.add(name.group().decode())
+    return sorted(found, key=lambda n: ("Round" not in n, len(n)))
 
 
 def _gives_one_number_per_token(session: Any) -> bool:

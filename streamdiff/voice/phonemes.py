@@ -73,6 +73,9 @@ class Reader:
 
     def phonemes(self, sentence: str) -> str:
         sentence = _LONG_NUMBER.sub(_in_threes, sentence)
+        # The rules' work grows with the cube of such strings: 5 s for 240 characters of "a1a1...", 8 s of slashes.
+        sentence = _LONG_RUN.sub(lambda run: run.group()[:_MAX_RUN], sentence)
+        sentence = _LONG_WORD.sub(_in_pieces, sentence)
         try:
             read = self._g2p(sentence)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -83,6 +86,21 @@ class Reader:
 
 
 _LONG_NUMBER = re.compile(r"\d{13,}")
+
+
+_MAX_RUN, _MAX_WORD = 8, 60
+_LONG_RUN = re.compile(rf"[^\w\s]{{{_MAX_RUN + 1},}}")
+_LONG_WORD = re.compile(rf"\S{{{_MAX_WORD + 1},}}")
+
+
+def _in_pieces(match: re.Match[str]) -> str:
+    """A word of endless length in words of bounded length, cut behind punctuation where there is some."""
+    rest, pieces = match.group(), list[str]()
+    while len(rest) > _MAX_WORD:
+        cut = next((at for at in range(_MAX_WORD, _MAX_WORD // 2, -1) if not rest[at - 1].isalnum()), _MAX_WORD)
+        pieces.append(rest[:cut])
+        rest = rest[cut:]
+    return " ".join([*pieces, rest])
 
 
 def _in_threes(match: re.Match[str]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 _TITLES = frozenset(
     ["mr", "mrs", "ms", "dr", "prof", "st", "sr", "jr", "vs", "no", "vol", "fig", "e.g", "i.e", "gen", "rev"]
 )
-_SENTENCE_END = re.compile(r"""(?:[.!?…]+["'”’)\]]*(?=\s)|[。！？]|\n)""")  # noqa: RUF001
+# Begun at the start of a run only, and never given back: a row of points must not be read from each of its points.
+_SENTENCE_END = re.compile(r"""(?:(?<![.!?…])[.!?…]++["'”’)\]]*+(?=\s)|[。！？]|\n)""")  # noqa: RUF001
 _CLAUSE_END = re.compile(r"""(?:[,;:]["'”’)\]]*(?=\s)|[—–](?=\s|\w)|[，；：、])""")  # noqa: RUF001
 _LAST_WORD = re.compile(r"([\w.]+)\.$")
 _LONGEST = 240

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from streamdiff.avatar.fields import fill_smoothly
 from streamdiff.avatar.identity import bundle_from_landmarks, create_bundle, read_photo
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.rig import load_rig
+from streamdiff.cli import avatar as commands
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from tests.avatar.drawn_face import drawn_bundle, drawn_face
 
@@ -74,6 +76,19 @@ def test_a_bundle_tells_what_it_holds() -> None:
     assert not facts["fitted"]
     assert facts["tensors"]["upper_K2GG"] == ["float16", 1 + len(ARKIT_NAMES), 2, GRID, GRID]
     json.dumps(facts)
+
+
+def test_a_name_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = dataclasses.replace(drawn_bundle(), name="\x1b[2J\x1b]0;owned\x07me")
+    path = tmp_path / "a.avatar"
+    commands._save(bundle, path)
+    parser = argparse.ArgumentParser()
+    commands.register(parser.add_subparsers(required=True))
+    args = parser.parse_args(["avatar", "inspect", str(path)])
+    assert args.run(args) == 0
+    shown = capsys.readouterr().out
+    assert "owned" in shown
+    assert shown.replace("\n", "").isprintable()
 
 
 def test_another_look_is_another_bundle() -> None:

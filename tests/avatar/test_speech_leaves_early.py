@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import doctest
 import itertools
+import time
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamdiff.voice import sentences, text
+from streamdiff.voice import HibariVoice, sentences, text
+from streamdiff.voice.phonemes import _LONG_WORD, Reader, _in_pieces
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -92,3 +94,38 @@ def test_a_word_without_end_is_cut() -> None:
     pieces = list(sentences("a" * 100_000))
     assert all(len(piece) <= 240 for piece in pieces)
     assert sum(map(len, pieces)) == 100_000
+
+
+HOSTILE = {
+    "points": "." * 20_000 + "a",
+    "marks": "?!" * 50_000 + " yes",
+    "slashes": "/" * 5_000 + " a",
+    "letters": "a" * 100_000,
+    "digits": "7" * 5_000,
+    "Roman": "M" * 5_000,
+    "letters and digits": "a1" * 5_000,
+    "hyphens": "a-" * 5_000,
+    "quotes": "'" * 5_000 + "a",
+    "spaces": " " * 1_000_000 + "a",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_text_is_read_for_long_before_its_first_sound(name: str) -> None:
+    """Slashes took 103 s, marks 59 s, points 10 s."""
+    voice = HibariVoice()
+    began = time.process_time()
+    assert len(next(voice.speak(HOSTILE[name])).samples_S)
+    assert time.process_time() - began < 4
+
+
+def test_only_endless_words_are_cut() -> None:
+    reader = Reader()
+    word = "considerations-notwithstanding-everything-else-about-it-all"
+    assert len(word) == 59
+    assert _LONG_WORD.sub(_in_pieces, f"Say {word} now.") == f"Say {word} now."
+    cut = _LONG_WORD.sub(_in_pieces, word + "-and-more")
+    assert cut.replace(" ", "") == word + "-and-more"
+    assert max(map(len, cut.split())) <= 60
+    assert cut.split()[0][-1] == "-"
+    assert reader.phonemes(word)
