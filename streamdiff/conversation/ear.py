@@ -60,7 +60,7 @@ class Ear(Protocol):
 
     @property
     def is_turn(self) -> bool:
-        """Whether somebody speaks or has paused."""
+        """Whether a voice was heard of which it is not known yet how it ends."""
         ...
 
     @property
@@ -142,7 +142,7 @@ class SpeechEar:
     @property
     def is_turn(self) -> bool:
         """See `Ear`."""
-        return self._endpointer.is_turn
+        return self._endpointer.is_turn or self._endpointer.is_candidate
 
     @property
     def wants_partial(self) -> bool:

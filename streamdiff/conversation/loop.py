@@ -182,13 +182,15 @@ class Conversation:
         """The person typed this; a reply that is being spoken is interrupted by it."""
         self._require_open("tell")
         if text.strip():
-            self._stop_task("_transcribing")
+            self._give_up()
             self._clock = _Clock(self._loop.time())
             self._understood(text, Event.WORDS)
 
     def stop(self) -> None:
         """The person wants silence: what is being said or thought of ends, and only what was heard is remembered."""
         self._require_open("stop")
+        if self._phase is not Phase.LISTENING:
+            self._give_up()
         self._happen(Event.STOPPED)
 
     def answer(self, call_id: str, result: str) -> None:
@@ -294,7 +296,7 @@ class Conversation:
                 understood = await self._ear.transcribe()
         except (StreamdiffError, TimeoutError) as error:
             if not partial:
-                self._ear.give_up()
+                self._give_up()
                 self._fail("ear", error, Event.EAR_FAILED)
             return
         finally:
@@ -306,6 +308,11 @@ class Conversation:
             self._clock.transcribe_s = self._loop.time() - began_s
         if understood.event is not None:
             self._understood(understood.text, understood.event)
+
+    def _give_up(self) -> None:
+        """The word is taken from the user: what was heard of this turn is forgotten, and the next voice is an onset."""
+        self._stop_task("_transcribing")
+        self._ear.give_up()
 
     def _understood(self, text: str, event: Event) -> None:
         is_backchannel = event is Event.BACKCHANNEL and self._phase is Phase.INTERRUPTED

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from streamdiff.errors import InputError
+from streamdiff.voice.open import open_voice
 from streamdiff.voice.speech import SpeechChunk, Synthesizer
 from streamdiff.voice.text import sentences
 
@@ -137,6 +138,15 @@ class TimedVoice:
     def spoken(self, text: str, duration_s: float) -> None:
         """See `ProportionalMouth.spoken`."""
         self._otherwise.spoken(text, duration_s)
+
+
+def open_mouth(name: str = "heart") -> TimedVoice:
+    """A voice by the name that a command line gives (see `voice.open.open_voice`), which knows when each word is heard.
+
+    Raises:
+        ConfigError, InputError, BackendError: as `open_voice`.
+    """
+    return TimedVoice(open_voice(name))
 
 
 def _places(timeline: list[_Sentence], text: str) -> list[int] | None:

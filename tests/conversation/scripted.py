@@ -92,8 +92,9 @@ class ScriptedFace:
         self.num_interruptions += 1
         segment = self._waiting[0][0].id if self._waiting and self._letters else 0
         played = self._letters / LETTERS_PER_S if segment else 0.0
+        now_s = Fraction(self._index, FPS)
         self._end(interrupted=True)
-        return Interrupted(epoch=1, segment=segment, played_s=played, dropped=0, resumes_s=Fraction(self._index, FPS))
+        return Interrupted(epoch=1, segment=segment, played_s=played, dropped=0, resumes_s=now_s, cut_s=now_s)
 
     def _end(self, *, interrupted: bool) -> None:
         self.heard += self._text[: round(self._letters)]
