@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from streamdiff.arrays import Floats
-from streamdiff.conversation.ear import SpeechEar, open_ear
+from streamdiff.conversation.ear import SpeechEar, _is_hum, open_ear
 from streamdiff.conversation.recogniser import HostedRecogniser, fetch_moonshine
 from streamdiff.conversation.turn import Event
+from streamdiff.conversation.vad import HOP, RATE_HZ
 from streamdiff.errors import BackendError, CheckpointError, ConfigError, InputError
 
 
@@ -144,6 +145,15 @@ def test_sound_that_is_none_is_refused() -> None:
         await ear.aclose()
 
     asyncio.run(hear())
+
+
+@pytest.mark.parametrize(("falls_db", "hums"), [(18.0, True), (6.0, False)])
+def test_a_hum_is_told_from_a_vowel_by_what_lies_above_1_khz(falls_db: float, hums: bool) -> None:
+    """Thirty harmonics of 120 Hz that fall by so much per octave: a closed mouth, and an open one."""
+    t_S = np.arange(HOP) / RATE_HZ
+    amplitudes = [10 ** (-falls_db / 20 * np.log2(n)) for n in range(1, 31)]
+    sound_S = sum(a * np.sin(2 * np.pi * 120 * n * t_S) for n, a in enumerate(amplitudes, 1))
+    assert _is_hum(np.asarray(sound_S, np.float32)) is hums
 
 
 @pytest.mark.slow
