@@ -24,12 +24,13 @@ site=
 commit=
 limit_s=530
 parts=()
-all_parts=(card tests roofline kernels stage-bf16 stage-fp8 decoder transport profile)
+all_parts=(card tests multigpu roofline kernels stage-bf16 stage-fp8 decoder transport profile)
 
 describe() {
     cat <<'LIST'
 card            the machine and its ceilings: copy bandwidth, matrix products
-tests           every test marked gpu
+tests           every test marked gpu, NCCL alone and between two ranks of one GPU among them
+multigpu        every test marked multigpu; with one GPU they say that they need two
 roofline        the floor of a step from the ceilings of this machine
 kernels         every fused op and attention backend against its floor
 stage-bf16      the 14B step at 704x384, bfloat16: graph and eager, memory, energy
@@ -83,19 +84,21 @@ if [ -z "$tiny" ]; then
         || fail "no CUDA device here; --tiny rehearses everything on a CPU"
 fi
 
+# run_tests MARK
 run_tests() {
+    local mark=$1
     if ! "$python" -c 'import pytest' 2>/dev/null; then
         echo "pytest is not installed; unpack it and its needs (pluggy, iniconfig, packaging) and name the folder in --site"
         return 77
     fi
     local files
     # Only the files that have such tests: others may need packages that are not here.
-    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests | sort)
+    mapfile -t files < <(grep -rl --include='test_*.py' "mark\.$mark" tests | sort)
     local options=(-q -p no:cacheprovider -o addopts="--import-mode=importlib" -W ignore::pytest.PytestConfigWarning -rs)
     if [ -n "$tiny" ]; then
         "$python" -m pytest "${options[@]}" -m 'not gpu and not multigpu and not slow' tests/gpu
     else
-        "$python" -m pytest "${options[@]}" -m gpu "${files[@]}"
+        "$python" -m pytest "${options[@]}" -m "$mark" "${files[@]}"
     fi
 }
 
@@ -103,7 +106,8 @@ run_tests() {
 run_part() {
     case $1 in
         card) "$python" perf/measure.py ;;
-        tests) run_tests ;;
+        tests) run_tests gpu ;;
+        multigpu) run_tests multigpu ;;
         roofline) "$python" perf/roofline.py ;;
         kernels) "$python" perf/bench_kernels.py ${tiny:+--shapes small --budget-s 0.02} ;;
         kernels-sweep) "$python" perf/bench_kernels.py --sweep ${tiny:+--shapes small --budget-s 0.02} ;;
@@ -138,7 +142,7 @@ for part in "${parts[@]}"; do
     start_s=$SECONDS
     status=0
     timeout "$limit_s" bash -c "set -euo pipefail; run_part $part" 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
-    if [ "$status" -eq 0 ] && [ "$part" != tests ]; then
+    if [ "$status" -eq 0 ] && [ "$part" != tests ] && [ "$part" != multigpu ]; then
         "$python" perf/table.py --keep "$part" --results "$out" ${commit:+--commit "$commit"} <"$log" >/dev/null \
             || status=$?
     fi

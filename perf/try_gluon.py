@@ -50,17 +50,17 @@ def _fetch(
     """One warp: the queries, then keys and values tile by tile, each into the stage that was given back."""
     q_tile, key_tiles, value_tiles = tiles
     q_full, keys_full, keys_free, values_full, values_free = barriers
-    mbarrier.expect(q_full, q_desc.nbytes_per_cta)
+    mbarrier.expect(q_full, q_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(q_desc, [first, head * K], q_full, q_tile)
     for tile in range(num_tiles):
         stage = tile % STAGES
         turn = (tile // STAGES) & 1
         row = tile * keys_desc.block_shape[0]
         mbarrier.wait(keys_free.index(stage), turn ^ 1)
-        mbarrier.expect(keys_full.index(stage), keys_desc.nbytes_per_cta)
+        mbarrier.expect(keys_full.index(stage), keys_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(keys_desc, [row, head * K], keys_full.index(stage), key_tiles.index(stage))
         mbarrier.wait(values_free.index(stage), turn ^ 1)
-        mbarrier.expect(values_full.index(stage), values_desc.nbytes_per_cta)
+        mbarrier.expect(values_full.index(stage), values_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(
             values_desc, [row, head * K], values_full.index(stage), value_tiles.index(stage)
         )
@@ -173,11 +173,12 @@ def _attend_kernel(
         gl.allocate_shared_memory(gl.bfloat16, [STAGES, COLUMNS, K], keys_desc.layout),
         gl.allocate_shared_memory(gl.bfloat16, [STAGES, COLUMNS, K], values_desc.layout),
     )
-    q_full = mbarrier.allocate_mbarrier()
-    keys_full = mbarrier.allocate_mbarrier(batch=STAGES)
-    keys_free = mbarrier.allocate_mbarrier(batch=STAGES)
-    values_full = mbarrier.allocate_mbarrier(batch=STAGES)
-    values_free = mbarrier.allocate_mbarrier(batch=STAGES)
+    # By hand: Triton 3.6 has no allocate_mbarrier.
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    keys_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    values_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(keys_full.index(stage), count=1)

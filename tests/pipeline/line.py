@@ -251,9 +251,11 @@ class LateCounting:
         return replace(packet, latent_BCTHW=latent)
 
 
-def gpu_stream(world: World, schedule: Schedule, payload: Payload, num_chunks: int) -> list[Any]:
+def gpu_stream(
+    world: World, schedule: Schedule, payload: Payload, num_chunks: int, num_gpus: int | None = None
+) -> list[Any]:
     """Latents in GPU memory through every rank; chunk, latent and the untouched rest, as the tail has them."""
-    device = torch.device("cuda", world.rank % torch.cuda.device_count())
+    device = torch.device("cuda", world.rank % (num_gpus or torch.cuda.device_count()))
     delivered: list[Any] = []
 
     def source() -> Iterator[Packet]:

@@ -13,11 +13,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from streamdiff.errors import BackendError
 from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import RefreshSink
 from streamdiff.pipeline.schedule import Schedule
+from streamdiff.pipeline.transport import EdgeEnd
 from tests.pipeline.line import MODULUS, gpu_packets, gpu_stream
 from tests.pipeline.ranks import run_ranks, values
 
@@ -62,6 +64,33 @@ def test_over_gloo_on_shared_gpus() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     assert_travels(replace(SCHEDULE, partition=(1, 1)), "gloo")
+
+
+@pytest.mark.gpu
+def test_nccl_alone_says_when_it_is_done() -> None:
+    """The work object of this torch, asked as `EdgeEnd` asks it: a sum over one rank."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    device = torch.device("cuda", 0)
+    group = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, dist.ProcessGroupNCCL.Options())
+    end = object.__new__(EdgeEnd)
+    end._check = lambda: None
+    value_S = torch.full((4,), 7, dtype=torch.int32, device=device)
+    end._finish_transfer(group.allreduce([value_S]))
+    assert value_S.tolist() == [7] * 4
+
+
+@pytest.mark.gpu
+def test_over_nccl_between_two_ranks_of_one_gpu() -> None:
+    """NCCL may refuse two ranks on one device; then the test says what it said."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    schedule = replace(SCHEDULE, partition=(1,))
+    outcomes = run_ranks(gpu_stream, schedule.num_ranks, schedule, "nccl", NUM_CHUNKS, 1, timeout_s=120)
+    refusal = next((o.error for o in outcomes if "uplicate GPU" in o.error or "invalid usage" in o.error), None)
+    if refusal is not None:
+        pytest.skip(f"NCCL takes one rank per GPU: {refusal}")
+    assert len(values(outcomes)[-1]) == NUM_CHUNKS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without GPUs is told")
