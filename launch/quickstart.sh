@@ -7,7 +7,7 @@
 #   bash launch/quickstart.sh --seconds 10       anything that `streamdiff generate --help` lists
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install demo -e ".[avatar,demo]"
+install demo -e ".[avatar,demo,serve,listen]"
 mkdir -p out
 "$venv/bin/streamdiff" generate --out out/quickstart.mp4 "$@"
 "$venv/bin/streamdiff" talk --out out/talk.mp4

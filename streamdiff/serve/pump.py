@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamdiff.errors import SessionClosed
-from streamdiff.serve.clock import Blocks, Playhead
+from streamdiff.serve.clock import BLOCK_S, Blocks, Playhead
 from streamdiff.serve.encoder import Codec, Picture, SoundEncoder, VideoEncoder
 from streamdiff.serve.protocol import Ending
 from streamdiff.stream import Can, Interrupted, Metrics, Samples, Segment, Shown, State
@@ -80,7 +80,7 @@ class Sound:
     """20 ms of sound."""
 
     first: int
-    """Number of its first sample, counted from the first sample that was sent."""
+    """Number of its first sample on the viewers' clock (`Beat.at`)."""
     samples_S: NDArray[np.int16]
     """Mono, at the session's rate."""
     opus: bytes | None
@@ -97,6 +97,10 @@ class Beat:
     """The same, encoded; None while nobody wants that."""
     sounds: tuple[Sound, ...]
     """The 20 ms blocks that are complete with this beat; two at 25 frames per second."""
+    at: Fraction
+    """Its place on the viewers' clock, seconds: ``pts``, and all the time by which the stream fell behind until then.
+    A player that is told ``pts`` alone would take every later frame for a late one, and wait longer and longer.
+    """
     left_s: float
     """When it left the pump, on the monotonic clock."""
 
@@ -176,6 +180,7 @@ class Pump:
         self._video: VideoEncoder | None = None
         self._opus: SoundEncoder | None = None
         self._blocks = Blocks(self.rate_hz)
+        self._behind_s = 0.0
         self._key_wanted = False
         self._key_s = -_KEY_EVERY_S
         self._epoch = 0
@@ -273,7 +278,9 @@ class Pump:
     async def _send(self, frame: Shown) -> None:
         # Taken before encoding: an interruption from here on knows that this frame will leave.
         self.head.sent(float(frame.pts), 1 / self.fps)
-        blocks = list(self._blocks.push(frame.sound_S, at=round(frame.pts * self.rate_hz)))
+        self._behind_s += frame.late_s
+        at = frame.pts + Fraction(round(self._behind_s / BLOCK_S), round(1 / BLOCK_S))
+        blocks = list(self._blocks.push(frame.sound_S, at=round(at * self.rate_hz)))
         picture: Picture | None = None
         packets: list[bytes | None] = [None] * len(blocks)
         if any(sink.is_encoded for sink in self._sinks):
@@ -282,7 +289,7 @@ class Pump:
             picture, packets = await asyncio.get_running_loop().run_in_executor(self._executor, work)
             self.encode_ms = (time.monotonic() - began_s) * 1e3
         sounds = [Sound(first, block_S, opus) for (first, block_S), opus in zip(blocks, packets, strict=True)]
-        beat = Beat(shown=frame, picture=picture, sounds=tuple(sounds), left_s=time.monotonic())
+        beat = Beat(shown=frame, picture=picture, sounds=tuple(sounds), at=at, left_s=time.monotonic())
         self.num_beats += 1
         for sink in tuple(self._sinks):
             sink.put(beat)
@@ -329,6 +336,7 @@ def _frames(shown: Shown, fps: int) -> Iterator[Shown]:
             motion_AE=None if shown.motion_AE is None else shown.motion_AE[k : k + 1],
             index=shown.index + k,
             pts=shown.pts + Fraction(k, fps),
+            late_s=shown.late_s if k == 0 else 0.0,
             ends_segment=shown.ends_segment and k == T - 1,
         )
 

@@ -302,7 +302,7 @@ class _PictureTrack(MediaStreamTrack):
         beat = await self._feed.picture()
         assert beat.picture is not None
         packet = av.Packet(beat.picture.data)
-        packet.pts = round(beat.pts * _VIDEO_HZ)
+        packet.pts = round(beat.at * _VIDEO_HZ)
         packet.time_base = Fraction(1, _VIDEO_HZ)
         return packet
 

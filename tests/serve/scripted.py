@@ -40,6 +40,8 @@ class ScriptedStream:
         self.metrics = Metrics()
         self.fails_with: Exception | None = None
         self.closed = False
+        self.stall_s = 0.0
+        """Sleep so long before the next frame, once."""
         self._word_s, self._chunk, self._live = word_s, frames_per_chunk, live
         self._clock = PlayClock(FPS)
         self._lock = threading.Lock()
@@ -124,6 +126,8 @@ class ScriptedStream:
         del timeout_s
         while self._live and not self.closed and (wait_s := self._clock.due_s(self._index) - time.monotonic()) > 0:
             time.sleep(min(wait_s, 0.05))
+        stall_s, self.stall_s = self.stall_s, 0.0
+        time.sleep(stall_s)
         with self._lock:
             if self.closed:
                 raise SessionClosed("next() after close(); open a new stream")

@@ -93,6 +93,28 @@ def test_sound_leaves_in_blocks_of_20_ms_without_a_gap() -> None:
         on_air(ScriptedStream(rate_hz=rate_hz), scene)
 
 
+def test_a_stream_that_falls_behind_moves_picture_and_sound_on_the_viewers_clock() -> None:
+    stream = ScriptedStream()
+
+    async def scene(pump: Pump) -> None:
+        viewer = Viewer(pump, is_encoded=False)
+        (before,) = await take(viewer, 1)
+        stream.stall_s = 0.5
+        beats = await take(viewer, 12)
+        (late,) = [beat for beat in beats if beat.shown.late_s]
+        behind = round((beats[-1].at - beats[-1].pts) * 50)
+        assert before.at == before.pts
+        assert abs(behind / 50 - late.shown.late_s) <= 0.011
+        assert 0.4 < behind / 50 < 1.0
+        assert [beat.index for beat in beats] == list(range(before.index + 1, before.index + 13))
+        for beat in beats:
+            assert Fraction(beat.sounds[0].first, pump.rate_hz) == beat.at
+            # The viewers' clock goes as fast as ours.
+            assert abs(float(beat.at - before.at) - (beat.left_s - before.left_s)) < 0.2
+
+    on_air(stream, scene)
+
+
 def test_nothing_is_encoded_while_nobody_looks() -> None:
     async def scene(pump: Pump) -> None:
         await take(Viewer(pump, is_encoded=False), 3)
