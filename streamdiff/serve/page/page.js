@@ -88,7 +88,7 @@ function caption({ role, text, turn, final }) {
   }
   item.textContent = text;
   item.classList.toggle("partial", !final);
-  if (role === "avatar") $("subtitle").textContent = text.length > 140 ? `…${text.slice(-140)}` : text;
+  if (role === "avatar") $("subtitle").textContent = text.length > 90 ? `…${text.slice(-90)}` : text;
   if (stick) list.scrollTop = list.scrollHeight;
 }
 
@@ -147,12 +147,12 @@ function listenFor(what, sinceMs) {
   let quietSince = null;
   probe = setInterval(() => {
     analyser.getFloatTimeDomainData(samples);
-    const loud = samples.some((x) => Math.abs(x) > LOUD);
+    const loud = samples.some((x) => Math.abs(x) > LOUD); // a pause between two words is shorter than 400 ms
     const now = performance.now();
     if (what === "audible" && loud) finish(now);
     if (what === "silent") {
       quietSince = loud ? null : quietSince ?? now;
-      if (quietSince !== null && now - quietSince > 60) finish(quietSince);
+      if (quietSince !== null && now - quietSince > 400) finish(quietSince);
     }
     if (now - sinceMs > 10_000) clearInterval(probe);
   }, PROBE_MS);
@@ -188,7 +188,7 @@ function refused(error) {
     overlay("A token is needed", "This server lets in only those with an access token.", "Start");
     $("token").focus();
   } else if (error.status === 503 || error.status === 429) {
-    wait(error.retryAfter || 5, error.message);
+    wait(error.retryAfter || 5, error.status === 429 ? error.message : `This server holds ${info?.capacity ?? "so many"} at once`);
   } else {
     overlay("That did not work", error.message, "Try again");
   }
