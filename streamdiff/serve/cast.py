@@ -202,6 +202,7 @@ async def _create(photo: Path, bundle: Path) -> None:
             await process.wait()
     if process.returncode or not bundle.is_file():
         lines = said.decode("utf-8", "replace").strip().splitlines()
-        why = lines[-1].replace(str(photo), "the photograph")[:300] if lines else "it could not be read"
+        last = lines[-1].removeprefix("error: ") if lines else "it could not be read"
+        why = last.replace(str(photo), "the photograph")[:300]
         logger.info("a photograph was refused: %s", why)
         raise InputError(f"no avatar came of this photograph: {why}")
