@@ -18,8 +18,9 @@ truth's own frames shows how well it reads.
   sound (`streamdiff.training.data.articulation`), at lag 0; the lag of the highest correlation, frames, positive: the
   picture is late. loudness: the same against loudness alone.
 - round, wide: correlations of the rounding and of the width of the mouth with the truth's. The probe was not taught
-  width; a linear reader of its features is fitted to other takes of the truth (`judge.WidthReader`).
-- blinks: how often the lids that are read shut, a minute.
+  width; a linear reader of its features is fitted to other takes of the truth (`readers.WidthReader`).
+- blinks: how often the lids shut, a minute, by a linear reader of the pixels of the eyes, fitted to another take of the
+  same person (`readers.BlinkReader`); blinks_known: of the truth, as it was drawn.
 - colour: mean absolute difference of 4x4 coarse colours (0..1) to the photograph. identity: root mean square difference
   of the probe's identity columns (in spreads over people) to those of the photograph, averaged over 12 frames.
 - seam: change across borders of chunks over change elsewhere; seam_latent: the same across borders of latent frames,

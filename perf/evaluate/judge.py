@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from signals import Array, coarse, correlation, frechet, per_minute, picture, seam, synchrony, windows
+from signals import Array, coarse, correlation, frechet, picture, seam, synchrony, windows
 
 from evaluate.people import Take
+from evaluate.readers import BlinkReader, WidthReader
 from streamdiff.arrays import Floats
 from streamdiff.training.data.articulation import articulation
-from streamdiff.training.data.clip import FPS, FRAME_SAMPLES
+from streamdiff.training.data.clip import FRAME_SAMPLES
 from streamdiff.training.probe import TRUTH_SPREAD, Probe, Reading
 
 
@@ -61,30 +62,13 @@ def width(sound_S: Floats) -> Floats:
     return articulation(sound_S)["wide"]
 
 
-class WidthReader:
-    """Reads how wide a mouth is drawn from the probe's features: ridge regression on frames of the truth.
-
-    The probe was not taught width. What this says of other frames of the truth shows how well it reads.
-    """
-
-    def __init__(self, features_NF: Array, width_N: Array, *, ridge: float = 1e-3) -> None:
-        x = features_NF.astype(np.float64)
-        self._mean_F, self._offset = x.mean(0), float(width_N.mean())
-        x = x - self._mean_F
-        gram = x.T @ x / len(x)
-        gram += ridge * float(np.trace(gram)) / len(gram) * np.eye(len(gram))
-        self._weights_F = np.linalg.solve(gram, x.T @ (width_N - self._offset) / len(x))
-
-    def read(self, reading: Reading) -> Array:
-        return (reading.features_NF.numpy() - self._mean_F) @ self._weights_F + self._offset
-
-
 _LATENT_FRAMES = 4
 
 
 def judge(
-    frames_THWC: NDArray[np.uint8], take: Take, probe: Probe, *, period: int, widths: WidthReader | None = None
-) -> tuple[dict[str, float], Reading]:
+    frames_THWC: NDArray[np.uint8], take: Take, probe: Probe, *, period: int, widths: WidthReader | None = None,
+    blinks: BlinkReader | None = None,
+) -> tuple[dict[str, float], Reading]:  # fmt: skip
     """All that can be said of one person's film; ``period``: frames of a chunk."""
     reading = probe.read(torch.from_numpy(frames_THWC))
     photo = probe.read(take.photo_HWC[None])
@@ -100,7 +84,6 @@ def judge(
         "loudness": synchrony(seen, loudness(take.sound_S)[:num_frames]).at_zero,
         "round": correlation(reading.column("round").numpy(), take.column("round")[:num_frames]),
         "opening": float(seen.std() / max(expected.std(), 1e-6)),
-        "blinks": per_minute(reading.column("blink").numpy(), rate_hz=FPS),
         "colour": float(colour),
         "identity": float(identity_distance(reading, photo).mean()),
         **dataclasses.asdict(picture(frames_THWC, period=period)),
@@ -108,4 +91,6 @@ def judge(
     }
     if widths is not None:
         facts["wide"] = correlation(widths.read(reading), width(take.sound_S)[:num_frames])
+    if blinks is not None:
+        facts["blinks"] = blinks.per_minute(frames_THWC)
     return facts, reading

@@ -14,18 +14,19 @@ from measure import percentile, show
 from numpy.typing import NDArray
 from PIL import Image
 from plots import Panel, draw_panels, small_png
-from signals import interval, synchrony
+from signals import interval, per_minute, synchrony
 
 from evaluate.film import film, through_codec
-from evaluate.judge import Crowd, WidthReader, judge, loudness_opening, width
+from evaluate.judge import Crowd, judge, loudness_opening, width
 from evaluate.model import Model
 from evaluate.people import People, Take
+from evaluate.readers import BlinkReader, WidthReader
 from streamdiff import presets
 from streamdiff.training.data.clip import FPS
 from streamdiff.training.probe import Probe
 
-COLUMNS = ("row", "sync", "lag", "loudness", "round", "wide", "opening", "blinks", "colour", "identity", "seam",
-           "seam_latent", "jitter", "flicker", "sharpness", "apart", "apart_windows", "cpu_s_per_s",
+COLUMNS = ("row", "sync", "lag", "loudness", "round", "wide", "opening", "blinks", "blinks_known", "colour", "identity",
+           "seam", "seam_latent", "jitter", "flicker", "sharpness", "apart", "apart_windows", "cpu_s_per_s",
            "first_s")  # fmt: skip
 LOUDNESS_ROW = "loudness, three lines of arithmetic"
 
@@ -35,7 +36,8 @@ def quality(args: argparse.Namespace, people: People, probe: Probe, models: Sequ
     takes = [people.take(n, args.seconds) for n in people.numbers(args.identities)]
     others = [people.take(n, args.seconds / 2, take=1) for n in people.numbers(args.identities)]
     table = Table(takes, others, probe)
-    table.add("truth", [t.frames_THWC for t in takes])
+    known = float(np.mean([per_minute(t.column("blink"), rate_hz=FPS) for t in takes]))
+    table.add("truth", [t.frames_THWC for t in takes], blinks_known=known)
     coded = models[0].engine()
     table.add("truth through codec", [through_codec(coded, t.frames_THWC) for t in takes])
     table.add_loudness()
@@ -71,13 +73,14 @@ class Table:
         for take in others:
             self._others.add(probe.read(torch.from_numpy(take.frames_THWC)))
         widths = [width(take.sound_S)[: len(take.frames_THWC)] for take in others]
+        self._blinks = [BlinkReader(take.frames_THWC, take.column("blink")) for take in others]
         self._widths = WidthReader(np.concatenate(self._others.frames), np.concatenate(widths))
 
     def add(self, name: str, films: Sequence[NDArray[np.uint8]], **more: Any) -> None:
         """Judge a film of each person."""
         crowd, found = Crowd(), list[dict[str, float]]()
-        for frames, take in zip(films, self._takes, strict=True):
-            facts, reading = judge(frames, take, self._probe, period=self._period, widths=self._widths)
+        for frames, take, blinks in zip(films, self._takes, self._blinks, strict=True):
+            facts, reading = judge(frames, take, self._probe, period=self._period, widths=self._widths, blinks=blinks)
             found.append(facts)
             crowd.add(reading)
         near, moving = crowd.apart(self._others)
