@@ -1,4 +1,4 @@
-"""One person's frozen looks as one verified file: the identity bundle, ``.avatar`` (safetensors).
+"""Identity bundle (``.avatar``): one person's looks in one verified safetensors file.
 
 A frame is always a warp of the reference picture (`streamdiff.avatar.render`); nothing generated ever comes back in
 here, so that the face of minute thirty is that of second one. The content is hashed: two bundles with the same
@@ -84,7 +84,10 @@ def refuse_engine(path: str | Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class IdentityBundle:
-    """One person's frozen looks. Pixels count from the top left corner, their centres at +0.5."""
+    """All that is needed to draw one person: picture, landmarks, flow fields, placement, style.
+
+    Pixels count from the top left corner, their centres at +0.5.
+    """
 
     reference_3HW: Tensor
     """The picture, sRGB, uint8."""
@@ -149,7 +152,7 @@ class IdentityBundle:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> Path:
-        """Write one file; nobody ever sees half of it."""
+        """Write the bundle to one file, atomically (a partial file, then a rename)."""
         path = Path(path)
         metadata = {"format": FORMAT, "version": str(VERSION), "facts": self._facts(), "sha256": self.sha256}
         partial = path.with_name(path.name + ".partial")

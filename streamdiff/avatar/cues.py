@@ -1,4 +1,4 @@
-"""What is known of each frame before it moves: sound (log-mel), phonemes, what the avatar is doing.
+"""Input features of each frame of motion: log-mel spectrum, phonemes, state of the avatar.
 
 `Cues.rows` lays it out as the motion model reads it, with an intent (`streamdiff.avatar.intent`) at the end.
 
@@ -118,7 +118,7 @@ NUM_CUES = NUM_MEL + NUM_PHONE + 2 + len(State) + NUM_INTENT
 
 @dataclass(frozen=True, slots=True)
 class Cues:
-    """What is known about each frame before it moves; without intent, which a `MotionStream` adds itself."""
+    """Input features of some frames; without intent, which a `MotionStream` adds itself."""
 
     mel_AF: Floats
     phones_AP: Floats

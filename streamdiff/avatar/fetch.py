@@ -61,7 +61,7 @@ def downloaded(
 
 
 def write_whole(path: Path, data: bytes) -> Path:
-    """Write a file of the cache; nobody ever sees half of it."""
+    """Write a file of the cache atomically (a partial file, then a rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)

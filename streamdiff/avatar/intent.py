@@ -1,4 +1,4 @@
-"""When to blink, where to look, how to hold the head: random processes that the motion model performs.
+"""Blinks, gaze, head pose and mood as random processes, which the motion model performs together with the sound.
 
 Everything is drawn by (seed, stream, time); no value depends on how frames were asked for.
 
@@ -62,7 +62,7 @@ _SPLINE_STD = 0.6924
 
 
 class Intent:
-    """When to blink, where to look, how to hold the head: drawn by (seed, stream, time), with bounded state.
+    """Random processes of blinks, gaze, posture and mood, drawn by (seed, stream, time), with bounded state.
 
     Blinks and looks are renewal processes; posture and mood are smooth Gaussian processes (splines through keyed
     knots), stationary by construction: whatever is slow cannot drift, in any minute. The model performs all of this

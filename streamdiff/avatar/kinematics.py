@@ -1,4 +1,4 @@
-"""What a frame of motion means: named coefficients, their ranges, and how they leave the house.
+"""Layouts of motion coefficients: names, ranges, conversions; JSON lines and OSC messages.
 
 A frame is a vector of E numbers, a clip is ``motion_AE``. A `KinematicSpec` gives every number a name and
 every group of numbers a slice, so that nobody writes an index:

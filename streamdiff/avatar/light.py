@@ -42,7 +42,7 @@ SKIN = (
 def light_of(
     crop: NDArray[np.uint8], landmarks: Floats, triangles: NDArray[np.int64]
 ) -> tuple[tuple[float, float, float], MouthLook]:
-    """How bright white would be in this photo, and where the light comes from (Lambert, least squares)."""
+    """Gain of the light and its direction, by least squares on the skin (Lambert): what white would measure here."""
     size = crop.shape[0]
     points = landmarks[:NUM_MESH].astype(np.float64)
     normals = np.zeros_like(points)

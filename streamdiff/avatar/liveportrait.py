@@ -1,4 +1,4 @@
-"""LivePortrait behind the same door: for users who bring its weights.
+"""LivePortrait as a renderer, for users who bring its weights.
 
 The published ``.pth`` files load as they are (`streamdiff.avatar.liveportrait_networks`). F and M run once per person.
 Motion comes in the layouts of systems that drive it: `kinematics.lp70` (JoyVASA) or `kinematics.lp265` (Ditto),

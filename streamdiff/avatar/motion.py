@@ -1,4 +1,4 @@
-"""The endless motion of one avatar: windows that overlap, a frame at a time.
+"""Motion stream: overlapping windows of the motion model, blended, one frame at a time.
 
 Windows' noise is keyed by the frame, so that two windows agree where they meet, and the seam is blended. Nothing older
 than a window is remembered, so the minute thirty is made like the first second. Idle is the same model under silence.

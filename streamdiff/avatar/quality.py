@@ -1,4 +1,4 @@
-"""Does the face do what it was told, and is it still the same person? Measured on pixels, from outside.
+"""Quality of rendered faces, measured on pixels: lip tracking, identity preservation, word error rate.
 
 Lips: landmarks are read back from rendered frames and compared with what was commanded. Identity: the
 cosine between face embeddings of a frame and of the photo (dlib's resnet, CC0). Words: a recogniser that never met

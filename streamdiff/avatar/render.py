@@ -1,4 +1,4 @@
-"""Coefficients to pixels: every frame is the reference picture, warped, with a learned mouth behind its lips.
+"""Renderer: coefficients to pixels, by warping the reference picture, with a learned mouth behind its lips.
 
 No frame knows of another: the same coefficients give the same bits, in minute thirty as in second one. Work
 is done backwards, from the pixel that is wanted to the place in the picture that it shows:
@@ -258,7 +258,7 @@ class WarpRenderer:
         return frames
 
     def draw(self, coefs_E: Tensor) -> Tensor:
-        """One frame ``[H, W, 3]`` of checked coefficients on this device: `render` without its doors."""
+        """One frame ``[H, W, 3]`` of checked coefficients on this device, without the checks of `render`."""
         drivers_K = self._drive(coefs_E)
         pose = self._head(coefs_E)
         upper, lower, head = self._places(drivers_K, *pose)

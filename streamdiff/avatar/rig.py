@@ -1,4 +1,4 @@
-"""How faces move: 52 ARKit shapes as shifts of the landmarks of a 3D head.
+"""Blendshape rig: 52 ARKit shapes as shifts of the landmarks of a 3D head.
 
 Axes: J landmarks (468), E shapes, R triangles.
 """
@@ -18,7 +18,7 @@ from streamdiff.arrays import Floats
 
 @dataclass(frozen=True)
 class Rig:
-    """How faces move: made from a 3D head by `streamdiff.training.avatar.rig`; cm, camera axes."""
+    """Blendshapes on landmarks: made from a 3D head by `streamdiff.training.avatar.rig`; cm, camera axes."""
 
     rest_J3: Floats
     """The 468 landmarks of the mesh at rest."""

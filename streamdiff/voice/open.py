@@ -11,7 +11,7 @@ from streamdiff.voice.speech import Synthesizer
 
 
 def open_voice(name: str = "heart") -> Synthesizer:
-    """A voice by the name that a command line gives.
+    """Open a voice by the name that a command line gives.
 
     ``heart`` or another hibari voice, with factors after a colon (``heart:pitch=0.8,tract=0.9,speed=1.1``);
     or ``kokoro:MODEL.onnx:VOICES[:NAME]``.

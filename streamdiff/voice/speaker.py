@@ -1,4 +1,4 @@
-"""What every voice of ours shares: from text to sentences to phonemes to chunks of speech.
+"""Base class of the voices: text to sentences to phonemes to chunks of speech.
 
 Axes: S waveform samples, P phonemes of a sentence.
 """
@@ -22,7 +22,7 @@ _LEAD_S = 0.03
 
 
 def without_lead(samples_S: Floats, phonemes: list[Phoneme], rate_hz: int) -> tuple[Floats, list[Phoneme]]:
-    """Cut the silence before the first sound to 30 ms: nobody wants to wait for nothing."""
+    """Trim leading silence to 30 ms."""
     window = rate_hz // 200
     first_end = int(phonemes[0].end_s * rate_hz) if phonemes else len(samples_S)
     loud_B = np.abs(samples_S[: len(samples_S) // window * window]).reshape(-1, window).max(axis=1)
@@ -35,7 +35,7 @@ def without_lead(samples_S: Floats, phonemes: list[Phoneme], rate_hz: int) -> tu
 
 
 class Speaker:
-    """What the two voices share: sentences, phonemes, chunks."""
+    """Base class of the voices; a voice says phonemes, the rest is here."""
 
     rate_hz = RATE_HZ
 

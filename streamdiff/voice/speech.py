@@ -1,4 +1,4 @@
-"""What a voice gives: chunks of sound with the time of every phoneme.
+"""Values of text to speech: the protocol of a voice, chunks of sound, phonemes with their times.
 
 A `Synthesizer` turns text, or text that is still being written, into `SpeechChunk`s. Sentences are cut early, so that
 the first words are heard while the rest is still text.
@@ -48,7 +48,7 @@ class SpeechChunk:
 
 
 class Synthesizer(Protocol):
-    """A voice. Thread-safe; stop it by no longer asking for chunks."""
+    """A text-to-speech voice. Thread-safe; stop it by no longer asking for chunks."""
 
     @property
     def rate_hz(self) -> int: ...

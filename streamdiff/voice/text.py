@@ -1,4 +1,4 @@
-"""Cut text, or text that is still being written, into sentences to be spoken."""
+"""Sentence segmentation of text, or of text that is still being written."""
 
 from __future__ import annotations
 
