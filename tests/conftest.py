@@ -10,12 +10,16 @@ import multiprocessing.process
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 from tests.skips import Skips
 
 torch.set_num_threads(1)
+# A busy machine makes no example wrong; a test that hangs is ended by its own time limit.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 STARTS = frozenset({"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"})
 """Audit events of Python that begin a process."""
@@ -65,3 +69,4 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         _unannounced.clear()
+        torch.set_flush_denormal(False)  # commands set it for their process, which here is everybody's

@@ -40,6 +40,7 @@ def nameless(source: str) -> Iterator[str]:
             yield f"{node.lineno}: {called}()"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("folder", ["streamdiff", "kernels", "perf"])
 def test_every_call_names_its_device(folder: str) -> None:
     paths = sorted((ROOT / folder).rglob("*.py"))
@@ -47,6 +48,7 @@ def test_every_call_names_its_device(folder: str) -> None:
     assert [f"{path.relative_to(ROOT)}:{found}" for path in paths for found in nameless(path.read_text())] == []
 
 
+@pytest.mark.heavy
 def test_nobody_but_the_group_and_sharded_training_sets_the_device() -> None:
     """A bench or a test that sets it hides what a rank would do without."""
     paths = [path for folder in ("streamdiff", "kernels", "perf", "tests") for path in (ROOT / folder).rglob("*.py")]
@@ -62,6 +64,7 @@ def test_nobody_but_the_group_and_sharded_training_sets_the_device() -> None:
     assert found == {"streamdiff/pipeline/device.py", "streamdiff/training/shard.py"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("nameless_line", "named_line"),
     [

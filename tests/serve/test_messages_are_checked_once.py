@@ -77,6 +77,7 @@ JSON = st.recursive(
 FIELDS = ["text", "heard_s", "listening", "freezes", "round_trip_ms", "more"]
 
 
+@pytest.mark.heavy
 @settings(max_examples=600, deadline=None)
 @given(
     st.binary(max_size=200)

@@ -13,6 +13,7 @@ from streamdiff.errors import InputError, SessionClosed, Unsupported
 from tests.session.faces import collect, open_video, run, tone, video_engine
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_it_says_exactly_what_was_pushed(num_ranks: int) -> None:
     async def scene() -> None:
@@ -33,6 +34,7 @@ def test_it_says_exactly_what_was_pushed(num_ranks: int) -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_the_same_sound_gives_the_same_frames_on_one_rank_and_three() -> None:
     async def film(num_ranks: int) -> list[np.ndarray]:
         async with open_video(num_ranks=num_ranks) as session:
@@ -48,6 +50,7 @@ def test_the_same_sound_gives_the_same_frames_on_one_rank_and_three() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_silence_keeps_a_live_stream_going() -> None:
     async def scene() -> None:
         async with open_video(live=True) as session:
@@ -58,6 +61,7 @@ def test_silence_keeps_a_live_stream_going() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_an_interruption_resumes_where_the_shown_ends(num_ranks: int) -> None:
     async def scene() -> None:
@@ -80,6 +84,7 @@ def test_an_interruption_resumes_where_the_shown_ends(num_ranks: int) -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_an_interruption_beyond_memory_goes_back_as_far_as_it_can() -> None:
     async def scene() -> None:
         async with open_video(slack=0, num_ranks=3) as session:
@@ -98,6 +103,7 @@ def test_an_interruption_beyond_memory_goes_back_as_far_as_it_can() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_a_new_prompt_changes_the_picture_and_is_told() -> None:
     async def film(switch: bool) -> list[np.ndarray]:
         async with open_video() as session:
@@ -116,6 +122,7 @@ def test_a_new_prompt_changes_the_picture_and_is_told() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_an_utterance_looks_the_same_in_however_many_blocks_it_comes() -> None:
     """And the one before it, which is padded to its chunk, leaves no trace in how it is heard."""
 
@@ -137,6 +144,7 @@ def test_an_utterance_looks_the_same_in_however_many_blocks_it_comes() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_what_it_cannot_do_says_so() -> None:
     async def scene() -> None:
         async with open_video() as session:
@@ -152,6 +160,7 @@ def test_what_it_cannot_do_says_so() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_a_closed_session_says_so() -> None:
     async def scene() -> None:
         async with open_video() as session:
@@ -167,6 +176,7 @@ def test_a_closed_session_says_so() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_closing_in_the_middle_stops_every_thread() -> None:
     before = threading.active_count()
 
@@ -181,6 +191,7 @@ def test_closing_in_the_middle_stops_every_thread() -> None:
     assert threading.active_count() <= before
 
 
+@pytest.mark.heavy
 def test_weights_are_loaded_once_for_all_ranks_and_sessions() -> None:
     engine = video_engine()
     told: list[tuple[int, int, str]] = []
