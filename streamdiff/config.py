@@ -274,7 +274,7 @@ class EngineConfig:
 
     @property
     def video_frames_per_chunk(self) -> int:
-        """Pixels frames in a chunk; the decoder is primed, so the first chunk is no shorter than the others."""
+        """Video frames in a chunk; the decoder is primed, so the first chunk is no shorter than the others."""
         return self.frames_per_chunk * self.vae.temporal_factor
 
     @property

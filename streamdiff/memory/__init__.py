@@ -1,4 +1,4 @@
-"""What a denoising step remembers of its own stream, at its own noise level.
+"""Key-value caches: what a denoising step remembers of its own stream, at its own noise level.
 
 Every step keeps a history of its own: the keys and values that it computed itself, from the noisy chunk it was given
 (Live Avatar, timestep-forcing). Per layer there is one buffer of fixed address,

@@ -153,7 +153,7 @@ class StepMemory:
             self._turn(self._sink.still_keys_ZBSNK, still, first_row=self._sink.moving_tokens)
 
     def turn_sink(self, rotation: Rotation) -> None:
-        """Rotate the moving tokens of the sink from their pristine copy into the buffer."""
+        """Apply rotary embedding to the moving tokens of the sink, from their un-rotated copy into the cache."""
         self._turn(self._sink.moving_keys_ZBSNK, rotation, first_row=0)
 
     def turn_first(self, shift: Rotation) -> None:

@@ -60,7 +60,7 @@ class TextCondition:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AudioCondition:
-    """What the sound of one chunk says to each injector; frames stand in the batch axis."""
+    """Scales, shifts, keys and values of one chunk's audio tokens per injected layer; frames are in the batch axis."""
 
     scales: tuple[Tensor, ...]
     """Per injector ``[B, T, 1, D]``, float32."""
@@ -119,7 +119,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of one attention; who attends to what is decided by the caller."""
+    """Query, key, value and output projections of one attention; the caller decides who attends to what."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class _AudioTokenizer(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, 1, dim))
 
     def _stack(self, x_BAE: Tensor) -> Tensor:
-        """Both paths share the two strided convolutions."""
+        """The two strided convolutions, shared by the local and the global path."""
         for layer in (None, self.conv2, self.conv3):
             x_BAE = x_BAE if layer is None else layer(x_BAE)
             x_BAE = F.silu(F.layer_norm(x_BAE, x_BAE.shape[-1:], eps=1e-6))
@@ -256,7 +256,7 @@ class _AudioTokenizer(nn.Module):
 
 
 class CausalAudioEncoder(nn.Module):
-    """Weighs the hidden states of the speech encoder, then makes tokens of them."""
+    """Weighted mean over the speech encoder's hidden states, then causal convolutions to audio tokens."""
 
     def __init__(self, config: AudioInjectionConfig, dim: int) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class CausalAudioEncoder(nn.Module):
 
 
 class _AdaptiveNorm(nn.Module):
-    """Where the global audio vector becomes a scale and a shift; the norm itself has no weights."""
+    """Adaptive layer norm without weights: scale and shift are projected from the global audio vector."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ class CausalDiT(nn.Module):
         )
 
     def audio_condition(self, audio_BZEA: Tensor) -> AudioCondition:
-        """What the sound of one chunk says to every injector.
+        """Encode one chunk's audio features for every injected layer: see `AudioCondition`.
 
         The chunk's features are preceded by ``motion_frames`` copies of their first frame, so no sound reaches across
         chunks but through the speech encoder (Live Avatar, 4.1). What copies give is known after the first of them, as
@@ -489,8 +489,8 @@ class CausalDiT(nn.Module):
             )
             if layer in self.injector_of and audio is not None:
                 x_BLD = self._inject(x_BLD, audio, self.injector_of[layer])
-        said_BCTHW = self.unpatchify(self.head(x_BLD, modulation.head_2D), T, H, W)
-        return self.velocity(latent_BCTHW, said_BCTHW, modulation.sigma)
+        output_BCTHW = self.unpatchify(self.head(x_BLD, modulation.head_2D), T, H, W)
+        return self.velocity(latent_BCTHW, output_BCTHW, modulation.sigma)
 
     def embed_video(self, latent_BCTHW: Tensor) -> Tensor:
         """Tokens of a chunk ``[B, L, D]``, marked as video."""
@@ -502,9 +502,9 @@ class CausalDiT(nn.Module):
         assert bias_D is not None
         return x_BLD + bias_D + self._token_kind(0)
 
-    def velocity(self, latent_BCTHW: Tensor, said_BCTHW: Tensor, sigma: float | Tensor) -> Tensor:
-        """The velocity that the last layer's words mean, see `DiTConfig.predicts_data`."""
-        return velocity_to(latent_BCTHW.float(), said_BCTHW, sigma) if self.config.predicts_data else said_BCTHW
+    def velocity(self, latent_BCTHW: Tensor, output_BCTHW: Tensor, sigma: float | Tensor) -> Tensor:
+        """Velocity from the output of the final layer, which predicts it or the data (`DiTConfig.predicts_data`)."""
+        return velocity_to(latent_BCTHW.float(), output_BCTHW, sigma) if self.config.predicts_data else output_BCTHW
 
     def unpatchify(self, patches_BLD: Tensor, T: int, H: int, W: int) -> Tensor:
         """Patches ``[B, L, C * patch]`` back to a latent ``[B, C, T, H, W]``, float32."""
@@ -513,7 +513,7 @@ class CausalDiT(nn.Module):
         return grid.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(grid.shape[0], -1, T, H, W)
 
     def _inject(self, x_BLD: Tensor, audio: AudioCondition, injector: int) -> Tensor:
-        """Add what each latent frame hears, in its own moment, to its tokens."""
+        """Audio cross-attention: the tokens of a latent frame attend to the audio tokens of the same frame."""
         attention = self.audio_injector.injector.at(injector)
         T = audio.scales[injector].shape[1]
         frames_BTLD = x_BLD.unflatten(1, (T, -1))

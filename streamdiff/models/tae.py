@@ -83,7 +83,7 @@ class FrameConv(Conv2d):
 
 
 class Stem(FrameConv):
-    """Softly bounds the latents to -3..3, then convolves."""
+    """Bounds the latents to -3..3 (``3 tanh(z / 3)``), then convolves."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(super().forward(3.0 * torch.tanh(input / 3.0)))

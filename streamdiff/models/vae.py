@@ -52,7 +52,7 @@ _SMALLEST_NORM = 1e-12
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderState:
-    """What a decoder remembers of one batch of streams; never written to, so keeping it keeps that moment."""
+    """Causal-convolution cache of a decoder for one batch of streams; never written to, so it is a snapshot."""
 
     num_latents: int
     """Latent frames decoded so far."""
@@ -67,7 +67,7 @@ class DecoderState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncoderState:
-    """What an encoder remembers of one batch of streams; like `DecoderState`, never written to."""
+    """Causal-convolution cache of an encoder for one batch of streams; never written to, so it is a snapshot."""
 
     num_latents: int
     """Latent frames encoded so far."""
@@ -100,7 +100,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Tape:
-    """One pass through the layers: each recalls its past and says what the next pass shall recall."""
+    """Causal-convolution cache of one pass: each layer reads its past frames and stores those for the next pass."""
 
     def __init__(self, pasts: tuple[Tensor, ...], *, first: bool) -> None:
         self.first = first
@@ -187,7 +187,7 @@ class CausalConv3d(nn.Conv3d):
         self.past_frames = kernel[0] - stride_t
 
     def stream(self, x_BCTHW: Tensor, tape: Tape) -> Tensor:
-        """Convolve x as what follows the past on the tape."""
+        """Convolve x with the cached past frames in front of it."""
         if self.past_frames == 0:
             return self(x_BCTHW)
         joined_BCTHW = torch.cat([tape.recall(), x_BCTHW], 2)
@@ -206,7 +206,7 @@ class Conv2d(nn.Conv2d):
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """Convolve by the fast way of the device.
+    """Convolution by the call that is fastest for the device and the shape.
 
     On a CPU with one thread, torch's own rule sends a float32 convolution of fewer than 20,480 rows to loops
     that are up to 20 times slower at the widths of a tiny model (78 ms against 3.9 ms: 16 channels, 4 frames
@@ -422,7 +422,7 @@ def denormalise(latents_BCTHW: Tensor, config: LatentStatistics) -> Tensor:
 
 
 class VideoDecoder(nn.Module, abc.ABC):
-    """Normalised latents in, video out, at the pace of a stream."""
+    """Base of streaming video decoders: normalised latents to frames, chunk by chunk, with an explicit state."""
 
     def __init__(self, latents: LatentStatistics) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class DecodeStage:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Capture the decoding of a chunk before the first one comes; what captures nothing is left alone."""
+        """Capture the CUDA graph of a chunk before the first one comes; without graphs there is nothing to do."""
         if not isinstance(self._decoder, ServedDecoder):
             return
         config, device = self._config, self._device
@@ -81,7 +81,7 @@ class DecodeStage:
             self._leave(to_rgb8(frames_BCTHW)[0])
 
     def _leave(self, frames_THWC: Tensor) -> Tensor:
-        """Frames brought to pinned memory, on a stream of their own; waits for them, and for no work behind them."""
+        """Copy frames to pinned memory on a stream of their own; waits for the copy, and for no work behind it."""
         if not frames_THWC.is_cuda:
             return frames_THWC
         if self._way_out is None:

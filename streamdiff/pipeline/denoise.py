@@ -26,7 +26,7 @@ from streamdiff.trace import Observer, Silent, span
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:
-    """A tensor brought to a device without waiting for it: a copy from pageable memory would wait for the work before.
+    """Copy a tensor to a device asynchronously, through pinned memory; from pageable memory it would synchronise.
 
     Pinned memory is handed out again only when the copy from it is done.
     """
@@ -37,7 +37,7 @@ def _on(device: torch.device, x: Tensor) -> Tensor:
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    """One noise level of this rank: where it starts, where it goes, what it remembers."""
+    """One denoising step of this rank: its noise level, the next one, and its KV cache."""
 
     index: int
     sigma: float
@@ -167,7 +167,7 @@ class DenoiseStage:
         )
 
     def _settle(self) -> None:
-        """A span is the work it names, not its launch: whoever watches waits for the device."""
+        """Synchronise when traced, so that a span measures the work and not its launch."""
         if self._dit.device.type == "cuda" and not isinstance(self._observer, Silent):
             torch.cuda.current_stream(self._dit.device).synchronize()
 

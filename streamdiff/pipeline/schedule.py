@@ -376,7 +376,7 @@ def check(
     queue_depth: int = QUEUE_DEPTH,
     feedback_depth: int = FEEDBACK_DEPTH,
 ) -> None:
-    """Prove that the line cannot lock up, before anything runs.
+    """Check the schedule for deadlock, before anything runs.
 
     Every rank takes a chunk, works, and gives it away, in order; a queue holds ``queue_depth`` chunks (0: a
     send waits until it is received) and the feedback edge ``feedback_depth`` latents. The order of these
@@ -399,7 +399,7 @@ def check(
 
 
 def _waits(schedule: Schedule, num_chunks: int, queue_depth: int, feedback_depth: int) -> dict[_Event, list[_Event]]:
-    """Each event with those that must come first. Unbuffered, giving and taking are one event."""
+    """Wait-for graph: each event with those that must come first. Unbuffered, giving and taking are one event."""
     refresh, source = schedule.refresh_chunk, schedule.source_chunk
     tail, last_dit = schedule.num_ranks - 1, schedule.last_dit_rank
     meets = feedback_depth == 0 and schedule.feedback_edge is not None
@@ -432,7 +432,7 @@ def _waits(schedule: Schedule, num_chunks: int, queue_depth: int, feedback_depth
 
 
 def _circle(waits: dict[_Event, list[_Event]]) -> list[_Event]:
-    """A circle in the graph, or nothing. Depth first, without recursion: streams are long."""
+    """A cycle in the wait-for graph, or nothing: depth-first search without recursion, since streams are long."""
     done: set[_Event] = set()
     for root in waits:
         path: list[_Event] = []

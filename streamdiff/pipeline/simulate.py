@@ -27,7 +27,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hop:
-    """What it takes to bring one packet over one edge."""
+    """Latency and bandwidth of one edge."""
 
     latency_s: float = 0.0
     """Everything that does not depend on size; about 1 ms over gloo on one machine."""
@@ -293,7 +293,7 @@ def render_timeline(simulation: Simulation, *, tick_s: float | None = None, num_
 
 
 class _Stretch:
-    """Factors around 1, drawn one after the other; always 1 without jitter."""
+    """Log-normal jitter factors with mean 1; always 1 without jitter."""
 
     def __init__(self, jitter: float, seed: int) -> None:
         self._random = random.Random(seed)

@@ -46,7 +46,7 @@ _CLEANUP_S = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The patience of a stream, in seconds."""
+    """Timeouts of a stream, in seconds."""
 
     deadline_s: float = 30.0
     """Longest work on one chunk. A dead or stopped rank is found in about half of it."""
@@ -86,7 +86,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A verdict: ``rank`` (None: nobody in particular) did ``what`` while at ``chunk``."""
+    """The failure that ends a stream: ``rank`` (None: nobody in particular) did ``what`` while at ``chunk``."""
 
     rank: int | None
     chunk: int
@@ -190,7 +190,7 @@ def lost_at_start(reports: Mapping[int, Report], *, silence_s: float) -> Failure
 
 
 class Watch:
-    """One rank's eye on the others. Start it before the models load, stop it last.
+    """Failure detector: one rank's heartbeats, and its view of the others'. Start it before models load, stop it last.
 
     ``activity`` says what this rank is doing; assign it when that changes hands. ``host`` is the rank in
     whose process the store lives, None when a launcher hosts it. ``picture`` draws (rank, chunk).

@@ -22,7 +22,7 @@ from streamdiff_kernels import Impl, reference
 
 
 class RowOps(Protocol):
-    """All that a step does between its linear layers and its attention."""
+    """Element-wise and row-wise ops between linear layers and attention: norm, modulation, rotary embedding."""
 
     def norm_modulate(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
         """Norm and modulation."""
@@ -39,7 +39,7 @@ class RowOps(Protocol):
         *,
         eight_bits: bool,
     ) -> tuple[Tensor, Activation]:
-        """``x + gate * y``, and that opened again; may write over ``x``."""
+        """Gated residual add ``x + gate * y``, and its norm and modulation; may write over ``x``."""
         ...
 
     def norm_rope_write(
@@ -51,7 +51,7 @@ class RowOps(Protocol):
     def rms_norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
 
     def quantised(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
-        """An activation that no other pass prepared."""
+        """Quantise an activation for an eight-bit layer; unchanged otherwise."""
         ...
 
     def gelu_fp8(self, x_BLF: Tensor) -> Activation:
@@ -60,7 +60,7 @@ class RowOps(Protocol):
 
 
 class FusedRowOps:
-    """Our kernels: one pass over memory each."""
+    """Row ops by our fused kernels: one pass over memory each."""
 
     def __init__(self, impl: Impl) -> None:
         self._impl = impl
@@ -120,7 +120,7 @@ class FusedRowOps:
 
 
 class TracedRowOps:
-    """The same in torch that a compiler can see through, so that it does the fusing."""
+    """Row ops in plain torch, for ``torch.compile`` to fuse."""
 
     def norm_modulate(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
         if eight_bits:
@@ -176,7 +176,7 @@ class TracedRowOps:
 
 @dataclass(slots=True, eq=False)
 class CrossAttention:
-    """A cross-attention whose keys and values are given."""
+    """Cross-attention with precomputed keys and values."""
 
     q: AnyLinear
     norm_D: Tensor
@@ -219,7 +219,7 @@ class LayerModulation:
 
 @dataclass(slots=True, eq=False)
 class LayerHistory:
-    """One layer's history, and where in it this chunk goes and how far it sees."""
+    """One layer's KV cache: the buffers, the slot this chunk is written to, and the length attended to."""
 
     keys_BMNK: Tensor
     values_BMNK: Tensor

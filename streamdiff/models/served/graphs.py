@@ -1,4 +1,4 @@
-"""Work on a GPU recorded once and done again without its Python: CUDA graphs.
+"""CUDA graphs: GPU work captured once and replayed without its Python.
 
 A graph is a recording of addresses. What it reads must lie where it lay, what it computes appears where it did; a value
 that Python had in hand, such as a length, is frozen in it.
@@ -18,10 +18,10 @@ _capturing = threading.Lock()
 
 
 class Graphs(Protocol):
-    """Records what a function does to tensors of fixed address."""
+    """Captures what a function does to tensors of fixed address, for replay."""
 
     def capture(self, function: Callable[[], _T]) -> tuple[_T, Callable[[], None]]:
-        """The function's result, and a call that computes it anew, in place."""
+        """Capture: the function's result, and a call that replays it in place."""
         ...
 
 

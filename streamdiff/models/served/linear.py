@@ -34,6 +34,7 @@ Activation = Tensor | FP8Tensor
 
 
 def by_frame(x_BL: Tensor, num_frames: int) -> Tensor:
+    """Latent frames moved into the batch axis."""
     return x_BL.unflatten(1, (num_frames, -1)).flatten(0, 1)
 
 
@@ -79,7 +80,7 @@ AnyLinear = DenseLinear | FP8Linear
 
 
 class DequantisedLinear(nn.Linear):
-    """A linear layer of the DiT whose weight now lies in eight bits, widened anew at every call.
+    """A linear layer of the DiT with an FP8 weight, dequantised at every call.
 
     The sink is prefilled through it, once per reference; a chunk never is.
     """

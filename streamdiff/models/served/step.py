@@ -65,7 +65,7 @@ from streamdiff.rope import Rotation
 
 
 class _Inputs:
-    """What captured steps read: buffers of fixed address, shared by the steps and graphs of a rank.
+    """Static input buffers of captured graphs, shared by the steps of a rank.
 
     What lives here already, or was loaded by the step before, is not copied again: callers hand over new objects, not
     old ones with new contents.
@@ -256,7 +256,7 @@ class ServedWeights:
 
 
 class ServedStep:
-    """One noise level of one stream, ready to be served.
+    """One denoising step (one noise level) of one stream, for inference.
 
     Call it with a chunk whose slot was admitted to the memory and whose sink was turned; it writes the chunk's keys and
     values and returns the velocity, float32. Steps that share weights take turns, on one stream of the device.
@@ -366,13 +366,13 @@ class ServedStep:
         scale, shift = self._head_scale_1D, self._head_shift_1D
         _, h = ops.residual_norm_modulate(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False)
         assert isinstance(h, Tensor)
-        said_BCTHW = weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
-        return weights.dit.velocity(latent_BCTHW, said_BCTHW, self._sigma)
+        output_BCTHW = weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
+        return weights.dit.velocity(latent_BCTHW, output_BCTHW, self._sigma)
 
     def _hear(
         self, x_BLD: Tensor, y_BLD: Tensor, gate_1D: Tensor, query: CrossAttention, audio: AudioCondition, injector: int
     ) -> tuple[Tensor, Tensor]:
-        """Add the last branch to ``x``, and open the one in which every latent frame hears its own moment."""
+        """Audio cross-attention: add the last branch to ``x``, then each latent frame attends to its audio tokens."""
         scale_BTD, shift_BTD = audio.scales[injector][:, :, 0], audio.shifts[injector][:, :, 0]
         T = scale_BTD.shape[1]
         gate_TD = gate_1D.expand(T, -1)
