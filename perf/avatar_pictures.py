@@ -20,11 +20,11 @@ from PIL import Image, ImageDraw
 from streamdiff import demo
 from streamdiff.avatar.bundle import IdentityBundle
 from streamdiff.avatar.engine import AvatarEngine
+from streamdiff.avatar.film import Sheet
 from streamdiff.avatar.identity import create_bundle
 from streamdiff.avatar.kinematics import arkit64
 from streamdiff.avatar.render import WarpRenderer
 from streamdiff.avatar.stream import AvatarStream
-from streamdiff.cli.avatar import Sheet
 from streamdiff.media import read_audio
 from streamdiff.voice import RATE_HZ, HibariVoice
 

@@ -105,12 +105,27 @@ def schedule_for(job: Job, num_ranks: int) -> Schedule:
     )
 
 
-def check(job: Job, schedule: Schedule) -> int:
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A job in which nothing wrong was found, and what it will be made with."""
+
+    job: Job
+    engine: Engine
+    schedule: Schedule
+    num_frames: int
+
+
+def prepare(job: Job, num_ranks: int = 1) -> Prepared:
+    """Check the job on every rank alike, before anything is loaded; raises what `check` raises."""
+    engine, schedule = engine_for(job), schedule_for(job, num_ranks)
+    return Prepared(job, engine, schedule, check(job, schedule, engine))
+
+
+def check(job: Job, schedule: Schedule, engine: Engine) -> int:
     """Find what is wrong with the job before anything is loaded; the number of video frames it will make.
 
     Looks at every rank's part, so that each rank finds the same fault and none is left waiting for another.
     """
-    engine = engine_for(job)
     _check_files(job)
     duration_s = audio_duration_s(job.audio)
     next(read_audio(job.audio))
@@ -161,7 +176,7 @@ def _files_of(engine: Engine) -> list[Path]:
 
 
 def generate(
-    job: Job,
+    job: Job | Prepared,
     world: World | None = None,
     *,
     progress: Progress | None = None,
@@ -173,10 +188,9 @@ def generate(
     far is whole in either case.
     """
     num_ranks = 1 if world is None else world.size
-    schedule = schedule_for(job, num_ranks)
+    prepared = job if isinstance(job, Prepared) else prepare(job, num_ranks)
+    job, engine, schedule, num_frames = prepared.job, prepared.engine, prepared.schedule, prepared.num_frames
     role = schedule.roles[0 if world is None else world.rank]
-    num_frames = check(job, schedule)
-    engine = engine_for(job)
     if world is None or num_ranks == 1:
         stage = engine.stage(role, seed=job.seed, observer=observer)
         source = _source(job, engine, num_frames)

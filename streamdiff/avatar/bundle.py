@@ -25,7 +25,8 @@ from streamdiff.avatar.kinematics import ARKIT_NAMES, arkit64
 from streamdiff.avatar.mouth import NUM_SHAPES, LowerFaceDecoder, MouthLook
 from streamdiff.avatar.style import MAX_STYLE, STYLE_NAMES
 from streamdiff.errors import CheckpointError
-from streamdiff.tensorfile import Facts, TensorFile, Wanted, like, parse_json
+from streamdiff.facts import Facts, parse_json
+from streamdiff.tensorfile import TensorFile, Wanted, like
 
 FORMAT = "streamdiff.identity"
 ENGINE_SUFFIX = ".engine"
@@ -33,6 +34,7 @@ ENGINE_SUFFIX = ".engine"
 VERSION = 1
 GRID = 128
 """Cells along a side of the flow grid."""
+BUNDLE_SUFFIX = ".avatar"
 SIZES = (256, 512)
 """Sides of a frame, in pixels."""
 Slit: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]

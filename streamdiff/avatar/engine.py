@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 from streamdiff.avatar.cues import Cues
+from streamdiff.avatar.identity import open_bundle
 from streamdiff.avatar.kinematics import FPS
 from streamdiff.avatar.motion import MotionStream
 from streamdiff.avatar.stream import AvatarStream, Renderer
 from streamdiff.avatar.window import MotionModel, load_motion
 from streamdiff.session import Opening
-from streamdiff.voice import RATE_HZ, Synthesizer
+from streamdiff.voice import RATE_HZ, Synthesizer, open_voice
 
 
 class AvatarEngine:
@@ -22,8 +24,9 @@ class AvatarEngine:
         voice: see `open_voice`; None: sound from outside only.
         motion: see `load_motion`; None: the packaged model.
         style: how this person moves, by name.
+        name: of this person.
 
-        engine = AvatarEngine(WarpRenderer(bundle), voice=open_voice())
+        engine = AvatarEngine.load("face.jpg")
         async with engine.open() as session:
             session.say("Hello there!")
             async for shown in session:
@@ -40,11 +43,45 @@ class AvatarEngine:
         voice: Synthesizer | None = None,
         motion: MotionModel | None = None,
         style: Mapping[str, float] | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self._renderer, self._voice, self._style = renderer, voice, dict(style or {})
         self._motion = motion or load_motion()
         self._numbers = itertools.count()
         self._warm_up()
+
+    @classmethod
+    def load(
+        cls,
+        person: str | Path | None = None,
+        *,
+        size: int = 256,
+        voice: str | Synthesizer | None = "heart",
+        motion: str | Path | None = None,
+        style: Mapping[str, float] | None = None,
+    ) -> AvatarEngine:
+        """The engine of a photo or a bundle: slow, once; opening sessions afterwards is cheap.
+
+        Args:
+            person: a photo, or a bundle of ``streamdiff avatar``; None: the photo of the demo.
+            size: pixels along a side, for a photo: 256 or 512.
+            voice: a voice, or its name (see `open_voice`); None: sound from outside only.
+            motion: weights of the motion model; None: those of the package.
+            style: how this person moves, beyond what the bundle says.
+
+        Raises InputError for what is no photo of a face or no bundle.
+        """
+        from streamdiff.avatar.render import WarpRenderer  # a caller with a renderer of its own needs none of this
+
+        bundle = open_bundle(person, size=size)
+        return cls(
+            WarpRenderer(bundle),
+            voice=open_voice(voice) if isinstance(voice, str) else voice,
+            motion=load_motion(motion),
+            style={**bundle.style, **(style or {})},
+            name=bundle.name,
+        )
 
     @property
     def size(self) -> tuple[int, int]:

@@ -19,8 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from streamdiff import demo
 from streamdiff.arrays import Floats
-from streamdiff.avatar.bundle import MOUTH, SIZES, SLITS, IdentityBundle, Placement, geometry_fault, refuse_engine
+from streamdiff.avatar.bundle import (
+    BUNDLE_SUFFIX,
+    MOUTH,
+    SIZES,
+    SLITS,
+    IdentityBundle,
+    Placement,
+    geometry_fault,
+    refuse_engine,
+)
 from streamdiff.avatar.fields import BLINKS, LASHES, NUM_MESH, fill_smoothly, pose_fields, spread
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
@@ -75,6 +85,12 @@ def find_face(picture_HW3: NDArray[np.uint8], landmarker: Landmarker, *, source:
             f"use a photo where it is at least {_MIN_FACE_PX}"
         )
     return faces[0]
+
+
+def open_bundle(person: str | Path | None = None, *, size: int = 256) -> IdentityBundle:
+    """The bundle of a bundle file or of a photo; None: of the photo of the demo. Raises InputError."""
+    path = demo.demo_image() if person is None else Path(person)
+    return IdentityBundle.load(path) if path.suffix == BUNDLE_SUFFIX else create_bundle(path, size)
 
 
 def create_bundle(

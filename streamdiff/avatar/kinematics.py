@@ -37,7 +37,7 @@ import numpy as np
 
 from streamdiff.arrays import Floats
 from streamdiff.errors import ConfigError, InputError
-from streamdiff.tensorfile import Facts, parse_json, printable
+from streamdiff.facts import Facts, parse_json, printable
 
 FPS = 25
 """Frames of motion, and of picture, in a second of an avatar."""

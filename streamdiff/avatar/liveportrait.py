@@ -27,7 +27,8 @@ from streamdiff.avatar.kinematics import KinematicSpec, lp70
 from streamdiff.avatar.liveportrait_networks import NETWORKS, NUM_BINS, NUM_POINTS
 from streamdiff.avatar.render import as_motion
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.tensorfile import FLOATS, like, listed, load_pickled, misfits, plain_fault, printable
+from streamdiff.facts import printable
+from streamdiff.tensorfile import FLOATS, like, listed, load_pickled, misfits, plain_fault
 
 FILES = {
     "appearance": "appearance_feature_extractor.pth",

@@ -27,7 +27,8 @@ from streamdiff.avatar import kinematics
 from streamdiff.avatar.cues import NUM_CUES, PHONES
 from streamdiff.avatar.style import STYLE_NAMES
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.tensorfile import Facts, TensorFile, like, parse_json, printable
+from streamdiff.facts import Facts, parse_json, printable
+from streamdiff.tensorfile import TensorFile, like
 
 _SPECS = {"arkit64": kinematics.arkit64, "full256": kinematics.full256}
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from streamdiff.cli.machine import handle_signals
 from streamdiff.errors import BackendError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(f"serving needs {error.name}; pip install 'streamdiff[serve]'") from None
     import torch
 
+    handle_signals()
     _check(args)
     if args.mint is not None:
         from streamdiff.serve.tokens import mint
@@ -218,10 +220,8 @@ def _named(paths: Sequence[Path] | None) -> dict[str, Path | None]:
 
 def _engine(path: Path | None, size: int, voice: Synthesizer) -> AvatarEngine:
     from streamdiff.avatar.engine import AvatarEngine
-    from streamdiff.cli.avatar import open_person
 
-    person = open_person(path, size=size)
-    return AvatarEngine(person.renderer, voice=voice, style=person.style)
+    return AvatarEngine.load(path, size=size, voice=voice)
 
 
 def _capacity(asked: int | None, engine: AvatarEngine) -> tuple[int, str]:

@@ -10,8 +10,8 @@ import argparse
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from streamdiff.cli.machine import handle_signals
 from streamdiff.errors import ConfigError
 
 
@@ -61,31 +61,32 @@ AVATAR: Mapping[str, Recipe] = {
 RECIPES: Mapping[str, Recipe] = {**VIDEO, **AVATAR}
 
 
-def register(commands: Any) -> None:
-    """Add ``train`` to the sub-commands of a parser (what ``add_subparsers`` returned)."""
-    video, avatar = (_listed(recipes) for recipes in (VIDEO, AVATAR))
-    train = commands.add_parser(
-        "train",
-        help="train the models, recipe by recipe",
-        description=f"The video model, in this order:\n{video}\n\nAvatars, each by itself:\n{avatar}\n\n"
-        "`streamdiff train RECIPE --help` says more.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
-    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe")
-    train.set_defaults(run=run_train)
+FORMATTER = argparse.RawDescriptionHelpFormatter
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``streamdiff train``: those of a recipe are read by the recipe."""
+    parser.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe")
 
 
 def _listed(recipes: Mapping[str, Recipe]) -> str:
     return "\n".join(f"  {name:<20}{recipe.help}" for name, recipe in recipes.items())
 
 
-def run_train(args: argparse.Namespace) -> int:
+DESCRIPTION = (
+    f"The video model, in this order:\n{_listed(VIDEO)}\n\nAvatars, each by itself:\n{_listed(AVATAR)}\n\n"
+    "`streamdiff train RECIPE --help` says more."
+)
+
+
+def run(args: argparse.Namespace) -> int:
     """``streamdiff train``. Raises ConfigError for a recipe that does not exist."""
     if args.recipe not in RECIPES:
         raise ConfigError(f"there is no recipe {args.recipe!r}; choose from {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe]
     add_arguments, run = recipe.load()
+    handle_signals()
     parser = argparse.ArgumentParser(
         prog=f"streamdiff train {args.recipe}", description=recipe.help[0].upper() + recipe.help[1:] + "."
     )

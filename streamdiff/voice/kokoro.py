@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from streamdiff.arrays import Floats
 from streamdiff.errors import CheckpointError, ConfigError, InputError
-from streamdiff.tensorfile import listed, printable, read_bytes, read_npz
+from streamdiff.facts import printable
+from streamdiff.tensorfile import listed, read_bytes, read_npz
 from streamdiff.voice.onnx import onnx_session, onnx_with_outputs, read_model, run_within
 from streamdiff.voice.phonemes import Reader, timed_phonemes
 from streamdiff.voice.speaker import Speaker, without_lead

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import io
 from collections.abc import Callable
@@ -12,16 +11,15 @@ from typing import Any
 import pytest
 
 from streamdiff.avatar.bundle import IdentityBundle
-from streamdiff.avatar.identity import create_bundle
-from streamdiff.cli import avatar as commands
+from streamdiff.avatar.identity import create_bundle, open_bundle
+from streamdiff.cli.main import parser
 from streamdiff.errors import CheckpointError
 
 
 def _command(*argv: str) -> Callable[[Path], Any]:
     def run(path: Path) -> Any:
-        parser = argparse.ArgumentParser()
-        commands.register(parser.add_subparsers(required=True))
-        args = parser.parse_args([word.format(path) for word in argv])
+        words = [word.format(path) for word in argv]
+        args = parser(words).parse_args(words)
         return args.run(args)
 
     return run
@@ -32,7 +30,7 @@ def _command(*argv: str) -> Callable[[Path], Any]:
     [
         pytest.param(IdentityBundle.load, id="load"),
         pytest.param(create_bundle, id="create_bundle"),
-        pytest.param(commands.open_person, id="open_person"),
+        pytest.param(open_bundle, id="open_bundle"),
         pytest.param(_command("avatar", "inspect", "{}"), id="inspect"),
         pytest.param(_command("avatar", "create", "--photo", "{}"), id="create"),
         pytest.param(_command("talk", "Hello.", "--avatar", "{}"), id="talk"),

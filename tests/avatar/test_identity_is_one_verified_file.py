@@ -83,8 +83,8 @@ def test_a_name_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.Captu
     path = tmp_path / "a.avatar"
     commands._save(bundle, path)
     parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers(required=True))
-    args = parser.parse_args(["avatar", "inspect", str(path)])
+    commands.add_arguments(parser)
+    args = parser.parse_args(["inspect", str(path)])
     assert args.run(args) == 0
     shown = capsys.readouterr().out
     assert "owned" in shown

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from streamdiff.cli import avatar as commands
+from streamdiff.cli.main import parser
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.voice import Phoneme, timbre
 from streamdiff.voice.encoder import GE2EEncoder, mel_spectra
@@ -98,11 +97,9 @@ def test_a_recording_becomes_a_voice_that_the_command_line_can_name(
     np.savez(tmp_path / "voices.npz", **voices)
     monkeypatch.setattr(timbre, "KokoroVoice", NamedTone)
     monkeypatch.setattr("streamdiff.voice.encoder.GE2EEncoder", lambda _: Level())
-    monkeypatch.setattr(commands, "read_audio", lambda *_: iter([torch.full((24_000,), 0.7)]))
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers(required=True))
+    monkeypatch.setattr("streamdiff.media.read_audio", lambda *_: iter([torch.full((24_000,), 0.7)]))
     line = f"avatar voice --recording me.wav --model k.onnx --voices {tmp_path}/voices.npz --encoder e.pt --base c"
-    args = parser.parse_args([*line.split(), "--out", str(tmp_path / "me.npz")])
+    args = parser(line.split()).parse_args([*line.split(), "--out", str(tmp_path / "me.npz")])
     assert args.run(args) == 0
     said = capsys.readouterr().out
     assert f"kokoro:k.onnx:{tmp_path}/me.npz" in said
@@ -112,7 +109,7 @@ def test_a_recording_becomes_a_voice_that_the_command_line_can_name(
     assert styles_P256[:, :128] == pytest.approx(0.7, abs=0.01)
     assert (styles_P256[:, 128:] == 1.0).all()
     for wrong in (["--rounds", "0"], ["--out", str(tmp_path / "me.bin")]):
-        args = parser.parse_args([*line.split(), "--out", str(tmp_path / "me.npz"), *wrong])
+        args = parser(line.split()).parse_args([*line.split(), "--out", str(tmp_path / "me.npz"), *wrong])
         with pytest.raises(ConfigError):
             args.run(args)
 

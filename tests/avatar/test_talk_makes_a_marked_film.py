@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import doctest
 import io
 import json
@@ -17,9 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
+from streamdiff.avatar import film
+from streamdiff.avatar.engine import AvatarEngine
 from streamdiff.avatar.kinematics import arkit64, read_json_lines
 from streamdiff.avatar.window import save_motion
-from streamdiff.cli import avatar as commands
+from streamdiff.cli import talk
+from streamdiff.cli.main import parser
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.media import SYNTHETIC_MARK
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
@@ -38,16 +40,18 @@ class LargeBars(Bars):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    bars = commands.Person(LargeBars(), "bars", {"smile": 0.5})
-    monkeypatch.setattr(commands, "open_person", lambda *_, **__: bars)
-    monkeypatch.setattr(commands, "open_voice", lambda _: Tones())
+    def load(_person: Path | None, *, voice: str | None, style: dict[str, float], **_: object) -> AvatarEngine:
+        voiced = Tones() if voice is not None else None
+        return AvatarEngine(LargeBars(), voice=voiced, motion=tiny_motion(), style={"smile": 0.5, **style}, name="bars")
+
+    monkeypatch.setattr(AvatarEngine, "load", load)
+    monkeypatch.setattr(talk, "handle_signals", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     save_motion(tiny_motion(), tmp_path / "motion.safetensors")
 
     def call(argv: Sequence[str]) -> int:
-        parser = argparse.ArgumentParser()
-        commands.register(parser.add_subparsers(required=True))
-        args = parser.parse_args(["talk", "--motion", str(tmp_path / "motion.safetensors"), *argv])
+        words = ["talk", "--motion", str(tmp_path / "motion.safetensors"), *argv]
+        args = parser(words).parse_args(words)
         return args.run(args)
 
     return call
@@ -73,7 +77,7 @@ def film_of(path: Path) -> tuple[int, float, dict[str, str], np.ndarray]:
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(commands).failed == 0
+    assert doctest.testmod(talk).failed == 0
 
 
 def test_a_text_becomes_a_film_and_a_sheet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,27 +195,29 @@ class SavedBundle:
         return path
 
 
-def test_a_clip_is_fitted_by_whoever_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_clip_is_fitted_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[object, ...]] = []
 
     def fit(video: str | Path, *, size: int, minutes: float, device: str) -> tuple[SavedBundle, str]:
         asked.append((video, size, minutes, device))
         return SavedBundle(), "fitted well"
 
-    parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers(), fit=fit)  # type: ignore[arg-type]
-    args = parser.parse_args(["avatar", "fit", "--video", str(tmp_path / "clip.mp4"), "--minutes", "2"])
+    monkeypatch.setattr("streamdiff.training.avatar.fit.fit_bundle", fit)
+    words = ["avatar", "fit", "--video", str(tmp_path / "clip.mp4"), "--minutes", "2"]
+    args = parser(words).parse_args(words)
     assert args.run(args) == 0
     assert asked == [(tmp_path / "clip.mp4", 256, 2.0, "cpu")]
     assert (tmp_path / "clip.avatar").is_file()
     assert "fitted well" in capsys.readouterr().out
-    args = parser.parse_args(["avatar", "fit", "--video", "clip.mp4", "--out", "/nowhere/a.avatar"])
+    args = parser(words).parse_args(["avatar", "fit", "--video", "clip.mp4", "--out", "/nowhere/a.avatar"])
     with pytest.raises(InputError, match="cannot write"):
         args.run(args)
 
 
 def test_a_sheet_is_spread_over_the_whole_film() -> None:
-    sheet = commands.Sheet(6)
+    sheet = film.Sheet(6)
     for value in range(1000):
         sheet.add(torch.full((1, 1, 3), value % 256, dtype=torch.uint8))
         assert len(sheet._kept) <= 13

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streamdiff import presets, rng
-from streamdiff.cli.train import run_train
+from streamdiff.cli.train import run as run_train
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.dit import CausalDiT

@@ -1,0 +1,188 @@
+"""``streamdiff talk``: a photo says a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+
+from streamdiff.avatar.style import STYLE_NAMES, style_vector
+from streamdiff.cli.avatar import check_suffix
+from streamdiff.cli.machine import handle_signals
+from streamdiff.errors import ConfigError, InputError
+from streamdiff.facts import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streamdiff.avatar.kinematics import KinematicSpec
+    from streamdiff.avatar.stream import AvatarStream
+    from streamdiff.media import VideoWriter
+    from streamdiff.stream import Segment, Shown
+
+DESCRIPTION = "Make a video of a face that says a text, or a sound file. Needs no GPU."
+_TEXT = "Hello! A moment ago I was only a photograph. Every movement that you see was made on this machine."
+_SHEET_FRAMES, _SHEET_COLUMNS = 24, 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``streamdiff talk``."""
+    add = parser.add_argument
+    add("text", nargs="?", metavar="TEXT", help="what to say; '-' reads it from standard input while it is written")
+    add("--audio", type=Path, metavar="FILE", help="speak with this sound instead of a text")
+    add(
+        "--avatar",
+        type=Path,
+        metavar="FILE",
+        help="a photo, or a bundle of `streamdiff avatar` (default: the demo's)",
+    )
+    add("--voice", default="heart", help="heart[:pitch=0.8,tract=0.9,speed=1.1] or kokoro:MODEL:VOICES[:NAME]")
+    add("--out", type=Path, default=Path("talk.mp4"), help="the MP4 to write (default: %(default)s)")
+    add("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
+    add("--seed", type=int, default=0, help="of the motion (default: %(default)s)")
+    add(
+        "--style",
+        default="",
+        metavar="NAME=X,...",
+        help=f"how it moves, 0 is ordinary (default: as the bundle says): {', '.join(STYLE_NAMES)}",
+    )
+    add("--mark", action="store_true", help="write 'synthetic' into the corner of every frame")
+    add("--rig", type=Path, metavar="FILE", help="also write the coefficients, JSON lines with ARKit names")
+    add("--osc", metavar="HOST:PORT", help="also send the coefficients by OSC over UDP, in real time")
+    add("--motion", type=Path, metavar="FILE", help="weights of the motion model (default: those of the package)")
+    add("--no-sheet", action="store_true", help="write no contact sheet (a PNG beside the video)")
+    add("--threads", type=int, default=1, help="threads of each stage (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``streamdiff talk``."""
+    if args.text is not None and args.audio is not None:
+        raise ConfigError("give a text or --audio, not both")
+    if args.threads < 1:
+        raise ConfigError(f"--threads must be at least 1, got {args.threads}")
+    check_suffix(args.out, ".mp4")
+    style, host = style_from(args.style), _host(args.osc)
+    import torch
+
+    from streamdiff.avatar.engine import AvatarEngine
+    from streamdiff.avatar.film import in_seconds
+    from streamdiff.avatar.kinematics import FPS
+    from streamdiff.media import VideoWriter, read_audio
+    from streamdiff.voice import RATE_HZ
+
+    handle_signals()
+    torch.set_num_threads(args.threads)
+    # Opened first: what is wrong with a sound file is said before anything is made.
+    sound = None if args.audio is None else in_seconds(read_audio(args.audio, RATE_HZ))
+    engine = AvatarEngine.load(
+        args.avatar, size=args.size, voice=args.voice if sound is None else None, motion=args.motion, style=style
+    )
+    size, began_s = engine.size[0], time.monotonic()
+    with ExitStack() as stack:
+        stream = stack.enter_context(engine.stream(seed=args.seed, stream=0, realtime=host is not None))
+        tags = {"title": "streamdiff talk", "artist": printable(engine.name)}
+        writer = stack.enter_context(
+            VideoWriter(args.out, width=size, height=size, fps=FPS, rate_hz=RATE_HZ, metadata=tags)
+        )
+        text = sys.stdin if args.text == "-" else _TEXT if args.text is None else args.text
+        said = _film(args, stream, writer, text, sound, host, stack)
+    took_s = time.monotonic() - began_s
+    print(
+        f"{args.out}: {writer.num_frames} frames, {writer.duration_s:.2f} s at {size}x{size}, "
+        f"{writer.num_frames / took_s:.0f} frames/s; {_latency(said)}"
+    )
+    return 0
+
+
+def _film(
+    args: argparse.Namespace,
+    stream: AvatarStream,
+    writer: VideoWriter,
+    text: str | TextIO,
+    sound: Iterator[Tensor] | None,
+    host: tuple[str, int] | None,
+    stack: ExitStack,
+) -> Segment | None:
+    """Show all that is said to the film, the rig's file, the wire and the contact sheet; what was said."""
+    import torch
+
+    from streamdiff.avatar.film import Film, Sheet, spoken
+    from streamdiff.avatar.kinematics import frame_to_osc, json_lines
+    from streamdiff.media import contact_sheet
+
+    spec = stream.spec
+    rig = None if args.rig is None else stack.enter_context(_open_text(args.rig))
+    wire = None if host is None else stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sheet, film = Sheet(_SHEET_FRAMES), Film(writer, stream.size[0] if args.mark else None)
+    said: Segment | None = None
+    if rig is not None:
+        rig.writelines(line + "\n" for line in json_lines(np.zeros((0, spec.num_coefs), np.float32), spec))
+    for frame, segment in spoken(stream, text, sound):
+        said = segment or said
+        film.add(frame)
+        assert frame.motion_AE is not None
+        if rig is not None:
+            rig.write(_rig_line(frame, spec) + "\n")
+        if wire is not None and host is not None:
+            wire.sendto(frame_to_osc(frame.motion_AE[0], spec), host)
+        if not frame.is_silence:
+            sheet.add(torch.from_numpy(frame.frames_THWC[0]))
+    film.finish()
+    if not args.no_sheet and len(sheet):
+        path = args.out.with_suffix(".png")
+        contact_sheet(sheet.frames_THWC(), path, columns=_SHEET_COLUMNS)
+        print(f"{path}: contact sheet")
+    return said
+
+
+def style_from(text: str) -> dict[str, float]:
+    """``smile=1,head_y=-0.5`` as a dictionary.
+
+    >>> style_from("smile=1, nod=-0.5")
+    {'smile': 1.0, 'nod': -0.5}
+    """
+    style: dict[str, float] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = pair.partition("=")
+        try:
+            style[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"--style looks like smile=1,head_y=-0.5, got {pair!r}") from None
+    style_vector(style)
+    return style
+
+
+def _rig_line(frame: Shown, spec: KinematicSpec) -> str:
+    assert frame.motion_AE is not None
+    coefs = {name: round(value, 6) for name, value in spec.named(frame.motion_AE[0]).items()}
+    return json.dumps({"frame": frame.index, "time_s": round(float(frame.pts), 6), "coefs": coefs})
+
+
+def _latency(segment: Segment | None) -> str:
+    if segment is None or segment.voice_ms is None or segment.video_ms is None:
+        return "nothing was said"
+    return f"first sound after {segment.voice_ms:.0f} ms, first speaking frame after {segment.video_ms:.0f} ms"
+
+
+def _host(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    name, _, port = text.rpartition(":")
+    if not name or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--osc looks like 127.0.0.1:9000, got {text!r}")
+    return name, int(port)
+
+
+def _open_text(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
