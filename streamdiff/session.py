@@ -284,6 +284,7 @@ class _Reader:
             self._thread = threading.Thread(target=self._run, name="session-reader", daemon=True)
             self._thread.start()
         future: asyncio.Future[Shown | None] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_seen)
         self._requests.put(future)
         return future
 
@@ -309,6 +310,12 @@ class _Reader:
             except TimeoutError:
                 if self._stopped:
                     raise SessionClosed("the session was closed") from None
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """An error that nobody waits for any more is told by the next call, not by the loop's log."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:

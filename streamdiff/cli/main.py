@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from streamdiff import __version__
 from streamdiff.cli.machine import leave, leave_signals_alone, say, set_environment
 from streamdiff.errors import StreamdiffError
+from streamdiff.facts import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except StreamdiffError as error:
-        say(f"error: {error}")
-        for note in getattr(error, "__notes__", []):
-            say(note)
+        for line in "\n".join([f"error: {error}", *getattr(error, "__notes__", [])]).splitlines():
+            say(printable(line, 4000))  # names of files and ranks' words come from strangers
         if args.verbose:
             logging.getLogger(__name__).exception("the error in full")
         return leave(error.exit_code)
