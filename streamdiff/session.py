@@ -246,12 +246,7 @@ class Opening(Awaitable[Session]):
         return self._open().__await__()
 
     async def _open(self) -> Session:
-        making = _in_thread(self._make, "open")
-        try:
-            return Session(await asyncio.shield(making))
-        except asyncio.CancelledError:
-            making.add_done_callback(_close_unwanted)
-            raise
+        return Session(await _in_thread(self._make, "open", unwanted=lambda stream: stream.close()))
 
     async def __aenter__(self) -> Session:
         self._session = await self._open()
@@ -262,11 +257,6 @@ class Opening(Awaitable[Session]):
     ) -> None:
         if self._session is not None:
             await self._session.aclose()
-
-
-def _close_unwanted(making: asyncio.Future[Stream]) -> None:
-    if not making.cancelled() and making.exception() is None:
-        threading.Thread(target=making.result().close, name="session-close", daemon=True).start()
 
 
 class _Reader:
@@ -318,22 +308,29 @@ def _seen(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Do something slow in a thread of its own: the loop's few executor threads belong to the application."""
+def _in_thread(work: Callable[[], T], name: str, unwanted: Callable[[T], None] | None = None) -> asyncio.Future[T]:
+    """Do something slow in a thread of its own: the loop's few executor threads belong to the application.
+
+    ``unwanted`` is called, in a thread, with a result that nobody waits for any more: the wait was cancelled, or the
+    loop has ended.
+    """
     future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
     def run() -> None:
         try:
-            _settle(future, work(), None)
+            value = work()
         except BaseException as error:  # noqa: BLE001  raised where it is awaited
             _settle(future, None, error)
+            return
+        if not _settle(future, value, None) and unwanted is not None:
+            unwanted(value)
 
     threading.Thread(target=run, name=f"session-{name}", daemon=True).start()
     return future
 
 
-def _settle(future: asyncio.Future[Any], value: object, error: BaseException | None) -> None:
-    """Give a future its result from another thread; nobody cares when its loop is gone."""
+def _settle(future: asyncio.Future[Any], value: object, error: BaseException | None) -> bool:
+    """Give a future its result from another thread; False when it is too late: cancelled, or its loop is gone."""
 
     def settle() -> None:
         if future.done():
@@ -343,5 +340,10 @@ def _settle(future: asyncio.Future[Any], value: object, error: BaseException | N
         else:
             future.set_exception(error)
 
-    with contextlib.suppress(RuntimeError):  # the loop is closed
+    if future.cancelled():
+        return False
+    try:
         future.get_loop().call_soon_threadsafe(settle)
+    except RuntimeError:  # the loop is closed
+        return False
+    return True

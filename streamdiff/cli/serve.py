@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from streamdiff.avatar.engine import AvatarEngine
     from streamdiff.conversation.mind import Mind
+    from streamdiff.conversation.mouth import Mouth
     from streamdiff.serve.calls import TalkFactory
     from streamdiff.serve.gate import Gate
     from streamdiff.voice import Synthesizer
@@ -113,14 +114,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, gate: Gate) -> None:
+    from streamdiff.conversation.mouth import open_mouth
     from streamdiff.serve.calls import Calls
     from streamdiff.serve.cast import Cast
     from streamdiff.serve.leases import Leases, Terms
     from streamdiff.serve.server import House, application, serve
-    from streamdiff.voice import open_voice
 
-    talk, answers = _talk(args)
-    voice = open_voice(args.voice)
+    voice = open_mouth(args.voice)
+    talk, answers = _talk(args, voice)
     engines = {name: _engine(path, args.size, voice) for name, path in _named(args.avatar).items()}
     capacity, why = _capacity(args.capacity, next(iter(engines.values())))
     terms = Terms(
@@ -183,7 +184,7 @@ def _key(file: Path | None) -> bytes:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _talk(args: argparse.Namespace) -> tuple[TalkFactory | None, str]:
+def _talk(args: argparse.Namespace, mouth: Mouth) -> tuple[TalkFactory | None, str]:
     """Who answers, and what to say about it."""
     from streamdiff.conversation.ear import SpeechEar, open_ear
     from streamdiff.conversation.mind import open_mind
@@ -205,7 +206,8 @@ def _talk(args: argparse.Namespace) -> tuple[TalkFactory | None, str]:
             hears = f"hears with {args.ear}"
         except (BackendError, InputError) as error:
             logging.getLogger("streamdiff.serve").warning("nobody will be heard: %s", error)
-    return talking(mind, args.mind, ear=ear, instructions=args.instructions), f"{hears}, answers from {args.mind}"
+    talk = talking(mind, args.mind, ear=ear, mouth=mouth, instructions=args.instructions)
+    return talk, f"{hears}, answers from {args.mind}"
 
 
 def _named(paths: Sequence[Path] | None) -> dict[str, Path | None]:

@@ -19,6 +19,7 @@ from streamdiff.conversation.ear import Ear, ScriptedEar, SpeechEar
 from streamdiff.conversation.events import ConversationEvent
 from streamdiff.conversation.loop import Conversation, Manners
 from streamdiff.conversation.mind import Mind
+from streamdiff.conversation.mouth import Mouth
 from streamdiff.conversation.turn import Phase
 from streamdiff.errors import StreamdiffError
 from streamdiff.serve.calls import Call, TalkFactory
@@ -35,16 +36,22 @@ _MANNERS = Manners(silence_s=None)
 
 
 def talking(
-    mind: Callable[[], Mind], name: str, *, ear: SpeechEar | None = None, instructions: str = ""
+    mind: Callable[[], Mind],
+    name: str,
+    *,
+    ear: SpeechEar | None = None,
+    mouth: Mouth | None = None,
+    instructions: str = "",
 ) -> TalkFactory:
     """Talk with this mind in every call.
 
     ``ear``: hears the first caller; others get ``ear.another()``. None: nobody is heard, texts are answered.
+    ``mouth``: the voice of the avatars, if it knows when each word is heard; None: words in proportion to seconds.
     """
 
     def begin(call: Call) -> Answers:
         listener: Ear = ScriptedEar((), ()) if ear is None else ear.another()
-        return Answers(call, listener, mind(), name=name, hears=ear is not None, instructions=instructions)
+        return Answers(call, listener, mind(), name=name, mouth=mouth, hears=ear is not None, instructions=instructions)
 
     return begin
 
@@ -55,7 +62,15 @@ class Answers:
     is_encoded = False  # a sink of the pump: the ear must know what the face says, and not take it for the user
 
     def __init__(
-        self, call: Call, ear: Ear, mind: Mind, *, name: str, hears: bool = True, instructions: str = ""
+        self,
+        call: Call,
+        ear: Ear,
+        mind: Mind,
+        *,
+        name: str,
+        mouth: Mouth | None = None,
+        hears: bool = True,
+        instructions: str = "",
     ) -> None:
         self.hears, self.mind = hears, name
         self._call = call
@@ -64,7 +79,9 @@ class Answers:
         self._heard_s: float | None = None
         self._stopped = False
         self._waiting: deque[str] = deque(maxlen=_MAX_WAITING)
-        self._conversation = Conversation(_OnAir(call, self), ear, mind, instructions=instructions, manners=_MANNERS)
+        self._conversation = Conversation(
+            _OnAir(call, self), ear, mind, mouth=mouth, instructions=instructions, manners=_MANNERS
+        )
         self._is_up = False
         # A task of its own: a conversation is left in the task that entered it.
         self._task = asyncio.get_running_loop().create_task(self._run())

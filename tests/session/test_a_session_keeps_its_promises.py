@@ -7,15 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from streamdiff.errors import RankFailed, StreamdiffError
+from streamdiff.errors import RankFailed, SessionClosed, StreamdiffError
 from streamdiff.pipeline import stream as video
 from streamdiff.session import Opening, Session
-from streamdiff.stream import Shown
+from streamdiff.stream import Shown, Stream
 from tests.session.faces import collect, open_avatar, open_video, run, tone, video_engine
 
 BOTH = pytest.mark.parametrize("open_face", [open_video, open_avatar], ids=["video", "avatar"])
@@ -53,6 +53,34 @@ def test_a_cancelled_task_leaves_no_thread(num_ranks: int) -> None:
 
     run(scene())
     assert wait_for_threads(before) == before
+
+
+@BOTH
+def test_a_session_that_nobody_waits_for_any_more_is_closed(open_face: Callable[..., Opening]) -> None:
+    """Opening was cancelled, and the loop ended before the stream was made."""
+    before = names_of_threads()
+    opened: list[Stream] = []
+
+    async def scene() -> None:
+        opening = open_face(live=True)
+        make = opening._make
+
+        def slowly() -> Stream:
+            time.sleep(0.3)
+            opened.append(make())
+            return opened[-1]
+
+        opening._make = slowly
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(opening, 0.05)
+
+    run(scene())
+    until_s = time.monotonic() + 20.0
+    while not opened and time.monotonic() < until_s:
+        time.sleep(0.01)
+    assert wait_for_threads(before) == before
+    with pytest.raises(SessionClosed):
+        opened[0].next(0.1)
 
 
 def test_closing_that_was_cancelled_can_be_waited_for_again() -> None:
