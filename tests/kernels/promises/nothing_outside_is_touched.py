@@ -68,6 +68,7 @@ def edge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
     return lambda x: edged(x, at_end=at_end)
 
 
+@pytest.mark.processes
 def test_the_page_is_forbidden() -> None:
     program = (
         "import importlib.util, sys; spec = importlib.util.spec_from_file_location('here', sys.argv[1]);"
