@@ -23,7 +23,7 @@ DOCUMENTS = tuple(
     )
 )
 README = "README.md"
-SLOW = ("torchrun", "bash launch/quickstart.sh")
+SLOW = ("torchrun", "bash launch/quickstart.sh", "streamdiff")
 """Commands of the README that take longer than a default test may."""
 EXAMPLES = {
     README: r"0 \(12, 128, 128, 3\) 7680",
@@ -100,7 +100,9 @@ def test_every_command_of_the_readme_makes_what_it_says(command: str, checkout: 
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("document", EXAMPLES)
+@pytest.mark.parametrize(
+    "document", [pytest.param(d, marks=pytest.mark.slow) if "avatar" in d else d for d in EXAMPLES]
+)
 def test_the_python_example_runs(document: str) -> None:
     pytest.importorskip("matplotlib", reason="the demo's photograph comes with it")
     if "talk" in text(document):

@@ -158,7 +158,7 @@ def longest_hole_s(heard_S: np.ndarray, rate_hz: int) -> float:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("jitter_s", [0.0, 0.015, 0.06])
+@pytest.mark.parametrize("jitter_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.06])
 def test_no_silence_is_put_into_running_speech(jitter_s: float) -> None:
     """Blocks of 20 ms come with jitter below the size of the playout buffer; noise has no silence of its own."""
     rate_hz = 16_000
@@ -208,6 +208,7 @@ def test_sound_that_stops_is_a_pause_and_not_many_holes() -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.slow
 def test_a_consumer_that_paused_catches_up_in_the_pauses_of_the_voice() -> None:
     rate_hz = 16_000
     second_S = np.concatenate([np.full(rate_hz // 2, 0.2, np.float32), np.zeros(rate_hz // 2, np.float32)])
