@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -173,7 +172,7 @@ def test_the_command_trains_stops_and_goes_on(
 
     def interrupted(task: ForcingTask, step: int) -> object:
         if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return gradients(task, step)
 
     with monkeypatch.context() as patch:

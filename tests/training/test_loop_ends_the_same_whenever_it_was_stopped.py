@@ -52,8 +52,8 @@ def test_a_signal_stops_after_the_step(whole: Path, tmp_path: Path, number: sign
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     def insist(step: int) -> None:
         if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, STEPS, before=insist)
@@ -101,7 +101,7 @@ def test_steps_that_are_made_again_are_logged_once(tmp_path: Path) -> None:
 def test_a_budget_becomes_steps_once(tmp_path: Path) -> None:
     def interrupt(step: int) -> None:
         if step == 11:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     plan = Plan(budget_s=0.5, warmup_steps=2)
     trainer = Trainer(Regression(before=interrupt), tmp_path, plan)
