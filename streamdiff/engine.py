@@ -244,9 +244,9 @@ class Engine:
             live: whether time matters: a live stream fills in silence when nothing is said; otherwise sound is waited
                 for.
             voice: says what `VideoStream.say` is given; None: only sound is taken.
-            slack_chunks: how many chunks an interruption can take back. None: all that can be under way or with a
-                player, so that the stream resumes right after the last chunk played. At 14B each costs 2.4 GiB per
-                step; give fewer there, and an interruption resumes that much later.
+            slack_chunks: how many chunks an interruption can take back. None: all that can be under way and one that
+                a player holds, so that the stream resumes right after the last chunk played; a player that holds more
+                needs as many more. At 14B each costs 2.4 GiB per step; give fewer, and an interruption resumes later.
             playout_s: playout buffer for live sound; see `streamdiff.pipeline.playout`.
             deadline_s: a rank that works longer on one chunk has failed.
         """

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -401,7 +402,7 @@ def test_two_sessions_of_one_engine_do_not_move_alike(open_face, monkeypatch: py
     run(scene())
 
 
-@BOTH
+@pytest.mark.parametrize("open_face", [partial(open_video, slack=8), open_avatar], ids=["video", "avatar"])
 def test_a_player_with_a_buffer_neither_repeats_nor_skips(open_face) -> None:
     """It holds four frames or chunks that it has not played; after an interruption it drops them, and goes on."""
 
@@ -410,6 +411,7 @@ def test_a_player_with_a_buffer_neither_repeats_nor_skips(open_face) -> None:
             old_S = np.full(12 * session.rate_hz, 0.5, np.float32)
             session.push_audio(old_S, last=True)
             held = await collect(session, 8)
+            await asyncio.sleep(0.1)  # the line runs as far ahead as it may
             played_s = float(held[4].pts)  # four are played, four are held
             interrupted = session.interrupt(played_s)
             assert float(interrupted.cut_s) == float(interrupted.resumes_s) == played_s
