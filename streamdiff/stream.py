@@ -15,9 +15,10 @@ A frames of motion, E motion coefficients.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
@@ -84,6 +85,22 @@ class Shown:
     def is_silence(self) -> bool:
         """Whether nothing that was said or pushed is heard."""
         return self.segment == 0
+
+    def split(self, fps: int) -> Iterator[Shown]:
+        """The frames one by one, each with its own sound."""
+        T = len(self.frames_THWC)
+        bounds = np.linspace(0, len(self.sound_S), T + 1).round().astype(int)
+        for k in range(T):
+            yield dataclasses.replace(
+                self,
+                frames_THWC=self.frames_THWC[k : k + 1],
+                sound_S=self.sound_S[bounds[k] : bounds[k + 1]],
+                motion_AE=None if self.motion_AE is None else self.motion_AE[k : k + 1],
+                index=self.index + k,
+                pts=self.pts + Fraction(k, fps),
+                late_s=self.late_s if k == 0 else 0.0,
+                ends_segment=self.ends_segment and k == T - 1,
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

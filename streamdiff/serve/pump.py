@@ -12,12 +12,11 @@ All methods belong to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -268,7 +267,7 @@ class Pump:
     async def _publish(self, shown: Shown) -> None:
         """Send the frames of a chunk at their times; a single frame comes at its time by itself."""
         arrived_s = time.monotonic()
-        for k, frame in enumerate(_frames(shown, self.fps)):
+        for k, frame in enumerate(shown.split(self.fps)):
             if k and (wait_s := arrived_s + k / self.fps - time.monotonic()) > 0:
                 await asyncio.sleep(wait_s)
             if frame.epoch < self._epoch and frame.pts >= self._void_from:
@@ -322,23 +321,6 @@ class Pump:
     def _aim(self) -> None:
         if self._video is not None:
             self._video.aim(min(self._limits.values(), default=self._video.most))
-
-
-def _frames(shown: Shown, fps: int) -> Iterator[Shown]:
-    """The frames of a chunk one by one, each with its own sound."""
-    T = len(shown.frames_THWC)
-    bounds = np.linspace(0, len(shown.sound_S), T + 1).round().astype(int)
-    for k in range(T):
-        yield dataclasses.replace(
-            shown,
-            frames_THWC=shown.frames_THWC[k : k + 1],
-            sound_S=shown.sound_S[bounds[k] : bounds[k + 1]],
-            motion_AE=None if shown.motion_AE is None else shown.motion_AE[k : k + 1],
-            index=shown.index + k,
-            pts=shown.pts + Fraction(k, fps),
-            late_s=shown.late_s if k == 0 else 0.0,
-            ends_segment=shown.ends_segment and k == T - 1,
-        )
 
 
 class Viewer:

@@ -20,15 +20,19 @@ def modules() -> list[str]:
     return found
 
 
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """What importing a module asks for: adapters take seconds, for they import whole frameworks."""
+    slow = [pytest.mark.slow] if name.startswith("streamdiff.adapters.") else []
+    return [*slow, pytest.mark.processes] if imports_sockets(name) else slow
+
+
 @pytest.mark.heavy
 def imports_sockets(name: str) -> bool:
     """Whether a library that the module imports looks for C libraries with a process of its own."""
     return name.startswith("streamdiff.serve")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.processes) if imports_sockets(n) else n for n in modules()]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in modules()])
 def test_doctests_of(name: str) -> None:
     try:
         module = importlib.import_module(name)

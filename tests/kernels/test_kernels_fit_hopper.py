@@ -19,8 +19,6 @@ pytestmark = pytest.mark.skipif(
     reason="the interpreter compiles nothing",
 )
 
-pytestmark = pytest.mark.slow
-
 FREE_REGISTERS = 8
 """How far a register count may drift from the golden table before somebody should look."""
 
@@ -30,7 +28,7 @@ def compiled() -> dict[tuple[str, int], Compiled]:
     return {}
 
 
-CAPABILITIES = [90, 100]
+CAPABILITIES = [90, pytest.param(100, marks=pytest.mark.slow)]
 
 
 @pytest.mark.processes
@@ -76,6 +74,7 @@ def test_attention_multiplies_on_the_tensor_cores_of_hopper(
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
     name: str, compiled: dict[tuple[str, int], Compiled]

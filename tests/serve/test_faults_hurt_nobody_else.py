@@ -35,7 +35,6 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.heavy
 def test_a_viewer_that_stops_reading_delays_nobody() -> None:
     async def main() -> None:
         async with Calls(Leases(Terms(capacity=1)), Stage()) as calls, LocalDoor(calls).connect() as client:
@@ -51,7 +50,6 @@ def test_a_viewer_that_stops_reading_delays_nobody() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.heavy
 def test_sessions_that_come_and_go_leave_nothing_behind() -> None:
     async def visit(calls: Calls, k: int) -> None:
         async with LocalDoor(calls).connect(f"user{k}") as client:
@@ -78,7 +76,6 @@ def test_sessions_that_come_and_go_leave_nothing_behind() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.heavy
 def test_connections_that_never_speak_are_closed_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 200
 
