@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except StreamdiffError as error:
-        for line in "\n".join([f"error: {error}", *getattr(error, "__notes__", [])]).splitlines():
+        said = f"error: {error}"
+        first = [said] if error.exit_code == 2 else said.splitlines()  # a name with a line end makes no second line
+        for line in (*first, *"\n".join(getattr(error, "__notes__", [])).splitlines()):
             say(printable(line, 4000))  # names of files and ranks' words come from strangers
         if args.verbose:
             logging.getLogger(__name__).exception("the error in full")

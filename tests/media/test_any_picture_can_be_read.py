@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from PIL import Image, ImageCms
 
 from streamdiff.errors import ConfigError, InputError
-from streamdiff.media import contact_sheet, read_image
+from streamdiff.media import contact_sheet, picture, read_image
 
 
 def _quadrants(height: int = 120, width: int = 160) -> Image.Image:
@@ -161,6 +163,53 @@ def test_impossible_sizes_say_so(tmp_path: Path) -> None:
             read_image(tmp_path / "huge.png", 64, 64)
     with pytest.raises(ConfigError, match="positive size"):
         read_image(tmp_path / "tiny.png", 0, 64)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "PCX", "ICO"])
+def test_other_formats_are_not_opened(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EPS would start Ghostscript."""
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was started"))
+    _quadrants().save(tmp_path / "face.png", kind)
+    with pytest.raises(InputError, match="not an image"):
+        read_image(tmp_path / "face.png", 64, 64)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floats_are_finite(tmp_path: Path, value: float) -> None:
+    values = np.full((64, 64), 0.5, np.float32)
+    Image.fromarray(values).save(tmp_path / "face.tiff")
+    assert read_image(tmp_path / "face.tiff", 64, 64)[0, 0].tolist() == [128, 128, 128]
+    values[5, 7] = value
+    Image.fromarray(values).save(tmp_path / "face.tiff")
+    with pytest.raises(InputError, match="not finite"):
+        read_image(tmp_path / "face.tiff", 64, 64)
+
+
+def test_a_jpeg_of_endless_scans_is_not_decoded(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    _quadrants().save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    (tmp_path / "face.jpg").write_bytes(data)
+    assert _corners(read_image(tmp_path / "face.jpg", 64, 96)) == UPRIGHT
+    last = data.rindex(b"\xff\xda")
+    (tmp_path / "face.jpg").write_bytes(data[:last] + data[last:-2] * 200 + b"\xff\xd9")
+    with pytest.raises(InputError, match="100 scans"):
+        read_image(tmp_path / "face.jpg", 64, 64)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "face.png")
+    with pytest.raises(InputError, match="not a file"):
+        read_image(tmp_path / "face.png", 64, 64)
+
+
+def test_a_large_picture_keeps_its_place_and_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture, "_MANY_PIXELS", 10_000)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    large = _quadrants().transpose(Image.Transpose.ROTATE_180)
+    large.save(tmp_path / "face.jpg", exif=exif)
+    assert _corners(read_image(tmp_path / "face.jpg", 120, 160)) == UPRIGHT
 
 
 def test_every_message_is_one_line(tmp_path: Path) -> None:
