@@ -1,8 +1,6 @@
 """``python -m streamdiff``: the command line."""
 
-import sys
-
-from streamdiff.cli.main import main
+from streamdiff.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

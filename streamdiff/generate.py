@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from streamdiff import signals
 from streamdiff.checkpoint import check_dit
 from streamdiff.config import EngineConfig
 from streamdiff.engine import SPEECH_FOLDER, Engine, Weights
@@ -26,6 +27,7 @@ from streamdiff.media import VideoWriter, audio_duration_s, read_audio, read_ima
 from streamdiff.models.audio import SPEECH_HZ, AudioChunk, chunks
 from streamdiff.models.served.options import StepOptions
 from streamdiff.models.text import UMT5_FILE, UMT5_TOKENIZER
+from streamdiff.output import refuse_overwriting
 from streamdiff.pipeline.delivery import Delivery
 from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import Packet
@@ -160,8 +162,7 @@ def _check_files(job: Job) -> None:
     if job.out.suffix.lower() != ".mp4":
         raise InputError(f"--out must end in .mp4, got {job.out.name}; other containers are not written")
     read_image(job.image, job.config.height, job.config.width)
-    if job.out.exists() and any(path.exists() and job.out.samefile(path) for path in (job.image, job.audio)):
-        raise InputError(f"--out {job.out} is also an input and would be overwritten; choose another name")
+    refuse_overwriting(job.out, (job.image, job.audio))
     if not job.out.parent.is_dir():
         raise InputError(f"there is no folder {job.out.parent} for {job.out.name}; make it first")
 
@@ -288,8 +289,12 @@ class _Film:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._delivery.__exit__(kind, error, trace)
-        finally:
-            if self._delivery.is_over:  # a file that somebody still writes to cannot be closed
-                self._writer.close()
+        with signals.shielded():
+            try:
+                self._delivery.__exit__(kind, error, trace)
+            except BaseException as failed:
+                error = error or failed
+                raise
+            finally:
+                if self._delivery.is_over:  # a file that somebody still writes to cannot be closed
+                    self._writer.__exit__(None if error is None else type(error), error, trace)

@@ -13,8 +13,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from streamdiff import presets
-from streamdiff.cli.machine import alike_on_every_rank, device_named, handle_signals, say, world_from_environment
+from streamdiff import presets, signals
+from streamdiff.cli.machine import alike_on_every_rank, device_named, say, world_from_environment
 from streamdiff.config import sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.served.options import Precision, StepOptions
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     job = alike_on_every_rank(lambda: job_from(args, world))
     import torch
 
-    handle_signals()
+    signals.handle()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.deterministic = True
     rank = 0 if world is None else world.rank

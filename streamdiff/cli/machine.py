@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from streamdiff.errors import ConfigError, StreamdiffError
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from streamdiff.pipeline.group import World
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1
 
 
 def set_environment() -> None:
@@ -74,22 +76,26 @@ def alike_on_every_rank(find: Callable[[], T]) -> T:
         raise
 
 
-def leave_signals_alone() -> None:
-    """Let signals end the process as they would any other: while modules are imported there is nothing to close."""
-    with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's business
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def open_standard_streams() -> None:
+    """Give closed standard streams to nobody: else the next file opened, a film perhaps, would take their number, and
+    libraries write their complaints into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
-def handle_signals() -> None:
-    """From here on SIGINT and SIGTERM leave as exceptions, so that files are closed on the way out."""
-    with contextlib.suppress(ValueError):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, _terminate)
-
-
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+def end_with_the_launcher() -> None:
+    """As a rank of torchrun: be told to stop (SIGTERM) when it dies, also while modules are imported. Linux only."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def say(text: str) -> None:
@@ -105,7 +111,13 @@ def leave(status: int) -> int:
     interpreter would wait for it or crash on it. Files are closed by now.
     """
     if is_rank():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave_at_once(status)
     return status
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """End the process without waiting for threads."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

@@ -14,9 +14,17 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
-from streamdiff import __version__
-from streamdiff.cli.machine import leave, leave_signals_alone, say, set_environment
+from streamdiff import __version__, signals
+from streamdiff.cli.machine import (
+    end_with_the_launcher,
+    leave,
+    leave_at_once,
+    open_standard_streams,
+    say,
+    set_environment,
+)
 from streamdiff.errors import StreamdiffError
 from streamdiff.facts import printable
 
@@ -64,34 +72,63 @@ def parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     return root
 
 
+def entry() -> NoReturn:
+    """The command as a process of its own: a run that a signal has ended waits for no thread."""
+    status = main()
+    if status > 128:
+        leave_at_once(status)
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0 success, 1 failure, 2 usage error, 128 + N ended by signal N."""
     set_environment()
+    signals.leave_alone()  # a command handles them as soon as it has something to close
+    open_standard_streams()
+    end_with_the_launcher()
     argv = sys.argv[1:] if argv is None else argv
     args = parser(argv).parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    leave_signals_alone()  # a command handles them as soon as it has something to close
     try:
-        return args.run(args)
-    except StreamdiffError as error:
-        said = f"error: {error}"
-        first = [said] if error.exit_code == 2 else said.splitlines()  # a name with a line end makes no second line
-        for line in (*first, *"\n".join(getattr(error, "__notes__", [])).splitlines()):
-            say(printable(line, 4000))  # names of files and ranks' words come from strangers
-        if args.verbose:
-            logging.getLogger(__name__).exception("the error in full")
-        return leave(error.exit_code)
-    except KeyboardInterrupt:
-        say("interrupted; what was written so far is whole")
-        return leave(128 + signal.SIGINT)
-    except BrokenPipeError:
-        # Whoever read our output has gone; nothing is left to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return leave(1)
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-        if status == 128 + signal.SIGTERM:
-            say("terminated; what was written so far is whole")
-        return leave(status)
+        status = args.run(args)
+    except BaseException as error:  # noqa: BLE001  what is not known is raised again
+        status = _ended(error, verbose=args.verbose)
+    finally:
+        signals.done()
+    number = signals.received()
+    if status == 0 and number is None:
+        return 0
+    return leave(status if number is None else 128 + number)
+
+
+def _ended(error: BaseException, *, verbose: bool) -> int:
+    """Say why a command has ended; its exit status."""
+    notes = getattr(error, "__notes__", [])
+    number = signals.received()
+    match error:
+        case _ if number is not None or isinstance(error, KeyboardInterrupt):
+            number = number or signal.SIGINT
+            word = "interrupted" if number == signal.SIGINT else "terminated"
+            say(printable("; ".join([word, *(notes or ["what was written so far is whole"])]), 4000))
+            return 128 + number
+        case StreamdiffError():
+            short = [note for note in notes if "\n" not in note]
+            words = "; ".join([f"error: {error}", *short])
+            first = (
+                [words] if error.exit_code == 2 else words.splitlines()
+            )  # a name with a line end makes no second line
+            for line in (*first, *(line for note in notes if note not in short for line in note.splitlines())):
+                say(printable(line, 4000))  # names of files and ranks' words come from strangers
+            if verbose:
+                logging.getLogger(__name__).error("the error in full", exc_info=error)
+            return error.exit_code
+        case BrokenPipeError():
+            # Whoever read our output has gone; nothing is left to say, not even at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else 1
+        case _:
+            raise error

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamdiff.cli.machine import handle_signals
+from streamdiff import signals
 from streamdiff.errors import BackendError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         raise BackendError(f"serving needs {error.name}; pip install 'streamdiff[serve]'") from None
     import torch
 
-    handle_signals()
+    signals.handle()
     _check(args)
     if args.mint is not None:
         from streamdiff.serve.tokens import mint

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
+from streamdiff import signals
 from streamdiff.avatar.style import STYLE_NAMES, style_vector
 from streamdiff.cli.avatar import check_suffix
-from streamdiff.cli.machine import handle_signals
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.facts import printable
+from streamdiff.output import Output, refuse_overwriting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads < 1:
         raise ConfigError(f"--threads must be at least 1, got {args.threads}")
     check_suffix(args.out, ".mp4")
+    _check_outputs(args)
     style, host = style_from(args.style), _host(args.osc)
     import torch
 
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from streamdiff.media import VideoWriter, read_audio
     from streamdiff.voice import RATE_HZ
 
-    handle_signals()
+    signals.handle()
     torch.set_num_threads(args.threads)
     # Opened first: what is wrong with a sound file is said before anything is made.
     sound = None if args.audio is None else in_seconds(read_audio(args.audio, RATE_HZ))
@@ -178,11 +181,34 @@ def _host(text: str | None) -> tuple[str, int] | None:
     name, _, port = text.rpartition(":")
     if not name or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--osc looks like 127.0.0.1:9000, got {text!r}")
-    return name, int(port)
-
-
-def _open_text(path: Path) -> TextIO:
     try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another place") from error
+        found = socket.getaddrinfo(name, int(port), socket.AF_INET, socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        raise InputError(f"--osc: there is no host {name!r}; give a name or an address that resolves") from None
+    return str(found[0][4][0]), int(port)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """What is written must not be what is read, nor be written twice."""
+    inputs = (args.avatar, args.audio, args.motion)
+    refuse_overwriting(args.out, inputs)
+    if args.rig is not None:
+        refuse_overwriting(args.rig, inputs, what="--rig")
+    sheet = None if args.no_sheet else args.out.with_suffix(".png")
+    if sheet is not None:
+        refuse_overwriting(sheet, inputs, what="the contact sheet of --out")
+    if args.rig in (args.out, sheet) and args.rig is not None:
+        raise ConfigError(f"--rig {args.rig} is also the name of another output; choose another one")
+
+
+@contextlib.contextmanager
+def _open_text(path: Path) -> Generator[TextIO]:
+    with Output(path, keeps_part=True) as output:
+        file = output.part.open("w", encoding="utf-8")
+        try:
+            yield file
+        finally:
+            try:
+                file.close()
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror}; free some space") from error

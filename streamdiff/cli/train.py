@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from streamdiff.cli.machine import handle_signals
+from streamdiff import signals
 from streamdiff.errors import ConfigError
 
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"there is no recipe {args.recipe!r}; choose from {', '.join(RECIPES)}")
     recipe = RECIPES[args.recipe]
     add_arguments, run = recipe.load()
-    handle_signals()
+    signals.handle()
     parser = argparse.ArgumentParser(
         prog=f"streamdiff train {args.recipe}", description=recipe.help[0].upper() + recipe.help[1:] + "."
     )

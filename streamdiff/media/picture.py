@@ -22,6 +22,7 @@ from torch import Tensor
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.facts import printable
 from streamdiff.media.source import open_regular
+from streamdiff.output import replacing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Of pictures that are read. Others are refused: EPS would start a program, and the odd ones are little tested."""
@@ -75,8 +76,9 @@ def contact_sheet(frames_THWC: Tensor, path: str | Path, *, columns: int | None 
         top, left = index // columns * (H + gap), index % columns * (W + gap)
         sheet_HWC[top : top + H, left : left + W] = frame_HWC
     try:
-        Image.fromarray(sheet_HWC.numpy()).save(path)
-    except (OSError, ValueError) as error:
+        with replacing(path) as part:
+            Image.fromarray(sheet_HWC.numpy()).save(part)
+    except ValueError as error:
         raise InputError(f"cannot write the contact sheet {path}: {error}; choose another place") from error
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from streamdiff import signals
 from streamdiff.errors import ConfigError, RankFailed
 from streamdiff.pipeline.link import POLL_S, Activity, Doing
 
@@ -432,9 +432,8 @@ class Watch:
 
     def _interrupt(self) -> None:
         """Raise KeyboardInterrupt in a busy main thread, so that its files are closed on the way out."""
-        main = threading.main_thread()
-        if self._owner is main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.pthread_kill(main.ident or 0, signal.SIGINT)
+        if self._owner is threading.main_thread():
+            signals.interrupt_main()
 
     def _abort(self, why: str) -> None:
         error = self.error()

@@ -45,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
         return AvatarEngine(LargeBars(), voice=voiced, motion=tiny_motion(), style={"smile": 0.5, **style}, name="bars")
 
     monkeypatch.setattr(AvatarEngine, "load", load)
-    monkeypatch.setattr(talk, "handle_signals", lambda: None)
+    monkeypatch.setattr(talk.signals, "handle", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     save_motion(tiny_motion(), tmp_path / "motion.safetensors")
 

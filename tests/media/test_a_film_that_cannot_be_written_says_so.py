@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamdiff.errors import ConfigError, InputError
+from streamdiff.errors import ConfigError, InputError, SessionClosed
 from streamdiff.media import VideoWriter
 
 GOOD = {"width": 64, "height": 64, "fps": 25, "rate_hz": 16_000}
@@ -41,21 +41,16 @@ def test_sizes_and_rates(tmp_path: Path, change: dict[str, int], what: str) -> N
     assert not (tmp_path / "film.mp4").exists()
 
 
-def test_a_full_disk_says_so(tmp_path: Path) -> None:
+def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_fd: int, _data: bytes, _position: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     writer = VideoWriter(tmp_path / "film.mp4", **GOOD)
-
-    class Full:
-        closed = False
-
-        def seek(self, position: int) -> None: ...
-
-        def write(self, data: bytes) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    real, writer._file = writer._file, Full()  # type: ignore[assignment]
+    monkeypatch.setattr("os.pwrite", full)
     with pytest.raises(InputError, match="No space left on device; free some space"):
         writer.write(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.zeros(640))
-    real.close()
+    with pytest.raises(SessionClosed, match="was lost"):
+        writer.write(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.zeros(640))
 
 
 def test_an_existing_film_is_replaced(tmp_path: Path) -> None:

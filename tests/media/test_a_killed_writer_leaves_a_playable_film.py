@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from streamdiff.media import VideoWriter
+from streamdiff.output import Output, part_of
 from tests.media.made_files import play, write_film
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,8 @@ def _kill_after(path: Path, num_chunks: int, *, pause: bool) -> None:
 def test_sigkill_loses_no_chunk_that_write_returned_from(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     _kill_after(path, 5, pause=True)
-    film = play(path)
+    assert not path.exists()
+    film = play(part_of(path))
     assert len(film.luma_T) == 60
     three_aac_frames_s = 3 * 1024 / 16_000
     assert 2.4 - three_aac_frames_s <= film.sound_ends_s <= 2.4
@@ -68,7 +70,7 @@ def test_sigkill_loses_no_chunk_that_write_returned_from(tmp_path: Path) -> None
 def test_sigkill_in_full_flow_leaves_whole_chunks(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     _kill_after(path, 40, pause=False)
-    film = play(path)
+    film = play(part_of(path))
     assert len(film.luma_T) >= 480
     assert len(film.luma_T) % 12 == 0
     assert film.sound_ends_s >= len(film.luma_T) / 25 - 3 * 1024 / 16_000
@@ -81,8 +83,8 @@ def test_a_kill_in_the_middle_of_a_write_costs_only_that_chunk(tmp_path: Path) -
     ends: list[int] = []
     for chunk in range(3):
         writer.write(torch.full((12, 64, 96, 3), 40 * chunk, dtype=torch.uint8))
-        ends.append(path.stat().st_size)
-    whole = path.read_bytes()
+        ends.append(part_of(path).stat().st_size)
+    whole = part_of(path).read_bytes()
     writer.close()
     unfinished = whole[: ends[1]] + bytes(8) + whole[ends[1] + 8 :]
     for kept in [ends[1], *range(ends[1] + 9, ends[2], 37), ends[2]]:
@@ -94,13 +96,13 @@ def test_the_head_of_a_fragment_is_written_last_and_never_straddles_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes: list[tuple[int, int]] = []
-    original = VideoWriter._put
+    original = Output.write_at
 
-    def recorded(self: VideoWriter, position: int, data: bytes) -> None:
+    def recorded(self: Output, position: int, data: bytes) -> None:
         writes.append((position, len(data)))
         original(self, position, data)
 
-    monkeypatch.setattr(VideoWriter, "_put", recorded)
+    monkeypatch.setattr(Output, "write_at", recorded)
     write_film(tmp_path / "film.mp4", num_chunks=4)
     appended = writes[:-1]
     for (body_at, _), (head_at, head_bytes) in zip(appended[::2], appended[1::2], strict=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from streamdiff.media import SYNTHETIC_MARK, VideoWriter
+from streamdiff.output import part_of
 from tests.media.made_files import play
 
 
@@ -19,7 +20,7 @@ def test_comment_and_description_carry_the_mark(tmp_path: Path, close: bool) -> 
     writer.write(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
     if close:
         writer.close()
-    metadata = play(path).metadata
+    metadata = play(path if close else part_of(path)).metadata
     assert metadata["description"] == SYNTHETIC_MARK
     assert metadata["comment"] == f"{SYNTHETIC_MARK} seed 7"
     assert metadata["title"] == "Ünïcode 👩"
