@@ -7,6 +7,7 @@ what is marked ``processes``, so a test that starts one without the mark fails.
 from __future__ import annotations
 
 import multiprocessing.process
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -65,8 +66,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     announced = item.get_closest_marker("processes") or item.get_closest_marker("slow")
     _unannounced[:] = [] if announced else [item]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return (yield)
     finally:
         _unannounced.clear()
-        torch.set_flush_denormal(False)  # commands set it for their process, which here is everybody's
+        # Commands set both for their process, which here is everybody's.
+        torch.set_flush_denormal(False)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +28,8 @@ from streamdiff.avatar.style import MAX_STYLE, STYLE_NAMES
 from streamdiff.errors import CheckpointError
 from streamdiff.facts import Facts, parse_json
 from streamdiff.tensorfile import TensorFile, Wanted, like
+from streamdiff.trust.consent import MOST_STATEMENTS, describe
+from streamdiff.trust.keys import MOST_ENVELOPE, PublicKey
 
 FORMAT = "streamdiff.identity"
 ENGINE_SUFFIX = ".engine"
@@ -117,6 +120,10 @@ class IdentityBundle:
     """Motion of the person at rest (`arkit64`, 25 a second), when a clip was given."""
     style: dict[str, float] = field(default_factory=dict)
     """How the person moves (`motion.measure_style`), when a clip was given."""
+    statements: tuple[str, ...] = ()
+    """Signed envelopes about this bundle: signatures and consent (`trust.consent`). They are beside the content, not in
+    its hash, and nothing about them is verified by `load`.
+    """
 
     @property
     def size(self) -> int:
@@ -157,6 +164,8 @@ class IdentityBundle:
         """Write the bundle to one file, atomically (a partial file, then a rename)."""
         path = Path(path)
         metadata = {"format": FORMAT, "version": str(VERSION), "facts": self._facts(), "sha256": self.sha256}
+        if self.statements:
+            metadata["statements"] = json.dumps(self.statements)
         partial = path.with_name(path.name + ".partial")
         save_file({k: v.cpu().contiguous() for k, v in self.tensors().items()}, partial, metadata)
         partial.replace(path)
@@ -181,7 +190,7 @@ class IdentityBundle:
         facts = _read_facts(file, tensors["reference_3HW"].shape[-1])
         plain = {name: value for name, value in tensors.items() if not name.startswith(_DECODER)}
         decoder = {n.removeprefix(_DECODER): value for n, value in tensors.items() if n.startswith(_DECODER)}
-        bundle = IdentityBundle(**plain, **facts, decoder=decoder)
+        bundle = IdentityBundle(**plain, **facts, decoder=decoder, statements=_read_statements(file))
         if bundle.sha256 != file.metadata.get("sha256"):
             file.fail("it was altered after it was made: its hash differs")
         file.check_values(tensors, wanted)
@@ -189,8 +198,8 @@ class IdentityBundle:
             file.fail(fault)
         return bundle
 
-    def inspect(self) -> dict[str, Any]:
-        """What the bundle holds, for people: sizes, pose, light, hash."""
+    def inspect(self, trusted: Iterable[PublicKey] = ()) -> dict[str, Any]:
+        """What the bundle holds, for people: sizes, pose, light, hash, and who signed what about it."""
         place = self.placement
         tensors = self.tensors()
         return {
@@ -205,6 +214,7 @@ class IdentityBundle:
             "fitted": bool(self.decoder),
             "style": {name: round(value, 2) for name, value in self.style.items()},
             "idle_frames": 0 if self.idle_AE is None else len(self.idle_AE),
+            "statements": describe(self.statements, self.sha256, trusted=trusted),
             "tensors": {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()},
         }
 
@@ -258,6 +268,18 @@ def _read_facts(file: TensorFile, side: int) -> dict[str, Any]:
         "placement": _read_placement(facts.section("placement"), side),
         "style": {name: style.number(name, -MAX_STYLE, MAX_STYLE) for name in style.names},
     }
+
+
+def _read_statements(file: TensorFile) -> tuple[str, ...]:
+    """The envelopes in a file, unverified: a list of a bounded number of bounded texts."""
+    try:
+        values = parse_json(file.metadata.get("statements", "[]"))
+    except ValueError as error:
+        file.fail(f"its statements are no JSON ({error})")
+    short = isinstance(values, list) and len(values) <= MOST_STATEMENTS
+    if not short or not all(isinstance(value, str) and len(value) <= MOST_ENVELOPE for value in values):
+        file.fail("its statements are no list of a few signed texts")
+    return tuple(values)
 
 
 def _read_placement(facts: Facts, side: int) -> Placement:

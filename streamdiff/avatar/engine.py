@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
+from streamdiff.avatar.bundle import IdentityBundle
 from streamdiff.avatar.cues import Cues
 from streamdiff.avatar.identity import open_bundle
 from streamdiff.avatar.kinematics import FPS
@@ -25,6 +26,7 @@ class AvatarEngine:
         motion: see `load_motion`; None: the packaged model.
         style: how this person moves, by name.
         name: of this person.
+        bundle: what the renderer draws, for those who ask who signed it.
 
         engine = AvatarEngine.load("face.jpg")
         async with engine.open() as session:
@@ -44,8 +46,9 @@ class AvatarEngine:
         motion: MotionModel | None = None,
         style: Mapping[str, float] | None = None,
         name: str = "",
+        bundle: IdentityBundle | None = None,
     ) -> None:
-        self.name = name
+        self.name, self.bundle = name, bundle
         self._renderer, self._voice, self._style = renderer, voice, dict(style or {})
         self._motion = motion or load_motion()
         self._numbers = itertools.count()
@@ -81,6 +84,7 @@ class AvatarEngine:
             motion=load_motion(motion),
             style={**bundle.style, **(style or {})},
             name=bundle.name,
+            bundle=bundle,
         )
 
     @property

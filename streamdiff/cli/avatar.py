@@ -1,4 +1,4 @@
-"""``streamdiff avatar ACTION``: make, fit and look at avatars."""
+"""``streamdiff avatar ACTION``: make, fit, sign and look at avatars."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamdiff.cli import consent
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.facts import printable
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_fit(actions)
     _add_voice(actions)
     _add_inspect(actions)
+    consent.add_actions(actions)
 
 
 def _add_create(actions: Any) -> None:
@@ -32,6 +34,9 @@ def _add_create(actions: Any) -> None:
     create.add_argument("--out", type=Path, help="the bundle to write (default: PHOTO.avatar)")
     create.add_argument("--size", type=int, choices=(256, 512), default=256, help="pixels along a side")
     create.add_argument("--name", help="of the person (default: the file's)")
+    create.add_argument("--key", type=Path, metavar="KEYFILE", help="sign it: `streamdiff avatar key` makes one")
+    create.add_argument("--consent", metavar="WHO", help="this person agrees; the record is signed with --key")
+    consent.add_consent_arguments(create)
     create.set_defaults(run=run_create)
 
 
@@ -70,6 +75,7 @@ def _add_voice(actions: Any) -> None:
 def _add_inspect(actions: Any) -> None:
     inspect = actions.add_parser("inspect", help="say what a bundle holds, as JSON")
     inspect.add_argument("bundle", type=Path, metavar="FILE", help="a bundle")
+    inspect.add_argument("--trust", type=Path, metavar="FILE", help="public keys, one a line: say which are among them")
     inspect.set_defaults(run=run_inspect)
 
 
@@ -79,7 +85,13 @@ def run_create(args: argparse.Namespace) -> int:
 
     out = args.out or args.photo.with_suffix(BUNDLE_SUFFIX)
     check_suffix(out, BUNDLE_SUFFIX)
-    _save(create_bundle(args.photo, args.size, name=args.name), out)
+    if args.consent is not None and args.key is None:
+        raise ConfigError("--consent needs --key KEYFILE, which signs it; make one with: streamdiff avatar key FILE")
+    bundle = create_bundle(args.photo, args.size, name=args.name)
+    if args.key is not None:
+        bundle = consent.signed(bundle, args.key, "")
+        bundle = consent.consented(bundle, args.key, args.consent, args) if args.consent is not None else bundle
+    _save(bundle, out)
     return 0
 
 
@@ -141,8 +153,10 @@ def run_voice(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     """``streamdiff avatar inspect``."""
     from streamdiff.avatar.bundle import IdentityBundle
+    from streamdiff.trust.keys import read_public_keys
 
-    _write(json.dumps(IdentityBundle.load(args.bundle).inspect(), indent=1))
+    trusted = read_public_keys(args.trust) if args.trust is not None else ()
+    _write(json.dumps(IdentityBundle.load(args.bundle).inspect(trusted), indent=1))
     return 0
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from streamdiff.conversation.mouth import Mouth
     from streamdiff.serve.calls import TalkFactory
     from streamdiff.serve.gate import Gate
+    from streamdiff.serve.permits import Permits
     from streamdiff.voice import Synthesizer
 
 HELP = "talk to a face in the browser"
@@ -84,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--origin", action="append", default=[], metavar="URL", help="another page that may call, https://example.org")
     add("--token-key", type=Path, metavar="FILE", help="key that bearer tokens are signed with, 32 bytes or more")
     add("--mint", metavar="USER", help="print a token for this user, signed with --token-key, and stop")
+    add(
+        "--require-consent",
+        type=Path,
+        metavar="FILE",
+        help="show only whose bundle holds a consent signed by one of these public keys (`streamdiff avatar consent`)",
+    )
+    add("--withdrawn", type=Path, metavar="FILE", help="list of withdrawn consents and users; read again as it changes")
     add("--log", choices=("text", "json"), default="text", help="how to write the log (default: %(default)s)")
 
 
@@ -123,6 +131,7 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     voice = open_mouth(args.voice)
     talk, answers = _talk(args, voice)
     engines = {name: _engine(path, args.size, voice) for name, path in _named(args.avatar).items()}
+    permits = _permits(args, engines)
     capacity, why = _capacity(args.capacity, next(iter(engines.values())))
     terms = Terms(
         capacity=capacity, per_user=args.per_user, idle_s=args.idle, lifetime_s=args.lifetime, linger_s=args.linger
@@ -131,8 +140,9 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     def load(path: Path) -> AvatarEngine:
         return _engine(path, args.size, voice)
 
-    with Cast(engines, load=None if args.no_photos else load) as cast:
-        calls = Calls(Leases(terms), cast.open, talk=talk, codec=args.codec)
+    takes_photos = not args.no_photos and args.require_consent is None  # a photograph brings no signed record
+    with Cast(engines, load=load if takes_photos else None) as cast:
+        calls = Calls(Leases(terms), cast.open, talk=talk, codec=args.codec, permits=permits)
         house = House(
             calls=calls,
             cast=cast,
@@ -150,6 +160,23 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
             sys.stdout.flush()
 
         await serve(application(house), host=args.host, port=args.port, drain_s=args.drain, on_up=up)
+
+
+def _permits(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> Permits | None:
+    """Whom this server may show. Whoever may not be shown at the start is said at the start."""
+    if args.require_consent is None and args.withdrawn is None:
+        return None
+    from streamdiff.serve.permits import Permits, Signed
+    from streamdiff.trust.keys import need_cryptography, read_public_keys
+
+    need_cryptography()
+    trusted = None if args.require_consent is None else read_public_keys(args.require_consent)
+    bundles = {name: engine.bundle for name, engine in engines.items()}
+    signed = {name: Signed(b.sha256, b.statements) for name, b in bundles.items() if b is not None}
+    permits = Permits(signed, trusted=trusted, withdrawn=args.withdrawn)
+    for name in engines:
+        permits.check(name, "")
+    return permits
 
 
 def _check(args: argparse.Namespace) -> None:

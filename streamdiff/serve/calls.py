@@ -28,6 +28,7 @@ from streamdiff.errors import InputError, SessionClosed, StreamdiffError, Unsupp
 from streamdiff.serve.encoder import Codec
 from streamdiff.serve.leases import Lease, Leases, Refused
 from streamdiff.serve.metrics import Meters
+from streamdiff.serve.permits import Permits
 from streamdiff.serve.protocol import (
     Bye,
     Caption,
@@ -49,6 +50,7 @@ from streamdiff.serve.protocol import (
 )
 from streamdiff.serve.pump import Beat, Pump, Source
 from streamdiff.stream import Can, Interrupted, Segment, State
+from streamdiff.trust.consent import ConsentError
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +128,10 @@ class Call:
 
     is_encoded = False  # a sink of its own pump: it watches what leaves
 
-    def __init__(self, lease: Lease, session: Source, pump: Pump, leases: Leases, meters: Meters) -> None:
+    def __init__(
+        self, lease: Lease, session: Source, pump: Pump, leases: Leases, meters: Meters, *, avatar: str = ""
+    ) -> None:
+        self.avatar = avatar
         self.lease, self.session, self.pump, self.meters = lease, session, pump, meters
         self.id = lease.id
         self.log_id = lease.id[:6]
@@ -311,6 +316,7 @@ class Calls:
         leases: the seats.
         opener: makes the session of an avatar.
         talk: who answers; None: nobody, what is typed is read aloud.
+        permits: whom may be shown to whom; None: everybody.
         executor: threads that encode; None: two of its own.
     """
 
@@ -322,8 +328,10 @@ class Calls:
         talk: TalkFactory | None = None,
         codec: Codec = "vp8",
         meters: Meters | None = None,
+        permits: Permits | None = None,
         executor: Executor | None = None,
     ) -> None:
+        self._permits = permits
         self.leases, self.meters = leases, meters or Meters()
         self.meters.capacity.set(leases.terms.capacity)
         self._opener, self._talk = opener, talk
@@ -353,7 +361,10 @@ class Calls:
         Raises:
             Refused: no seat (`NoCapacity`, `UserLimit`, `Draining`); nothing was allocated.
             InputError: no such avatar, or what opening it failed with; the seat is given back.
+            ConsentError: this avatar may not be shown to this user; nothing was allocated.
         """
+        if self._permits is not None:
+            await self._permit(self._permits, avatar, user)
         try:
             lease = await self.leases.wait(user, priority=priority, timeout_s=wait_s)
         except Refused as error:
@@ -412,12 +423,19 @@ class Calls:
         if self._own_pool is not None:
             self._own_pool.shutdown(wait=False)
 
+    async def _permit(self, permits: Permits, avatar: str, user: str) -> None:
+        try:
+            await asyncio.to_thread(permits.check, avatar, user)
+        except ConsentError:
+            self.meters.refused.labels("consent").inc()
+            raise
+
     async def _start(self, lease: Lease, avatar: str) -> Call:
         async with AsyncExitStack() as stack:
             opened = await asyncio.to_thread(self._opener, avatar)
             session = await stack.enter_async_context(opened)
             pump = Pump(session, codec=self._codec, executor=self._executor)
-            call = Call(lease, session, pump, self.leases, self.meters)
+            call = Call(lease, session, pump, self.leases, self.meters, avatar=avatar)
             if self._talk is not None:
                 call.talk = self._talk(call)
             self._closers[call.id] = stack.pop_all()
@@ -445,6 +463,8 @@ class Calls:
         """End calls whose time is up, and those whose clients said goodbye."""
         while True:
             await asyncio.sleep(_SWEEP_S)
+            if self._permits is not None:
+                await self._revoke(self._permits)
             for lease, reason in self.leases.expired():
                 if (call := self._calls.get(lease.id)) is not None:
                     self._end_soon(call, reason)
@@ -452,6 +472,14 @@ class Calls:
                 if call.wants_end is not None:
                     self._end_soon(call, call.wants_end)
             self.meters.viewers.set(sum(call.pump.num_viewers for call in self.all))
+
+    async def _revoke(self, permits: Permits) -> None:
+        """End calls whose consent does not hold any more."""
+        await asyncio.to_thread(permits.reread)
+        for call in self.all:
+            if why := permits.why_not(call.avatar, call.lease.user):
+                logger.info("session %s: %s", call.log_id, why)
+                self._end_soon(call, Ending.REVOKED)
 
 
 class _Quiet:

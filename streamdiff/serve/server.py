@@ -34,6 +34,7 @@ from streamdiff.serve.gate import Denied, Gate, Guest, Loopback, bearer, is_loop
 from streamdiff.serve.leases import Refused
 from streamdiff.serve.protocol import Ending
 from streamdiff.serve.webrtc import Peer
+from streamdiff.trust.consent import ConsentError
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,8 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
         request.app[HOUSE].calls.meters.denied.inc()
         response = _error(401, "unauthorized", "a valid bearer token is needed")
         response.headers["WWW-Authenticate"] = "Bearer"
+    except ConsentError as error:
+        response = _error(403, "no_consent", str(error))
     except (InputError, Unsupported) as error:
         response = _error(400, "bad_request", str(error))
     except StreamdiffError as error:

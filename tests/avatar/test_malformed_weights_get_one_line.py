@@ -301,6 +301,7 @@ def _onnx(path: Path) -> object:
     return KokoroVoice(path, styles)
 
 
+@pytest.mark.heavy
 def test_a_model_of_a_voice_is_whole_and_reads_what_kokoro_reads(tmp_path: Path) -> None:
     from hibari.voices import voice_path
 

@@ -226,6 +226,7 @@ def test_posture_does_not_drift() -> None:
     assert len(intent._knots) < 1000
 
 
+@pytest.mark.heavy
 def test_blinks_come_as_often_as_those_of_a_talking_person() -> None:
     minutes = 30
     closed_A = Intent(0, 0).rows(0, minutes * 60 * 25)[:, 0]

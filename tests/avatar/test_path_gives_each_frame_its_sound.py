@@ -101,6 +101,7 @@ def test_sound_is_shown_while_it_still_comes(stream: AvatarStream) -> None:
     assert stream.next(20).segment == segment.id
 
 
+@pytest.mark.heavy
 def test_a_text_that_grows_is_spoken_while_it_grows() -> None:
     with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion()) as stream:
         gate = iter(["The first sentence is here. ", "Then the second one. ", "And the third. "])
@@ -144,6 +145,7 @@ def test_queues_never_hold_more_than_three_frames() -> None:
         assert stream.metrics.longest_queue <= 3
 
 
+@pytest.mark.heavy
 def test_in_real_time_frames_come_at_their_rate() -> None:
     with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion(), realtime=True) as stream:
         stream.next(20)
@@ -153,6 +155,7 @@ def test_in_real_time_frames_come_at_their_rate() -> None:
         assert 0.9 < time.monotonic() - began < 2.0
 
 
+@pytest.mark.heavy
 def test_in_real_time_words_overtake_idle_frames() -> None:
     """Idle frames that are made and not yet seen do not delay the first word."""
     with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion(), realtime=True) as stream:
@@ -199,6 +202,7 @@ def paused(num_frames: int = 60) -> np.ndarray:
     return sound_S
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stall_s", [0.0, 0.6])
 def test_live_sound_makes_up_for_a_stall_in_its_next_pause(stall_s: float) -> None:
     sound_S = paused()
@@ -224,6 +228,7 @@ def test_live_sound_makes_up_for_a_stall_in_its_next_pause(stall_s: float) -> No
         assert skipped == 0
 
 
+@pytest.mark.heavy
 def test_silence_that_was_pushed_whole_is_heard_whole() -> None:
     sound_S = paused()
     with AvatarStream(Bars(), voice=Tones(), motion=tiny_motion(), realtime=True) as stream:

@@ -117,6 +117,7 @@ def test_a_stage_that_dies_is_heard_of() -> None:
             stream.interrupt()
 
 
+@pytest.mark.heavy
 def test_an_async_text_that_never_ends_can_be_interrupted() -> None:
     engine = AvatarEngine(Bars(), voice=Tones(), motion=tiny_motion())
 

@@ -110,6 +110,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_text_is_read_for_long_before_its_first_sound(name: str) -> None:
     """Slashes took 103 s, marks 59 s, points 10 s."""

@@ -138,6 +138,7 @@ def test_coefficients_leave_by_name(run: Run, tmp_path: Path) -> None:
     assert json.loads(lines[1])["coefs"]["jawOpen"] >= 0
 
 
+@pytest.mark.heavy
 def test_coefficients_leave_by_osc(run: Run, tmp_path: Path) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
         listener.bind(("127.0.0.1", 0))

@@ -110,6 +110,7 @@ def test_a_refusal_is_told() -> None:
         asyncio.run(_answers(refuse))
 
 
+@pytest.mark.heavy
 def test_an_endpoint_that_is_silent_is_given_up() -> None:
     with pytest.raises(BackendError, match="did not answer"):
         asyncio.run(_answers(_streaming(b": ping\n\n", then_s=1.0)[0], first_s=0.3))
@@ -117,6 +118,7 @@ def test_an_endpoint_that_is_silent_is_given_up() -> None:
         asyncio.run(_answers(_streaming(_chunk(content="Well"), then_s=1.0)[0], gap_s=0.3))
 
 
+@pytest.mark.heavy
 def test_an_answer_may_take_longer_than_its_first_word() -> None:
     async def slowly(request: Any) -> Any:
         response = web.StreamResponse()

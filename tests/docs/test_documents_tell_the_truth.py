@@ -101,7 +101,7 @@ def test_every_command_of_the_readme_makes_what_it_says(command: str, checkout: 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "document", [pytest.param(d, marks=pytest.mark.slow) if "avatar" in d else d for d in EXAMPLES]
+    "document", [pytest.param(d, marks=pytest.mark.slow) if "conversation" not in d else d for d in EXAMPLES]
 )
 def test_the_python_example_runs(document: str) -> None:
     pytest.importorskip("matplotlib", reason="the demo's photograph comes with it")

@@ -60,6 +60,7 @@ def test_no_file_is_long(folder: str) -> None:
     assert {name: n for name, n in held.items() if n > LONGEST_FILE} == {}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("folder", ["streamdiff", "tests"])
 def test_nine_functions_in_ten_are_short(folder: str) -> None:
     lengths = [length for path in files(folder) for length in function_lines(path.read_text())]

@@ -25,7 +25,7 @@ def published_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_it_decodes_the_same_latents_on_its_own_rank(published_file: Path) -> None:
     torch.set_num_threads(1)
     config = small_config(1)

@@ -94,7 +94,7 @@ def run_long(config: EngineConfig, num_chunks: int) -> None:
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 1e-6
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_short_long_stream() -> None:
     run_long(small_config(2), 120)
 

@@ -91,9 +91,9 @@ def test_the_stream_really_is_eventful() -> None:
 @pytest.mark.parametrize(
     ("partition", "alone"),
     [
-        ((1,), True),
+        pytest.param((1,), True, marks=pytest.mark.slow),
         ((1, 1), False),
-        ((2, 1, 1), True),
+        pytest.param((2, 1, 1), True, marks=pytest.mark.slow),
         pytest.param((1, 1), True, marks=pytest.mark.slow),
         pytest.param((3,), True, marks=pytest.mark.slow),
         pytest.param((1, 1, 1), True, marks=pytest.mark.slow),

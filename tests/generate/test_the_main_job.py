@@ -36,6 +36,7 @@ def test_the_video_plays_with_its_sound(alone: tuple[list[str], Path]) -> None:
     assert np.std(frames[-1]) > 1  # noise, but a picture
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file_on_three_ranks(alone: tuple[list[str], Path], tmp_path: Path) -> None:
     result = run_torchrun(3, [*alone[0], "--out", str(tmp_path / "three.mp4")])
     assert result.returncode == 0, result.stderr

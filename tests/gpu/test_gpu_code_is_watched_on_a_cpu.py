@@ -323,14 +323,14 @@ def test_attention_that_is_timed_on_another_device_is_found(
     assert torch.device("cuda", 0) in gpu.touched
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_copy_from_memory_that_is_not_pinned_is_found(gpu: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(denoise, "_on", lambda device, x: x.to(device, non_blocking=True))
     denoise_on(gpu, graph=True)
     assert "the host waits inside a step: a copy between host and device" in gpu.findings
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_frames_that_leave_before_they_are_painted_are_found(
     gpu: RecordingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +342,7 @@ def test_frames_that_leave_before_they_are_painted_are_found(
     assert decode.PRIMING_LATENTS > 0
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_capture_on_the_wrong_device_is_found(gpu: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def nothing(device: object) -> Iterator[None]:

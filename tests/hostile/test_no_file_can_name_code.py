@@ -39,12 +39,14 @@ def _is(call: ast.Call, name: str, value: bool) -> bool:
     return any(k.arg == name and isinstance(k.value, ast.Constant) and k.value.value is value for k in call.keywords)
 
 
+@pytest.mark.heavy
 def test_torch_load_takes_weights_only() -> None:
     loads = [(where, call) for where, name, call in _calls() if name == "torch.load"]
     assert loads, "nothing is searched"
     assert [where for where, call in loads if not _is(call, "weights_only", True)] == []
 
 
+@pytest.mark.heavy
 def test_numpy_load_takes_no_pickles() -> None:
     loads = [(where, call) for where, name, call in _calls() if name in ("np.load", "numpy.load")]
     assert loads, "nothing is searched"
@@ -55,6 +57,7 @@ def test_numpy_load_takes_no_pickles() -> None:
     ] == []
 
 
+@pytest.mark.heavy
 def test_nothing_unpickles_or_evaluates() -> None:
     readers = {"eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads"}
     readers |= {"shelve.open", "torch.export.load", "torch.jit.load", "aoti_load_package", "torch.classes.load_library"}

@@ -65,6 +65,7 @@ def test_auto_is_one_that_was_measured_here() -> None:
     assert sk.resolve_backend("auto", q, keys, values) in times_ms
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_without_triton_everything_but_triton_works() -> None:
     program = """

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(
     reason="the interpreter compiles nothing",
 )
 
+pytestmark = pytest.mark.slow
+
 FREE_REGISTERS = 8
 """How far a register count may drift from the golden table before somebody should look."""
 
@@ -28,7 +30,7 @@ def compiled() -> dict[tuple[str, int], Compiled]:
     return {}
 
 
-CAPABILITIES = [90, pytest.param(100, marks=pytest.mark.slow)]
+CAPABILITIES = [90, 100]
 
 
 @pytest.mark.processes
@@ -74,7 +76,6 @@ def test_attention_multiplies_on_the_tensor_cores_of_hopper(
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
     name: str, compiled: dict[tuple[str, int], Compiled]

@@ -90,6 +90,7 @@ def test_it_is_the_readable_step() -> None:
     assert interpreted(SCRIPT) == ["weights", "weights", "fp8", "weights", "weights", "fp8"]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_decoders_norm_and_activation_are_the_readable_ones() -> None:
     """At odd sizes: two latent frames of a new stream, then one more."""

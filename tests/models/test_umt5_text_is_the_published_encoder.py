@@ -139,6 +139,7 @@ def _xxl_shapes() -> dict[str, Tensor]:
     return one
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 200])
 def test_the_numbers_are_those_of_the_published_code(num_tokens: int) -> None:
     weights = official_weights()

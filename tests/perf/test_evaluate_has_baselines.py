@@ -91,6 +91,7 @@ def test_the_table_has_a_row_of_loudness_alone() -> None:
     assert "colour" not in row, "there is no picture"
 
 
+@pytest.mark.heavy
 def test_rounding_and_width_are_judged_beside_opening() -> None:
     """Who only opens and shuts the mouth in time keeps sync, and loses the other two."""
     person, other = take(0), take(1)
@@ -142,6 +143,7 @@ def blinking(seed: int, blinks: tuple[int, ...]) -> tuple[NDArray[np.uint8], NDA
     return np.clip(grey, 0, 255)[..., None].repeat(3, 3).astype(np.uint8), lids
 
 
+@pytest.mark.heavy
 def test_blinks_are_read_from_eyes_that_shut() -> None:
     reader = BlinkReader(*blinking(0, (30, 100, 170, 240)))
     frames, lids = blinking(1, (50, 130, 220))

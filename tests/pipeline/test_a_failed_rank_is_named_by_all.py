@@ -37,12 +37,16 @@ def signalled(size: int, culprit: int, number: signal.Signals, log: Path) -> lis
     return outcomes
 
 
-@pytest.mark.parametrize("culprit", range(3))
+@pytest.mark.parametrize(
+    "culprit", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_killed_rank(culprit: int, tmp_path: Path) -> None:
     assert_all_name(signalled(3, culprit, signal.SIGKILL, tmp_path / "log"), culprit, "died")
 
 
-@pytest.mark.parametrize("culprit", range(3))
+@pytest.mark.parametrize(
+    "culprit", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_a_stopped_rank(culprit: int, tmp_path: Path) -> None:
     words = "gave no sign of life" if culprit else "hosts the store"
     assert_all_name(signalled(3, culprit, signal.SIGSTOP, tmp_path / "log"), culprit, words)
@@ -65,6 +69,7 @@ def test_a_launcher_that_stops_the_others_does_not_hide_the_dead_one(tmp_path: P
         assert_all_name(ranks.wait(10, without=[2]), 2, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("culprit", [1, 2])
 def test_a_launcher_that_stops_starting_ranks_does_not_hide_the_dead_one(culprit: int, tmp_path: Path) -> None:
     """Loading may be silent for long; told to stop, the others look who was."""
@@ -122,6 +127,7 @@ def test_a_rank_that_leaves_the_group_early() -> None:
     assert_all_name(run_ranks(faults.leave_early, 3, 1), 1, "left")
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_while_loading() -> None:
     head, culprit, tail = run_ranks(faults.load_with_trouble, 3, 1, "raises", 60.0, timeout_s=20)
     assert_all_name([head, tail], 1, "failed: ValueError: boom")

@@ -96,7 +96,15 @@ def uneven(schedule: Schedule) -> bool:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "num_ranks",
+    [
+        pytest.param(2, marks=pytest.mark.slow),
+        3,
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(5, marks=pytest.mark.slow),
+    ],
+)
 def test_processes_equal_the_plain_loop(num_ranks: int) -> None:
     assert_processes_equal([layout for layout in LAYOUTS if layout.num_ranks == num_ranks and uneven(layout)])
 

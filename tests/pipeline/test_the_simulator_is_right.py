@@ -215,6 +215,7 @@ def assert_predicted(schedule: Schedule, costs: Costs, num_chunks: int) -> None:
     pytest.fail(f"first frame and period were predicted as {predicted} s, measured as {fastest} s")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_real_ranks_take_as_long_as_predicted() -> None:
     # Long naps, so that a busy machine's late wake-ups (a few ms) stay within the tolerance.

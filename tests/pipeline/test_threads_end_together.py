@@ -70,6 +70,7 @@ def test_closing_early_stops_all_and_closes_the_source(num_ranks: int) -> None:
     assert closed.is_set()
 
 
+@pytest.mark.heavy
 def test_a_consumer_that_pauses_makes_the_line_pause() -> None:
     sent = []
 

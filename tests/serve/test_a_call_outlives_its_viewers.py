@@ -62,6 +62,7 @@ async def speaking(client: LocalClient) -> None:
             return
 
 
+@pytest.mark.heavy
 def test_a_text_becomes_captions_sound_and_latencies() -> None:
     async def scene(calls: Calls, door: LocalDoor) -> None:
         async with door.connect("ann") as client:
@@ -96,6 +97,7 @@ def test_status_follows_what_is_heard() -> None:
     play(scene)
 
 
+@pytest.mark.heavy
 def test_an_interruption_says_how_much_was_heard() -> None:
     async def scene(calls: Calls, door: LocalDoor) -> None:
         async with door.connect("ann") as client:
@@ -118,6 +120,7 @@ def test_an_interruption_says_how_much_was_heard() -> None:
     play(scene)
 
 
+@pytest.mark.heavy
 def test_the_browser_knows_best_what_was_heard() -> None:
     async def scene(calls: Calls, door: LocalDoor) -> None:
         async with door.connect("ann") as client:
@@ -151,6 +154,7 @@ def test_a_viewer_that_vanishes_may_come_back() -> None:
     play(scene, linger_s=5.0)
 
 
+@pytest.mark.heavy
 def test_a_call_without_viewers_ends_and_its_seat_is_free() -> None:
     async def scene(calls: Calls, door: LocalDoor) -> None:
         async with door.connect("ann") as client:
@@ -171,6 +175,7 @@ def test_a_call_without_viewers_ends_and_its_seat_is_free() -> None:
     assert stage.streams[0].closed
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("terms", "reason"), [({"idle_s": 0.3}, Ending.IDLE), ({"lifetime_s": 0.3}, Ending.LIFETIME)])
 def test_time_runs_out_and_the_client_is_told_why(terms: dict[str, float], reason: Ending) -> None:
     async def scene(calls: Calls, door: LocalDoor) -> None:
@@ -255,6 +260,7 @@ def test_what_a_face_cannot_do_is_a_problem_and_not_an_error() -> None:
     play(scene)
 
 
+@pytest.mark.heavy
 def test_a_drain_lets_the_sentence_end_and_takes_nobody_in() -> None:
     async def scene(calls: Calls, door: LocalDoor) -> None:
         async with door.connect("ann") as client:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from streamdiff.conversation.mind import ScriptedMind
 from streamdiff.serve.calls import Calls
 from streamdiff.serve.leases import Leases, Terms
@@ -36,6 +38,7 @@ async def caption(client: LocalClient, role: str, *, final: bool = True) -> Capt
             return event
 
 
+@pytest.mark.heavy
 def test_typed_words_are_shown_thought_about_and_answered() -> None:
     async def scene(client: LocalClient) -> None:
         client.send(Say("What is the time?"))
@@ -54,6 +57,7 @@ def test_typed_words_are_shown_thought_about_and_answered() -> None:
     play(scene, "It is noon.", "Later.")
 
 
+@pytest.mark.heavy
 def test_a_stop_button_silences_it_and_only_what_was_heard_is_remembered() -> None:
     async def scene(client: LocalClient) -> None:
         client.send(Say("Tell me a story."))
@@ -82,6 +86,7 @@ def test_a_stop_button_silences_it_and_only_what_was_heard_is_remembered() -> No
 STORY = "Once upon a time there was a king who had a very long story to tell to everybody who would listen to him."
 
 
+@pytest.mark.heavy
 def test_it_is_seen_to_think() -> None:
     async def main() -> None:
         talk = talking(lambda: ScriptedMind(["Yes."], first_s=0.3), "scripted")

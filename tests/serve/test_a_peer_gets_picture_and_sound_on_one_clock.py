@@ -57,6 +57,7 @@ def meet(scene: Callable[[Calls, Call], Awaitable[None]], **options: Any) -> Non
     asyncio.run(main())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("codec", ["vp8", "h264"])
 def test_picture_and_sound_arrive_and_say_when_they_belong(codec: str) -> None:
     async def scene(calls: Calls, call: Call) -> None:
@@ -107,6 +108,7 @@ def test_messages_pass_both_ways() -> None:
     meet(scene)
 
 
+@pytest.mark.heavy
 def test_a_request_for_a_keyframe_is_heard() -> None:
     async def scene(calls: Calls, call: Call) -> None:
         far, peer = Far(), Peer(call)

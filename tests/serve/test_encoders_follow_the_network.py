@@ -46,6 +46,7 @@ def test_h264_follows_without_a_keyframe() -> None:
     assert keys == 0
 
 
+@pytest.mark.heavy
 def test_vp8_is_opened_anew_for_a_large_change_and_not_too_often() -> None:
     clock = Clock()
     encoder = VideoEncoder(128, 128, FPS, clock=clock)

@@ -35,6 +35,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.heavy
 def test_a_viewer_that_stops_reading_delays_nobody() -> None:
     async def main() -> None:
         async with Calls(Leases(Terms(capacity=1)), Stage()) as calls, LocalDoor(calls).connect() as client:
@@ -50,6 +51,7 @@ def test_a_viewer_that_stops_reading_delays_nobody() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.heavy
 def test_sessions_that_come_and_go_leave_nothing_behind() -> None:
     async def visit(calls: Calls, k: int) -> None:
         async with LocalDoor(calls).connect(f"user{k}") as client:
@@ -76,6 +78,7 @@ def test_sessions_that_come_and_go_leave_nothing_behind() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.heavy
 def test_connections_that_never_speak_are_closed_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 200
 

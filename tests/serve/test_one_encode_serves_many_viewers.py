@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pytest
 
 from streamdiff.serve.protocol import Ending
 from streamdiff.serve.pump import Beat, Pump, Viewer
@@ -56,6 +57,7 @@ def test_viewers_get_the_same_packets_and_begin_with_a_keyframe() -> None:
     on_air(ScriptedStream(), scene)
 
 
+@pytest.mark.heavy
 def test_what_is_sent_decodes_to_what_was_shown() -> None:
     async def scene(pump: Pump) -> None:
         pump.session.say("five words that are spoken")
@@ -75,6 +77,7 @@ def test_what_is_sent_decodes_to_what_was_shown() -> None:
     on_air(ScriptedStream(side=64), scene)
 
 
+@pytest.mark.heavy
 def test_sound_leaves_in_blocks_of_20_ms_without_a_gap() -> None:
     for rate_hz in (16_000, 24_000):
 
@@ -93,6 +96,7 @@ def test_sound_leaves_in_blocks_of_20_ms_without_a_gap() -> None:
         on_air(ScriptedStream(rate_hz=rate_hz), scene)
 
 
+@pytest.mark.heavy
 def test_a_stream_that_falls_behind_moves_picture_and_sound_on_the_viewers_clock() -> None:
     stream = ScriptedStream()
 
@@ -128,6 +132,7 @@ def test_nothing_is_encoded_while_nobody_looks() -> None:
     on_air(ScriptedStream(), scene)
 
 
+@pytest.mark.heavy
 def test_a_slow_viewer_loses_frames_and_goes_on_at_a_keyframe() -> None:
     async def scene(pump: Pump) -> None:
         quick, slow = Viewer(pump), Viewer(pump, most=3)
@@ -145,6 +150,7 @@ def test_a_slow_viewer_loses_frames_and_goes_on_at_a_keyframe() -> None:
     on_air(ScriptedStream(), scene)
 
 
+@pytest.mark.heavy
 def test_keyframes_are_made_at_most_twice_a_second() -> None:
     async def scene(pump: Pump) -> None:
         viewer = Viewer(pump)
@@ -159,6 +165,7 @@ def test_keyframes_are_made_at_most_twice_a_second() -> None:
     on_air(ScriptedStream(), scene)
 
 
+@pytest.mark.heavy
 def test_a_chunk_of_frames_is_spread_over_its_time() -> None:
     async def scene(pump: Pump) -> None:
         beats = await take(Viewer(pump, is_encoded=False), 12)
@@ -170,6 +177,7 @@ def test_a_chunk_of_frames_is_spread_over_its_time() -> None:
     on_air(ScriptedStream(frames_per_chunk=6), scene)
 
 
+@pytest.mark.heavy
 def test_an_interruption_takes_back_what_has_not_left() -> None:
     async def scene(pump: Pump) -> None:
         viewer = Viewer(pump, is_encoded=False)

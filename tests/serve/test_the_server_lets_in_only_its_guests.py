@@ -252,6 +252,7 @@ def test_a_photograph_needs_consent_and_belongs_to_its_user(monkeypatch: pytest.
     visit(scene, gate=Passwords(), photos=True)
 
 
+@pytest.mark.heavy
 def test_a_server_drains_and_then_refuses_connections() -> None:
     async def main() -> None:
         engine = Scripted()

@@ -56,6 +56,7 @@ def test_a_cancelled_task_leaves_no_thread(num_ranks: int) -> None:
     assert wait_for_threads(before) == before
 
 
+@pytest.mark.heavy
 @BOTH
 def test_a_session_that_nobody_waits_for_any_more_is_closed(open_face: Callable[..., Opening]) -> None:
     """Opening was cancelled, and the loop ended before the stream was made."""
@@ -99,6 +100,7 @@ def test_closing_that_was_cancelled_can_be_waited_for_again() -> None:
     assert wait_for_threads(before) == before
 
 
+@pytest.mark.heavy
 @BOTH
 def test_a_wait_that_is_given_up_loses_nothing(open_face) -> None:
     async def scene() -> None:
@@ -158,8 +160,8 @@ def longest_hole_s(heard_S: np.ndarray, rate_hz: int) -> float:
     return float(np.diff(loud).max() - 1) / rate_hz
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("jitter_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.06])
+@pytest.mark.slow
+@pytest.mark.parametrize("jitter_s", [0.0, 0.06])
 def test_no_silence_is_put_into_running_speech(jitter_s: float) -> None:
     """Blocks of 20 ms come with jitter below the size of the playout buffer; noise has no silence of its own."""
     rate_hz = 16_000
@@ -190,6 +192,7 @@ def test_no_silence_is_put_into_running_speech(jitter_s: float) -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_sound_that_stops_is_a_pause_and_not_many_holes() -> None:
     async def scene() -> None:
         async with open_video(live=True) as session:
@@ -208,7 +211,6 @@ def test_sound_that_stops_is_a_pause_and_not_many_holes() -> None:
     run(scene())
 
 
-@pytest.mark.heavy
 @pytest.mark.slow
 def test_a_consumer_that_paused_catches_up_in_the_pauses_of_the_voice() -> None:
     rate_hz = 16_000
@@ -264,7 +266,7 @@ def test_idle_sessions_take_nobodys_threads(open_face) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt"])
+@pytest.mark.parametrize("end", ["pass", pytest.param("raise KeyboardInterrupt", marks=pytest.mark.slow)])
 def test_an_unread_session_does_not_keep_the_interpreter(end: str) -> None:
     program = f"""
 import asyncio
@@ -285,6 +287,7 @@ asyncio.run(main())
     assert "Fatal" not in done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_a_rank_that_hangs_fails_the_session_in_time_and_for_good(
     num_ranks: int, monkeypatch: pytest.MonkeyPatch
@@ -322,6 +325,7 @@ def test_a_rank_that_hangs_fails_the_session_in_time_and_for_good(
         free.set()
 
 
+@pytest.mark.heavy
 def test_a_face_lives_on_at_any_rate_of_interruptions() -> None:
     async def scene() -> None:
         async with open_video(live=True, num_ranks=2) as session:
@@ -343,6 +347,7 @@ def test_a_face_lives_on_at_any_rate_of_interruptions() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 def test_an_interruption_with_nothing_stale_costs_nothing() -> None:
     async def scene() -> None:
         async with open_video(live=True) as session:
@@ -356,6 +361,7 @@ def test_an_interruption_with_nothing_stale_costs_nothing() -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 @BOTH
 def test_ending_an_utterance_does_not_end_the_stream(open_face) -> None:
     async def scene() -> None:
@@ -376,6 +382,7 @@ def test_ending_an_utterance_does_not_end_the_stream(open_face) -> None:
     run(scene())
 
 
+@pytest.mark.heavy
 @BOTH
 def test_two_sessions_of_one_engine_do_not_move_alike(open_face, monkeypatch: pytest.MonkeyPatch) -> None:
     from streamdiff.avatar.engine import AvatarEngine
@@ -402,6 +409,7 @@ def test_two_sessions_of_one_engine_do_not_move_alike(open_face, monkeypatch: py
     run(scene())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("open_face", [partial(open_video, slack=8), open_avatar], ids=["video", "avatar"])
 def test_a_player_with_a_buffer_neither_repeats_nor_skips(open_face) -> None:
     """It holds four frames or chunks that it has not played; after an interruption it drops them, and goes on."""

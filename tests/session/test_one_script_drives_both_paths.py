@@ -42,6 +42,7 @@ async def conversation(session: Session) -> tuple[list[Shown], Interrupted]:
     return shown, interrupted
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("open_face", [open_video, open_avatar], ids=["video", "avatar"])
 def test_the_same_script_drives_it(open_face: Callable[..., Opening]) -> None:
     async def scene() -> None:

@@ -136,7 +136,7 @@ def test_a_raised_hand_hides_the_badge(head: HeadModel) -> None:
     assert np.abs(hidden.mean(0) - badge).max() > 20
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_shards_give_back_what_was_written_and_are_kept(head: HeadModel, tmp_path: Path) -> None:
     source = _source(head)
     write_shards(source, tmp_path, per_shard=3)

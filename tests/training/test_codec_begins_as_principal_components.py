@@ -122,7 +122,7 @@ def test_training_and_streaming_see_the_same_pictures(tmp_path: Path) -> None:
         load_codec(path, dataclasses.replace(_CONFIG, z_dim=8))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_it_learns_beyond_its_start() -> None:
     codec = Codec(_CONFIG)
     films = _films(6)

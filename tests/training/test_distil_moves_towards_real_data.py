@@ -115,7 +115,7 @@ def distil(sigmas: tuple[float, ...], iterations: int) -> tuple[Student, Normal,
     return average, critic, losses
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_one_step_becomes_the_real_distribution() -> None:
     sigmas = (1.0, 0.0)
     before = judged(Student(), sigmas, 0)
@@ -130,7 +130,7 @@ def test_one_step_becomes_the_real_distribution() -> None:
     assert (critic.mean_3 - after.mean(0)).abs().max() < 0.25
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_several_steps_share_one_critic_and_come_close_together() -> None:
     """One critic sees all exits as one distribution: together they must be right, each alone only nearer."""
     sigmas = (1.0, 0.5, 0.0)

@@ -124,7 +124,7 @@ def test_a_model_that_has_learned_nothing_says_nothing(tmp_path: Path) -> None:
     assert loss_Bn.mean().item() == pytest.approx(wanted.square().mean().item(), abs=0.05 + bias)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_it_learns_what_the_sound_says(tmp_path: Path) -> None:
     clips = clips_in(tmp_path / "clips")
     settings = ForcingConfig(num_chunks=3)

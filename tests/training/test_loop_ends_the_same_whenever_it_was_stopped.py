@@ -61,7 +61,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_process_that_is_killed_loses_nothing_but_time(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "tests.training.loop_case", str(tmp_path), str(STEPS)]
     path = os.pathsep.join(p or "." for p in sys.path)

@@ -73,6 +73,7 @@ def test_only_the_factors_learn() -> None:
     assert all(layer.lora_B.weight.any() for layer in adapted_layers(dit).values())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("alpha", [64.0, 16.0, 5.0])
 def test_the_saved_adapter_is_merged_into_the_same_model(folder: Path, alpha: float) -> None:
     dit = trained(model(), alpha=alpha)

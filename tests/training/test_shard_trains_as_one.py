@@ -61,6 +61,7 @@ def test_a_checkpoint_fills_the_shards_and_comes_back_whole() -> None:
     assert all(np.array_equal(first[name], tensor.numpy()) for name, tensor in expected.items())
 
 
+@pytest.mark.heavy
 def test_a_missing_rank_is_not_waited_for_forever() -> None:
     world = World(rank=1, size=2, port=shard_job.free_port())
     with pytest.raises(RuntimeError, match=r"(?i)time|refused|connect"), shard.processes(world, timeout_s=1.0):

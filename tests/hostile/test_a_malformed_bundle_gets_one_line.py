@@ -375,6 +375,7 @@ def test_the_unchanged_bundle_loads(tmp_path: Path) -> None:
     assert set(load_file(path)) == set(bundle.tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", [pytest.param(mutate, id=name) for name, mutate in CASES])
 def test_a_changed_part_gives_one_line(mutate: Mutation, tmp_path: Path) -> None:
     parts = Parts()
@@ -384,6 +385,7 @@ def test_a_changed_part_gives_one_line(mutate: Mutation, tmp_path: Path) -> None
     judge(path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in RAW])
 def test_changed_bytes_give_one_line(change: Callable[[bytes], bytes], tmp_path: Path) -> None:
     path = tmp_path / "changed.avatar"
@@ -408,6 +410,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "reason"), REFUSED)
 def test_the_line_says_what_is_wrong(name: str, reason: str, tmp_path: Path) -> None:
     parts = Parts()
@@ -418,6 +421,7 @@ def test_the_line_says_what_is_wrong(name: str, reason: str, tmp_path: Path) -> 
         IdentityBundle.load(path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
