@@ -170,14 +170,19 @@ def replacing(path: str | Path) -> Generator[Path]:
             raise _refused(Path(path), error) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make it where it is not there. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path, what: str) -> Generator[None]:
     """Make the folder and hold it: meanwhile a second run that writes ``what`` there is refused with InputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+    make_folder(folder)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not _lock(fd):
             raise InputError(f"another run is writing {what} into {folder}; wait for it, or choose another folder")

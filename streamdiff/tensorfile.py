@@ -20,10 +20,13 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from streamdiff.errors import CheckpointError
+from streamdiff.errors import CheckpointError, InputError
 from streamdiff.facts import parse_json, printable
+from streamdiff.output import replacing
 
 _HEADER_BYTES = 1 << 20
 _MAX_TENSORS = 10_000
@@ -283,3 +286,17 @@ def read_npz(path: str | Path, *, most_bytes: int, most_arrays: int = 1000) -> d
     if strange := [name for name, array in found.items() if not isinstance(array, np.ndarray)]:
         raise CheckpointError(f"{printable(strange[0])} is no array")
     return found
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file, whole or not at all. The tensors may be anywhere but share no memory.
+
+    Raises InputError when the place does not take it.
+    """
+    found = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as part:
+            save_file(found, part, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise InputError(f"cannot write {path}: {error}; make room or choose another place") from error
+    return Path(path)

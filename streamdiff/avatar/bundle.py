@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from streamdiff.avatar.kinematics import ARKIT_NAMES, arkit64
@@ -27,7 +26,7 @@ from streamdiff.avatar.mouth import NUM_SHAPES, LowerFaceDecoder, MouthLook
 from streamdiff.avatar.style import MAX_STYLE, STYLE_NAMES
 from streamdiff.errors import CheckpointError
 from streamdiff.facts import Facts, parse_json
-from streamdiff.tensorfile import TensorFile, Wanted, like
+from streamdiff.tensorfile import TensorFile, Wanted, like, save_tensors
 from streamdiff.trust.consent import MOST_STATEMENTS, describe
 from streamdiff.trust.keys import MOST_ENVELOPE, PublicKey
 
@@ -162,14 +161,10 @@ class IdentityBundle:
 
     def save(self, path: str | Path) -> Path:
         """Write the bundle to one file, atomically (a partial file, then a rename)."""
-        path = Path(path)
         metadata = {"format": FORMAT, "version": str(VERSION), "facts": self._facts(), "sha256": self.sha256}
         if self.statements:
             metadata["statements"] = json.dumps(self.statements)
-        partial = path.with_name(path.name + ".partial")
-        save_file({k: v.cpu().contiguous() for k, v in self.tensors().items()}, partial, metadata)
-        partial.replace(path)
-        return path
+        return save_tensors(self.tensors(), path, metadata)
 
     @staticmethod
     def load(path: str | Path) -> IdentityBundle:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamdiff.errors import InputError
+from streamdiff.output import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,6 @@ def downloaded(
 def write_whole(path: Path, data: bytes) -> Path:
     """Write a file of the cache atomically (a partial file, then a rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    return partial.replace(path)
+    with replacing(path) as part:
+        part.write_bytes(data)
+    return path

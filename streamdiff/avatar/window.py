@@ -28,7 +28,7 @@ from streamdiff.avatar.cues import NUM_CUES, PHONES
 from streamdiff.avatar.style import STYLE_NAMES
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.facts import Facts, parse_json, printable
-from streamdiff.tensorfile import TensorFile, like
+from streamdiff.tensorfile import TensorFile, like, save_tensors
 
 _SPECS = {"arkit64": kinematics.arkit64, "full256": kinematics.full256}
 
@@ -181,14 +181,12 @@ _FORMAT = "streamdiff.motion.1"
 
 def save_motion(model: MotionModel, path: str | Path, *, facts: Mapping[str, Any] | None = None) -> None:
     """Write a model as fp16 safetensors with its shape, and any facts worth keeping, in the metadata."""
-    from safetensors.torch import save_file
-
     tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
     # Means and deviations set the scale of everything: not a place to round.
     tensors |= {name: getattr(model, name).detach().cpu().float().contiguous() for name in ("mean_E", "std_E")}
     metadata = {"format": _FORMAT, "config": json.dumps(asdict(model.config)), "phones": json.dumps(PHONES)}
     metadata["facts"] = json.dumps(facts or {}, sort_keys=True)
-    save_file(tensors, str(path), metadata)
+    save_tensors(tensors, path, metadata)
 
 
 def load_motion(path: str | Path | None = None, *, device: str | torch.device = "cpu") -> MotionModel:

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamdiff import signals
 from streamdiff.cli import consent
-from streamdiff.errors import ConfigError, InputError
+from streamdiff.errors import ConfigError
 from streamdiff.facts import printable
+from streamdiff.output import refuse_overwriting, replacing
 
 if TYPE_CHECKING:
     from streamdiff.avatar.bundle import IdentityBundle
@@ -83,6 +85,7 @@ def run_create(args: argparse.Namespace) -> int:
     """``streamdiff avatar create``."""
     from streamdiff.avatar.identity import create_bundle
 
+    signals.handle()
     out = args.out or args.photo.with_suffix(BUNDLE_SUFFIX)
     check_suffix(out, BUNDLE_SUFFIX)
     if args.consent is not None and args.key is None:
@@ -101,6 +104,7 @@ def run_fit(args: argparse.Namespace) -> int:
 
     from streamdiff.training.avatar.fit import fit_bundle
 
+    signals.handle()
     out = args.out or args.video.with_suffix(BUNDLE_SUFFIX)
     check_suffix(out, BUNDLE_SUFFIX)
     torch.set_num_threads(1)
@@ -111,10 +115,7 @@ def run_fit(args: argparse.Namespace) -> int:
 
 
 def _save(bundle: IdentityBundle, out: Path) -> None:
-    try:
-        bundle.save(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error}; choose another place") from error
+    bundle.save(out)
     _write(f"{out}: {printable(bundle.name)}, {bundle.size}x{bundle.size}, sha256 {bundle.sha256[:16]}")
 
 
@@ -129,6 +130,8 @@ def run_voice(args: argparse.Namespace) -> int:
     from streamdiff.voice.timbre import fit_voice
 
     check_suffix(args.out, ".npz")
+    refuse_overwriting(args.out, (args.recording, args.voices))
+    signals.handle()
     if args.rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")
     sound_S = torch.cat([torch.zeros(0), *read_audio(args.recording, RATE_HZ)]).numpy()
@@ -142,10 +145,8 @@ def run_voice(args: argparse.Namespace) -> int:
         num_rounds=args.rounds,
     )
     arrays: dict[str, Any] = {args.out.stem: styles_P256[:, None]}
-    try:
-        np.savez(args.out, **arrays)
-    except OSError as error:
-        raise InputError(f"cannot write {args.out}: {error}; choose another place") from error
+    with replacing(args.out) as part:
+        np.savez(part, **arrays)
     _write(f"{args.out}: similarity to the recording {score:.3f}; speak with --voice kokoro:{args.model}:{args.out}")
     return 0
 

@@ -116,9 +116,8 @@ def _ended(error: BaseException, *, verbose: bool) -> int:
         case StreamdiffError():
             short = [note for note in notes if "\n" not in note]
             words = "; ".join([f"error: {error}", *short])
-            first = (
-                [words] if error.exit_code == 2 else words.splitlines()
-            )  # a name with a line end makes no second line
+            # A name with a line end makes no second line.
+            first = [words] if error.exit_code == 2 else words.splitlines()
             for line in (*first, *(line for note in notes if note not in short for line in note.splitlines())):
                 say(printable(line, 4000))  # names of files and ranks' words come from strangers
             if verbose:

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,6 +38,8 @@ from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models import vae
 from streamdiff.models.audio import LogMelFeatures
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
+from streamdiff.output import alone_in
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe
 from streamdiff.training.data.clip import ALL_PROMPTS, FPS, FRAME_SAMPLES
 from streamdiff.training.data.shards import Shards
@@ -211,7 +213,7 @@ def save_codec(codec: Codec, path: Path, *, facts: Mapping[str, object]) -> None
     tensors = {name: value.half().contiguous() for half in (codec.enc, codec.dec)
                for name, value in half.state_dict().items()}  # fmt: skip
     config = {name: value for name, value in dataclasses.asdict(codec.config).items() if value != ()}
-    save_file(tensors, path, metadata={"vae": json.dumps(config), "facts": json.dumps(dict(facts))})
+    save_tensors(tensors, path, {"vae": json.dumps(config), "facts": json.dumps(dict(facts))})
 
 
 def load_codec(path: Path, config: VAEConfig) -> Codec:
@@ -380,8 +382,8 @@ def run_encode(args: argparse.Namespace) -> int:
     with tqdm(total=len(shards), unit="clip", disable=None) as bar:
         encoder = LogMelFeatures(num_bands=audio.feature_dim // 2 - 1)
         tensors, facts = encode_clips(codec, shards, encoder, progress=bar.update)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "latents.safetensors"
-    save_file(tensors, path, metadata={**facts, "config": config.name})
+    with alone_in(args.out, "latents"):
+        save_tensors(tensors, path, {**facts, "config": config.name})
     logger.info("wrote %s: %d clips", path, len(shards))
     return 0

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from PIL import Image, ImageDraw, ImageFont
 
 from streamdiff.errors import InputError
+from streamdiff.output import replacing
 
 
 class Log:
@@ -31,9 +32,8 @@ class Log:
                     kept.append(line)
                     self._note(entry["step"], entry["numbers"])
         self._file: TextIO | None = None
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as part:
+            part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._lines: list[str] = []
 
     def _note(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -48,8 +48,11 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(self._lines)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(self._lines)
+        except OSError as error:
+            raise InputError(f"cannot write {self._path}: {error.strerror}; make room, then --resume") from error
         self._lines.clear()
 
 
@@ -70,12 +73,8 @@ def draw_curves(history: Mapping[str, Sequence[tuple[int, float]]], path: Path) 
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for row, (name, points) in enumerate(shown.items()):
         _draw_panel(draw, font, name, points, row)
-    beside = path.with_name(path.stem + ".new.png")
-    try:
-        image.save(beside)
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
+    with replacing(path) as part:
+        image.save(part)
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, font: Any, name: str, points: Sequence[tuple[int, float]], row: int) -> None:

@@ -20,7 +20,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import signal
 import statistics
 import threading
@@ -33,11 +32,12 @@ from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from streamdiff.checkpoint import check_names_and_shapes
-from streamdiff.errors import CheckpointError, ConfigError, InputError, StreamdiffError
+from streamdiff.errors import CheckpointError, ConfigError, StreamdiffError
+from streamdiff.output import make_folder
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training.history import Log, draw_curves
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOG, CURVES = "checkpoint.safetensors", "log.jsonl", "curves.png"
 
 _FORMAT = "1"
+_SAME_SIGNAL_S = 0.5
 _SETTLING_STEPS, _TIMED_STEPS = 2, 8
 _BUDGET_SHARE = 0.92
 """Share of a budget that is planned for steps; the rest is for checkpoints, samples and a machine that slows down."""
@@ -239,10 +240,7 @@ class Trainer:
         self.spent_s = 0.0
         self._learners = {name: _Learner(part) for name, part in task.parts.items()}
         self._timed: list[float] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+        make_folder(folder)
         if self.checkpoint.is_file():
             self._restore(resume)
         self._log = Log(folder / LOG, self.step)
@@ -366,15 +364,8 @@ class Trainer:
             "updates": json.dumps({name: learner.updates for name, learner in self._learners.items()}),
             "facts": json.dumps(self.facts),
         }
-        beside = self.checkpoint.with_suffix(".new")
         self._log.flush()
-        try:
-            save_file(tensors, beside, metadata=about)
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(self.checkpoint)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {self.checkpoint}: {error}; make room or choose another folder") from error
+        save_tensors(tensors, self.checkpoint, about)
         draw_curves(self._log.history, self.folder / CURVES)
 
     def _restore(self, resume: bool) -> None:
@@ -431,20 +422,26 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Generator[list[int]]:
-    """A list that a first SIGINT or SIGTERM is put into; a second one ends the process as it always does.
+    """A list that a first SIGINT or SIGTERM is put into; a later one ends the process as it always does.
 
-    In a thread other than the main one signals are somebody else's business.
+    A launcher passes on what the terminal has sent already, so one that follows at once is the same. In a thread
+    other than the main one signals are somebody else's business.
     """
     asked: list[int] = []
+    since: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if not asked:
+            asked.append(number)
+            since.append(time.monotonic())
+        elif time.monotonic() - since[0] > _SAME_SIGNAL_S:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            signal.raise_signal(number)
 
     try:
         for number in before:

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from streamdiff import rng
 from streamdiff.checkpoint import lora_modules, read_lora
 from streamdiff.errors import CheckpointError, ConfigError
 from streamdiff.models.dit import CausalDiT
+from streamdiff.output import make_folder
+from streamdiff.tensorfile import save_tensors
 
 SERVED_ALPHA = 64.0
 """The alpha that `checkpoint.load_dit` merges with; a file holds no alpha of its own."""
@@ -120,10 +121,8 @@ def lora_tensors(dit: nn.Module, *, prefix: str = "base_model.model.") -> dict[s
 
 def save_lora(dit: nn.Module, path: Path) -> None:
     """Write the adapters to a safetensors file that ``streamdiff generate --lora`` takes; complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in lora_tensors(dit).items()}, partial)
-    partial.replace(path)
+    make_folder(path.parent)
+    save_tensors(lora_tensors(dit), path)
 
 
 def load_lora_(dit: CausalDiT, path: Path) -> None:

@@ -34,6 +34,7 @@ from streamdiff.avatar.head3d import HeadModel
 from streamdiff.config import EngineConfig
 from streamdiff.errors import InputError
 from streamdiff.models.vae import from_rgb8, to_rgb8
+from streamdiff.output import replacing
 from streamdiff.training.codec import Codec, load_codec
 from streamdiff.training.data.clip import TRUTH
 from streamdiff.training.data.shards import Shards
@@ -324,7 +325,8 @@ def run(args: argparse.Namespace) -> int:
             facts = {"plain": judge(trained, held, coded=False)}
             if args.codec is not None:
                 facts["codec"] = judge(trained, held, coded=True)
-            (args.out / "held_out.json").write_text(json.dumps(facts, indent=1) + "\n")
+            with replacing(args.out / "held_out.json") as part:
+                part.write_text(json.dumps(facts, indent=1) + "\n")
             sys.stdout.write(json.dumps(facts) + "\n")
         return [path]
 

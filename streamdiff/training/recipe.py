@@ -19,13 +19,14 @@ from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from streamdiff import checkpoint, presets
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.output import alone_in
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training.loop import Plan, Task, Trainer
 
 
@@ -131,13 +132,8 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def save_average(trainer: Trainer, part: str, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write the averaged weights of a part, with the facts of the run."""
-    tensors = {name: t.to("cpu", dtype).contiguous() for name, t in trainer.average(part).items()}
-    beside = path.with_suffix(".new")
-    try:
-        save_file(tensors, beside, metadata={"facts": json.dumps({**trainer.facts, "steps": str(trainer.step)})})
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
+    tensors = {name: t.to("cpu", dtype) for name, t in trainer.average(part).items()}
+    save_tensors(tensors, path, {"facts": json.dumps({**trainer.facts, "steps": str(trainer.step)})})
 
 
 def conduct(
@@ -158,8 +154,18 @@ def conduct(
         sample: called every two minutes and at the end, to look at what has been learned so far.
     """
     named = {"recipe": recipe, **{name: str(value) for name, value in facts.items()}}
-    trainer = Trainer(task, args.out, plan, facts=named, resume=args.resume)
+    with alone_in(args.out, "a run"):
+        trainer = Trainer(task, args.out, plan, facts=named, resume=args.resume)
+        return _conduct(recipe, trainer, args, finish, sample)
 
+
+def _conduct(
+    recipe: str,
+    trainer: Trainer,
+    args: argparse.Namespace,
+    finish: Callable[[Trainer], Sequence[Path]],
+    sample: Callable[[Trainer], None] | None,
+) -> int:
     def on_sample(_step: int) -> None:
         assert sample is not None
         sample(trainer)

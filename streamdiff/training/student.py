@@ -9,15 +9,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from streamdiff import flow
 from streamdiff.config import EngineConfig, sparse
-from streamdiff.errors import ConfigError, InputError
+from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe, samples, sequence
 from streamdiff.training.codec import load_codec
 from streamdiff.training.latents import Batch, LatentClips
@@ -94,13 +93,7 @@ class StudentRun:
         path = self._args.out / WEIGHTS
         about = {**trainer.facts, "steps": str(trainer.step)}
         kept = {name: tensor.detach().cpu().float().clone().contiguous() for name, tensor in tensors.items()}
-        beside = path.with_suffix(".new")
-        try:
-            save_file(kept, beside, metadata={"facts": json.dumps(about)})
-            beside.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
-        return path
+        return save_tensors(kept, path, {"facts": json.dumps(about)})
 
 
 def silent(batch: Batch, empty_text_1PC: Tensor) -> Batch:

@@ -49,7 +49,21 @@ def test_a_signal_stops_after_the_step(whole: Path, tmp_path: Path, number: sign
     assert same_bits(whole, tmp_path)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+def test_a_ctrl_c_that_comes_twice_at_once_is_one(tmp_path: Path) -> None:
+    """A terminal sends it to every process, and torchrun passes it on."""
+
+    def insist(step: int) -> None:
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+    assert run(tmp_path, STEPS, before=insist).stopped_by == signal.SIGINT
+    assert run(tmp_path, STEPS, resume=True).step == STEPS
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamdiff.training.loop._SAME_SIGNAL_S", -1.0)
+
     def insist(step: int) -> None:
         if step == 2:
             signal.raise_signal(signal.SIGINT)

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from streamdiff import rng
 from streamdiff.avatar.window import MotionConfig, MotionModel, load_motion, save_motion
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.output import make_folder
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe
 from streamdiff.training.avatar.facegood import recorded
 from streamdiff.training.avatar.motion_loss import consistency_loss, error_weights, fit_scale, flow_loss
@@ -186,13 +188,8 @@ def _data_of(args: argparse.Namespace, config: MotionConfig) -> tuple[Dataset, l
 
 
 def _keep(tensors: Mapping[str, Tensor], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
+    make_folder(path.parent)
+    save_tensors(tensors, path)
     logger.info("wrote %s: %d performances", path, len(tensors["lengths"]))
 
 

@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from streamdiff import rng
 from streamdiff.avatar.head3d import HeadModel
 from streamdiff.avatar.mouth import NUM_CONDITIONS, PATCH, MouthDecoder
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.output import make_folder
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe
 from streamdiff.training.avatar.mouth_pictures import MouthPainter
 from streamdiff.training.loop import Part, Trainer
@@ -153,13 +155,8 @@ def _pictures_of(args: argparse.Namespace) -> dict[str, Tensor]:
         drawn: dict[str, Tensor] = dict(
             zip(names, draw(HeadModel.load(args.head), args.pictures, args.seed), strict=True)
         )
-        partial = path.with_suffix(".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(drawn, partial)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot write {path}: {error}; make room or choose another folder") from error
+        make_folder(path.parent)
+        save_tensors(drawn, path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

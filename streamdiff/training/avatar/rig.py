@@ -36,6 +36,7 @@ from streamdiff.avatar.head3d import (
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import Landmarker, fetch_task
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.output import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +227,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--heads counts from 1, got {args.heads}")
     torch.set_num_threads(1)
     landmarker = Landmarker(args.task or fetch_task())
-    save_file(build(HeadModel.load(args.head), landmarker, num_heads=args.heads), args.out)
+    with replacing(args.out) as part:
+        save_file(build(HeadModel.load(args.head), landmarker, num_heads=args.heads), part)
     sys.stdout.write(f"{args.out}: {_NUM_MESH} landmarks from {args.heads} heads\n")
     return 0

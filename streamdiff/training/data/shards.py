@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from streamdiff.errors import InputError
+from streamdiff.tensorfile import save_tensors
 from streamdiff.training.data.clip import TRUTH, Clip, ClipSource
 from streamdiff.training.data.drawn import DrawnClips
 from streamdiff.training.data.recorded import RecordedClips
@@ -62,9 +62,7 @@ def _write_shard(clips: Sequence[Clip], path: Path, start: int) -> None:
     if len(truths) == len(clips):
         tensors["truth"] = torch.from_numpy(np.stack(truths))
     facts = {"prompts": json.dumps([c.prompt for c in clips]), "start": str(start), "truth": json.dumps(TRUTH)}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=facts)
-    partial.replace(path)
+    save_tensors(tensors, path, facts)
 
 
 class Shards:
