@@ -123,6 +123,13 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Hearing:
+    """The user's voice: it has begun (confirmed, no echo), or their turn has ended."""
+
+    speaking: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Caption:
     """Words, by whom. A later caption of the same role and turn replaces an earlier one."""
 
@@ -170,7 +177,7 @@ class Ended:
     text: str = ""
 
 
-Event: TypeAlias = Ready | Status | Caption | Stopped | Latency | Problem | Ended
+Event: TypeAlias = Ready | Status | Hearing | Caption | Stopped | Latency | Problem | Ended
 
 _COMMANDS: dict[str, type[Command]] = {
     "say": Say,
@@ -183,6 +190,7 @@ _COMMANDS: dict[str, type[Command]] = {
 _NAMES: dict[type[Any], str] = {
     Ready: "ready",
     Status: "status",
+    Hearing: "hearing",
     Caption: "caption",
     Stopped: "stopped",
     Latency: "latency",

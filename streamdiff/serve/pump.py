@@ -176,6 +176,7 @@ class Pump:
         """What encoding the last beat took."""
         self._executor = executor
         self._sinks: list[Sink] = []
+        self._watching: set[Sink] = set()
         self._video: VideoEncoder | None = None
         self._opus: SoundEncoder | None = None
         self._blocks = Blocks(self.rate_hz)
@@ -189,8 +190,8 @@ class Pump:
 
     @property
     def num_viewers(self) -> int:
-        """Viewers that want packets."""
-        return sum(sink.is_encoded for sink in self._sinks)
+        """Viewers that want packets, and those that said so when they were attached."""
+        return sum(sink.is_encoded or sink in self._watching for sink in self._sinks)
 
     @property
     def ending(self) -> Ending | None:
@@ -207,18 +208,24 @@ class Pump:
         """Bits per second that pictures keep to; 0 before the first was encoded."""
         return self._video.bitrate if self._video else 0
 
-    def attach(self, sink: Sink) -> None:
-        """Hand every beat from now on to this viewer; one that wants packets begins with a keyframe."""
+    def attach(self, sink: Sink, *, is_viewer: bool = False) -> None:
+        """Hand every beat from now on to this viewer; one that wants packets begins with a keyframe.
+
+        ``is_viewer``: somebody is behind it, even while it wants no packets.
+        """
         if self._ending is not None:
             sink.end(self._ending)
             return
         self._sinks.append(sink)
+        if is_viewer:
+            self._watching.add(sink)
         if sink.is_encoded:
             self._key_wanted, self._key_s = True, -_KEY_EVERY_S
 
     def detach(self, sink: Sink) -> None:
         """Hand it nothing more; idempotent."""
         self._sinks = [other for other in self._sinks if other is not sink]
+        self._watching.discard(sink)
         self._limits.pop(sink, None)
         self._aim()
 

@@ -23,7 +23,7 @@ from streamdiff.conversation.mouth import Mouth
 from streamdiff.conversation.turn import Phase
 from streamdiff.errors import StreamdiffError
 from streamdiff.serve.calls import Call, TalkFactory
-from streamdiff.serve.protocol import Caption, Ending, Latency
+from streamdiff.serve.protocol import Caption, Ending, Hearing, Latency
 from streamdiff.serve.pump import Beat
 from streamdiff.stream import Can, Interrupted, Segment, Shown
 
@@ -78,6 +78,7 @@ class Answers:
         self._reply = ""
         self._heard_s: float | None = None
         self._stopped = False
+        self._user_speaks = False
         self._waiting: deque[str] = deque(maxlen=_MAX_WAITING)
         self._conversation = Conversation(
             _OnAir(call, self), ear, mind, mouth=mouth, instructions=instructions, manners=_MANNERS
@@ -160,11 +161,16 @@ class Answers:
         match event:
             case said.UserSpeechStarted():
                 call.touch()
-            case said.PhaseChanged(phase=phase) if phase is not Phase.SPEAKING:  # that begins with its first frame
-                call.thinking(phase is Phase.THINKING)
+                self._set_user_speaks(True)
+            case said.PhaseChanged(phase=phase):
+                if phase not in (Phase.LISTENING, Phase.INTERRUPTED):
+                    self._set_user_speaks(False)
+                if phase is not Phase.SPEAKING:  # that begins with its first frame
+                    call.thinking(phase is Phase.THINKING)
             case said.PartialTranscript(text=text) if text.strip():
                 call.emit(Caption("user", text, self._turn + 1, final=False))
             case said.Transcript(text=text) if text.strip():
+                self._set_user_speaks(False)
                 call.emit(Caption("user", text, self._turn + 1))
             case said.Thinking():
                 self._turn += 1
@@ -180,6 +186,11 @@ class Answers:
                 self._time(event)
             case _:
                 pass
+
+    def _set_user_speaks(self, speaking: bool) -> None:
+        if speaking != self._user_speaks:
+            self._user_speaks = speaking
+            self._call.emit(Hearing(speaking))
 
     def _time(self, timing: said.TurnTiming) -> None:
         for stage, seconds in (

@@ -64,7 +64,7 @@ class Peer:
         self._feed = _Feed(call)
         self._channel: RTCDataChannel | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._bucket = _Bucket(_MESSAGES_PER_S)
+        self._bucket = Bucket(_MESSAGES_PER_S)
         self._began_s = time.monotonic()
         self._estimates: deque[tuple[float, float]] = deque(maxlen=64)
         self._closed = False
@@ -323,7 +323,7 @@ class _SoundTrack(MediaStreamTrack):
         return packet
 
 
-class _Bucket:
+class Bucket:
     """Lets so many things a second through, and bursts of as many."""
 
     def __init__(self, per_s: float) -> None:

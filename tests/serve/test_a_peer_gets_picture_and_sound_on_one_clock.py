@@ -17,7 +17,7 @@ from aiortc import RTCPeerConnection, RTCSessionDescription
 from streamdiff.serve.calls import Call, Calls
 from streamdiff.serve.leases import Leases, Terms
 from streamdiff.serve.protocol import Caption, Ended, Ending, Say, render
-from streamdiff.serve.webrtc import Peer, _Bucket
+from streamdiff.serve.webrtc import Bucket, Peer
 from tests.serve.scripted import Stage
 
 
@@ -147,7 +147,7 @@ def test_a_flood_of_messages_is_not_read() -> None:
 
 
 def test_a_bucket_fills_again() -> None:
-    bucket = _Bucket(50)
+    bucket = Bucket(50)
     assert sum(bucket.take() for _ in range(60)) in (50, 51)
     time.sleep(0.1)
     assert bucket.take()
