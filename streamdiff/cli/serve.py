@@ -126,6 +126,7 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     from streamdiff.serve.calls import Calls
     from streamdiff.serve.cast import Cast
     from streamdiff.serve.leases import Leases, Terms
+    from streamdiff.serve.realtime import realtime
     from streamdiff.serve.server import House, application, serve
 
     voice = open_mouth(args.voice)
@@ -159,7 +160,7 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
             print(f"holds {capacity} {'session' if capacity == 1 else 'sessions'}: {why}; {answers}")
             sys.stdout.flush()
 
-        await serve(application(house), host=args.host, port=args.port, drain_s=args.drain, on_up=up)
+        await serve(application(house, [realtime]), host=args.host, port=args.port, drain_s=args.drain, on_up=up)
 
 
 def _permits(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> Permits | None:
