@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Command] = {
     "serve": Command("talk to a face in the browser", "serve"),
     "avatar": Command("make, fit and look at avatars", "avatar"),
     "train": Command("train the models, recipe by recipe", "train"),
+    "verify": Command("whether a film or an audit log is what it says", "verify"),
     "doctor": Command("what this machine can do, and why not more", "doctor"),
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamdiff import signals
+from streamdiff.cli.verify import LOG_SUFFIX
 from streamdiff.errors import BackendError, ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from streamdiff.serve.calls import TalkFactory
     from streamdiff.serve.gate import Gate
     from streamdiff.serve.permits import Permits
+    from streamdiff.serve.register import Register
     from streamdiff.voice import Synthesizer
 
 HELP = "talk to a face in the browser"
@@ -92,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show only whose bundle holds a consent signed by one of these public keys (`streamdiff avatar consent`)",
     )
     add("--withdrawn", type=Path, metavar="FILE", help="list of withdrawn consents and users; read again as it changes")
+    add("--audit", type=Path, metavar="FILE", help="record who saw whom in a hash-chained log, FILE.jsonl")
     add("--log", choices=("text", "json"), default="text", help="how to write the log (default: %(default)s)")
 
 
@@ -143,7 +146,9 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
 
     takes_photos = not args.no_photos and args.require_consent is None  # a photograph brings no signed record
     with Cast(engines, load=load if takes_photos else None) as cast:
-        calls = Calls(Leases(terms), cast.open, talk=talk, codec=args.codec, permits=permits)
+        calls = Calls(
+            Leases(terms), cast.open, talk=talk, codec=args.codec, permits=permits, register=_register(args, engines)
+        )
         house = House(
             calls=calls,
             cast=cast,
@@ -178,6 +183,23 @@ def _permits(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> P
     for name in engines:
         permits.check(name, "")
     return permits
+
+
+def _register(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> Register | None:
+    if args.audit is None:
+        return None
+    from streamdiff import __version__
+    from streamdiff.serve.register import Register
+    from streamdiff.trust.audit import AuditError, AuditLog
+
+    if args.audit.suffix != LOG_SUFFIX:
+        raise ConfigError(f"--audit {args.audit} must end in {LOG_SUFFIX}; try {args.audit.with_suffix(LOG_SUFFIX)}")
+    log = AuditLog(args.audit)
+    try:
+        log.write("began", version=__version__, pid=os.getpid())
+    except AuditError as error:
+        raise InputError(str(error)) from error
+    return Register(log, {name: "" if e.bundle is None else e.bundle.sha256 for name, e in engines.items()})
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -49,7 +49,9 @@ from streamdiff.serve.protocol import (
     Stopped,
 )
 from streamdiff.serve.pump import Beat, Pump, Source
+from streamdiff.serve.register import Register
 from streamdiff.stream import Can, Interrupted, Segment, State
+from streamdiff.trust.audit import AuditError
 from streamdiff.trust.consent import ConsentError
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ class Call:
         self.avatar = avatar
         self.lease, self.session, self.pump, self.meters = lease, session, pump, meters
         self.id = lease.id
-        self.log_id = lease.id[:6]
+        self.log_id = _log_id(lease)
         """What the logs call it: the id itself opens the session."""
         self.talk: Talk = Reader(self)
         self.wants_end: Ending | None = None
@@ -317,6 +319,7 @@ class Calls:
         opener: makes the session of an avatar.
         talk: who answers; None: nobody, what is typed is read aloud.
         permits: whom may be shown to whom; None: everybody.
+        register: where sessions are recorded; None: nowhere.
         executor: threads that encode; None: two of its own.
     """
 
@@ -329,9 +332,10 @@ class Calls:
         codec: Codec = "vp8",
         meters: Meters | None = None,
         permits: Permits | None = None,
+        register: Register | None = None,
         executor: Executor | None = None,
     ) -> None:
-        self._permits = permits
+        self._permits, self._register = permits, register
         self.leases, self.meters = leases, meters or Meters()
         self.meters.capacity.set(leases.terms.capacity)
         self._opener, self._talk = opener, talk
@@ -371,9 +375,15 @@ class Calls:
             self.meters.refused.labels(error.code).inc()
             raise
         try:
+            if self._register is not None:
+                await asyncio.to_thread(self._register.opened, _log_id(lease), user, avatar)
             call = await self._start(lease, avatar)
-        except BaseException:
+        except BaseException as error:
             self.leases.release(lease, Ending.FAILED)
+            if isinstance(error, Refused):
+                self.meters.refused.labels(error.code).inc()
+            else:
+                self._record(lease, Ending.FAILED)
             raise
         self.meters.opened.inc()
         self.meters.sessions.set(len(self._calls))
@@ -398,6 +408,7 @@ class Calls:
         finally:
             task.cancel()
             self.leases.release(call.lease, reason)
+            self._record(call.lease, reason)
             self.meters.ended.labels(reason.value).inc()
             self.meters.sessions.set(len(self._calls))
             lasted_s = time.monotonic() - call.lease.since_s
@@ -480,6 +491,25 @@ class Calls:
             if why := permits.why_not(call.avatar, call.lease.user):
                 logger.info("session %s: %s", call.log_id, why)
                 self._end_soon(call, Ending.REVOKED)
+
+    def _record(self, lease: Lease, reason: Ending) -> None:
+        """Write into the audit log that a session has ended, in a thread."""
+        if self._register is not None:
+            lasted_s = time.monotonic() - lease.since_s
+            task = asyncio.get_running_loop().create_task(self._write_end(self._register, lease, reason, lasted_s))
+            self._ends.add(task)
+            task.add_done_callback(self._ends.discard)
+
+    async def _write_end(self, register: Register, lease: Lease, reason: Ending, lasted_s: float) -> None:
+        try:
+            await asyncio.to_thread(register.ended, _log_id(lease), reason, lasted_s)
+        except AuditError as error:
+            logger.error("session %s: its end is not recorded: %s", _log_id(lease), error)
+
+
+def _log_id(lease: Lease) -> str:
+    """What logs call a session: its id itself opens it."""
+    return lease.id[:6]
 
 
 class _Quiet:

@@ -133,6 +133,15 @@ def test_nobody_is_let_in_while_the_list_cannot_be_read(key: SigningKey, tmp_pat
     play(permits, scene)
 
 
+def test_a_bundle_can_be_withdrawn_where_no_consent_is_asked_for(tmp_path: Path) -> None:
+    listed = tmp_path / "withdrawn"
+    listed.write_text(f"bundle {ANN}\n")
+    permits = Permits({"ann": Signed(ANN), "bob": Signed(BOB)}, withdrawn=listed)
+    permits.reread()
+    assert permits.why_not("ann", "x") == permits.why_not("", "x") == "ann may not be shown any more"
+    assert permits.why_not("bob", "x") == permits.why_not("brought-x", "x") == ""
+
+
 def test_the_client_is_told_403_and_why(key: SigningKey) -> None:
     class Engine:
         def open(self) -> Session:
