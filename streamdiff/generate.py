@@ -129,7 +129,6 @@ def check(job: Job, schedule: Schedule, engine: Engine) -> int:
     Looks at every rank's part, so that each rank finds the same fault and none is left waiting for another.
     """
     _check_files(job)
-    duration_s = audio_duration_s(job.audio)
     next(read_audio(job.audio))
     weights = engine.weights
     if weights.folder is not None:
@@ -154,7 +153,7 @@ def check(job: Job, schedule: Schedule, engine: Engine) -> int:
             f"{who} need {together / 2**30:.1f} GiB but {job.device} has {have / 2**30:.1f} GiB free; "
             "use a smaller size, fewer steps, or other ranks"
         )
-    seconds = duration_s if job.seconds is None else job.seconds
+    seconds = audio_duration_s(job.audio) if job.seconds is None else job.seconds
     return max(1, round(seconds * job.config.fps))
 
 

@@ -61,9 +61,12 @@ class Case:
             return f"is accepted: {ending.out[-300:]} {ending.err[-300:]}"
         if ending.status == 2 and self.says not in ending.err:
             return f"is refused in other words than {self.says!r}: {ending.err[-400:]}"
+        # A film that breaks off plays as far as it came; anything else is whole or not there.
         made = [path for path in folder.glob("out*") if path.is_file()]
+        if ending.status == 2 and (rest := [path.name for path in made if path.suffix != ".mp4"]):
+            return f"leaves {rest[0]} behind"
         if ending.status == 2:
-            return f"leaves {made[0].name} behind" if made else ""
+            return ""
         return "".join(_film_fault(path, self.most_s) for path in made if path.suffix == ".mp4")
 
 

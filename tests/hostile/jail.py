@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import json
+import logging
 import os
 import resource
 import select
@@ -145,6 +146,7 @@ def _warm_up() -> None:
                 with contextlib.suppress(SystemExit):
                     main(argv)
         os.chdir(_ROOT)
+    logging.root.handlers.clear()  # they write to the standard error of before
     gc.collect()
     gc.freeze()  # so that collections in children touch, and copy, nothing of it
 

@@ -15,7 +15,7 @@ import pytest
 from tests.hostile.case import Case, run
 from tests.hostile.jail import Jail
 
-KINDS = {"pictures": 230}
+KINDS = {"pictures": 250, "sounds": 400}
 """What strangers give, and how many cases of it there are at least."""
 
 

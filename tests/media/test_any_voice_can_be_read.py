@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import tracemalloc
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -135,7 +138,7 @@ def test_what_is_not_sound_says_so_at_once(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("hello")
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "face.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
-    cases = {"none.wav": "no such file", "empty.wav": "empty", "text.wav": "not an audio file"}
+    cases = {"none.wav": "no such file", "empty.wav": "empty", "text.wav": "not a sound or video file"}
     for name, what in cases.items():
         for function in (read_audio, audio_duration_s):
             with pytest.raises(InputError, match=what) as caught:
@@ -161,7 +164,7 @@ def test_a_track_without_samples_says_so(tmp_path: Path) -> None:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(16_000)
-    with pytest.raises(InputError, match=r"its audio track is empty|not an audio file"):
+    with pytest.raises(InputError, match=r"its audio track is empty|not a sound or video file"):
         read_audio(tmp_path / "voice.wav")
 
 
@@ -185,3 +188,66 @@ def test_a_cut_off_file_gives_what_it_has(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "voice.wav", tone(2.0, 16_000), 16_000)
     path.write_bytes(path.read_bytes()[: 44 + 16_000])
     assert 7_000 <= len(_read(path)) <= 8_100
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".m3u8", ".txt"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{voice}\n",
+        "ffconcat version 1.0\nfile {voice}\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n",
+    ],
+)
+def test_a_list_of_other_files_is_not_read(tmp_path: Path, text: str, suffix: str) -> None:
+    write_sound(tmp_path / "voice.wav", tone(0.5, 16_000), 16_000)
+    (tmp_path / f"list{suffix}").write_text(text.format(voice=tmp_path / "voice.wav"))
+    with pytest.raises(InputError, match="not a sound or video file"):
+        read_audio(tmp_path / f"list{suffix}")
+
+
+@pytest.mark.parametrize(
+    "name", ["concat:voice.wav|voice.wav", "subfile,,start,44,end,99,,:voice.wav", "tcp:127.0.0.1:1"]
+)
+def test_a_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sound(tmp_path / "voice.wav", tone(0.5, 16_000), 16_000)
+    with pytest.raises(InputError, match="no such file"):
+        read_audio(name)
+    Path(name).write_bytes(Path("voice.wav").read_bytes())
+    assert sum(map(len, read_audio(name))) == 8_000
+
+
+def test_ffmpeg_opens_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two locks: no container that is read names another file, and if one did, it would be a file."""
+    path = write_sound(tmp_path / "voice.wav", tone(0.5, 16_000), 16_000)
+    asked: list[dict[str, str]] = []
+    opened = av.open
+
+    def spied(*args: Any, options: dict[str, str], **rest: Any) -> Any:
+        asked.append(options)
+        return opened(*args, options=options, **rest)
+
+    monkeypatch.setattr(av, "open", spied)
+    assert len(_read(path)) == 8_000
+    assert [options["protocol_whitelist"] for options in asked] == ["file"]
+    assert "hls" not in asked[0]["format_whitelist"].split(",")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "voice.wav")
+    with pytest.raises(InputError, match="not a file"):
+        read_audio(tmp_path / "voice.wav")
+
+
+def test_what_a_container_claims_is_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_sound(tmp_path / "voice.flac", tone(0.5, 16_000), 16_000)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"fLaC") + 8 + 13
+    data[at] |= 0x0F
+    data[at + 1 : at + 5] = b"\xff" * 4  # 2**36 - 1 samples: fifty days
+    path.write_bytes(data)
+    assert audio_duration_s(path) == 0.5
+    assert not caplog.messages
+    assert len(_read(path)) == 8_000
+    assert caplog.messages == [f"{path} holds 0.50 s of sound, not the 4.295e+06 s that it claims"]

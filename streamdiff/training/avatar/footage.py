@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
 from numpy.typing import NDArray
 
@@ -20,6 +21,8 @@ from streamdiff.arrays import Floats
 from streamdiff.avatar.identity import find_face
 from streamdiff.avatar.landmarks import Face, Landmarker
 from streamdiff.errors import InputError
+from streamdiff.facts import printable
+from streamdiff.media.source import open_media, reason
 
 Frames: TypeAlias = NDArray[np.uint8]
 MIN_FRAMES = 100
@@ -58,29 +61,38 @@ def read_footage(path: str | Path, landmarker: Landmarker, *, max_frames: int = 
     decoded.close()
     if len(found) < MIN_FRAMES:
         raise InputError(f"{path} shows a face in {len(found)} frames; fitting needs {MIN_FRAMES}, better 1500")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Footage(np.stack(frames), np.stack([face.landmarks_J3 for face in found]), fps, digest)
 
 
 def _open(path: str | Path) -> tuple[float, Generator[Frames, None, None]]:
     """Frames a second, and the frames."""
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{path} holds no video; give a clip of a talking face")
-            fps = float(container.streams.video[0].average_rate or 25)
-    except (FFmpegError, OSError) as error:
-        raise InputError(f"{path} cannot be read as a video ({error}); use an MP4 or WebM clip") from error
+    with _opened(path) as container:
+        fps = float(container.streams.video[0].average_rate or 25)
     return fps, _decode(path)
 
 
+@contextmanager
+def _opened(path: str | Path) -> Generator[InputContainer]:
+    with ExitStack() as stack:
+        try:
+            container = stack.enter_context(open_media(path))
+        except InputError as error:
+            raise InputError(f"{path} cannot be read as a video: {error}") from error
+        if not container.streams.video:
+            raise InputError(f"{path} holds no video; give a clip of a talking face")
+        yield container
+
+
 def _decode(path: str | Path) -> Generator[Frames, None, None]:
-    try:
-        with av.open(str(path)) as container:
+    with _opened(path) as container:
+        try:
             for frame in container.decode(video=0):
                 yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    except (FFmpegError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}); convert it to MP4 or WebM again") from error
+        except FFmpegError as error:
+            why = printable(reason(error))
+            raise InputError(f"{path} is damaged ({why}); convert it to MP4 or WebM again") from error
 
 
 def neutral_frame(footage: Footage) -> int:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from av.error import FFmpegError
+from av.video.frame import VideoFrame
 
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.facts import printable
 from streamdiff.media.sound import read_audio
+from streamdiff.media.source import open_media, reason
 from streamdiff.training.data.clip import FPS, FRAME_SAMPLES, NUM_FRAMES, PROMPTS, RATE_HZ, Clip
 from streamdiff.training.data.speech import leveled
 from streamdiff.training.faces import Picture
+
+_LONGEST_GAP_S = 10.0
+"""Between two frames; a file may claim centuries."""
 
 
 class RecordedClips:
@@ -72,26 +81,38 @@ class RecordedClips:
 
 def _pictures(path: Path, size: int) -> Iterator[Picture]:
     """Frames of a video at 25 a second, the middle square of each, scaled."""
-    import av
-    import av.error
     from PIL import Image
 
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InputError(f"{path} has no picture; give a video file")
-            due = 0
+    due = 0
+    for frame, at_s in _frames(path):
+        if at_s * FPS + 1e-3 < due:
+            continue
+        if at_s * FPS > due + _LONGEST_GAP_S * FPS:
+            raise InputError(f"{path} shows nothing new for {at_s - due / FPS:.4g} s; cut it there")
+        picture = frame.to_image()
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BOX)
+        shown = np.asarray(picture.convert("RGB"), np.uint8)
+        while due <= at_s * FPS + 1e-3:
+            yield shown
+            due += 1
+
+
+def _frames(path: Path) -> Iterator[tuple[VideoFrame, float]]:
+    """Frames of a video, and when they are shown."""
+    with ExitStack() as stack:
+        try:
+            container = stack.enter_context(open_media(path))
+        except InputError as error:
+            raise InputError(f"{path} cannot be read as video: {error}") from error
+        if not container.streams.video:
+            raise InputError(f"{path} has no picture; give a video file")
+        try:
             for frame in container.decode(container.streams.video[0]):
-                at = frame.time
-                if at * FPS + 1e-3 < due:
-                    continue
-                picture = frame.to_image()
-                side = min(picture.size)
-                left, top = (picture.width - side) // 2, (picture.height - side) // 2
-                picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BOX)
-                shown = np.asarray(picture.convert("RGB"), np.uint8)
-                while due <= at * FPS + 1e-3:
-                    yield shown
-                    due += 1
-    except av.error.FFmpegError as error:
-        raise InputError(f"{path} cannot be read as video: {error}") from error
+                at_s = cast("float | None", frame.time)  # PyAV says that there always is one
+                if at_s is None:
+                    raise InputError(f"{path} does not say when its frames are shown; convert it to MP4")
+                yield frame, at_s
+        except FFmpegError as error:
+            raise InputError(f"{path} cannot be read as video: {printable(reason(error))}") from error
