@@ -119,8 +119,8 @@ class Stand:
         self.engine = AvatarEngine(WarpRenderer(bundle), voice=self.voice)
         self.events: list[tuple[float, said.ConversationEvent]] = []
         self.timings: list[said.TurnTiming] = []
-        self.sounds: list[tuple[float, bool]] = []
-        """When each frame came, and whether it had sound."""
+        self.sounds: list[tuple[float, float | None]] = []
+        """When each frame came, and when it fell silent: None if it is loud to its last millisecond."""
 
     async def run(self, part: Callable[[Conversation, Person], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
         """Do something with a fresh conversation."""
@@ -141,8 +141,11 @@ class Stand:
 
     async def _watch(self, talk: Conversation) -> None:
         async for shown in talk.frames():
-            loud = float(np.abs(shown.sound_S).max(initial=0.0)) > 1e-3
-            self.sounds.append((asyncio.get_running_loop().time(), loud))
+            at_s = asyncio.get_running_loop().time()
+            loud = np.flatnonzero(np.abs(shown.sound_S) > 1e-3)
+            end = int(loud[-1]) + 1 if len(loud) else 0
+            is_loud = end > len(shown.sound_S) - RATE_HZ // 1000
+            self.sounds.append((at_s, None if is_loud else at_s + end / RATE_HZ))
 
     async def _note(self, talk: Conversation) -> None:
         async for event in talk.events():
@@ -192,9 +195,8 @@ class Stand:
             begin_s, _ = await person.say(over_S)
             await self.until(talk, Phase.SPEAKING)
             at_s = next(at_s for at_s, event in self.events if isinstance(event, said.Interrupted))
-            quiet = [(t, loud) for t, loud in self.sounds if t > at_s]
             confirmed.append(at_s - begin_s)
-            silent.append(next(t for t, loud in quiet if not loud) - begin_s)
+            silent.append(next(quiet_s for t, quiet_s in self.sounds if t > at_s and quiet_s is not None) - begin_s)
             await self.until(talk, Phase.IDLE)
         return {"times": len(silent), "onset to stop": percentiles(confirmed), "onset to silence": percentiles(silent)}
 
