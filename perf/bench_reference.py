@@ -109,8 +109,8 @@ class Case:
             dtype=dtype,
             device="cpu",
         )
-        self.condition = dit.text_condition(self.text)
-        dit.prefill_sink(reference, motion, self.condition, dit.modulation(0.0), self.sink, position=30)
+        plain = dit.text_condition(self.text)
+        dit.prefill_sink(reference, motion, plain, dit.modulation(0.0), self.sink, position=30)
         self.memory = StepMemory(self.sink, chunk_tokens=config.chunk_tokens, window_chunks=config.memory.window_chunks)
         still = dit.motion_rotation(config.latent_hw)
         self.memory.take_sink(still)
@@ -123,7 +123,9 @@ class Case:
             sink_values=self.sink.values_ZBSNK,
         )
         options = StepOptions()
-        self.served = ServedStep(ServedWeights(dit, options), dit.modulation(self.sigma), self.memory, options)
+        self.weights = ServedWeights(dit, options)
+        self.condition = self.weights.text_condition(self.text)
+        self.served = ServedStep(self.weights, dit.modulation(self.sigma), self.memory, options)
 
     def ours(self, chunk: int) -> Tensor:
         config, dit = self.config, self.dit
@@ -131,7 +133,7 @@ class Case:
         self.memory.admit(chunk)
         self.memory.turn_sink(dit.frame_rotation([first + 30], config.latent_hw))
         own = dit.frame_rotation(range(first, first + config.frames_per_chunk), config.latent_hw)
-        return self.served(self.noise, own, self.condition, dit.audio_condition(self.audio))
+        return self.served(self.noise, own, self.condition, self.weights.audio_condition(self.audio))
 
     def published(self, chunk: int) -> Tensor:
         config = self.config

@@ -33,6 +33,8 @@ class Shapes:
     window: int = 4
     """Chunks attended to, the own one included."""
     text: int = 512
+    folded: int = 64
+    """Keys of a folded prompt (`streamdiff.models.served.cross`); 0: neither prompt nor sound is folded."""
     audio: int = 5
     """Tokens per latent frame."""
     layers: int = 40
@@ -123,6 +125,38 @@ def linear_cost(s: Shapes, name: str, inputs: int, outputs: int, calls: int, *, 
     return Cost(name, moved, 2 * s.tokens * inputs * outputs, calls, kind)
 
 
+def folded_costs(s: Shapes, name: str, keys: int, calls: int, *, groups: int = 1) -> list[Cost]:
+    """Attention to folded keys: float32 scores, their softmax and its copy, and the product with what was folded."""
+    shares = s.tokens * s.heads * keys
+    scores = s.item * s.tokens * s.width + shares * (4 + 4 + s.item + 2 * s.item)
+    product = s.item * (shares + groups * s.heads * keys * s.width + s.tokens * s.width)
+    return [
+        Cost(f"scores of the {name}", scores, 2 * s.tokens * s.width * keys, calls, "bfloat16"),
+        Cost(f"folded {name}", product, 2 * shares * s.width, calls, "bfloat16"),
+    ]
+
+
+def conditions_costs(s: Shapes, *, eight_bits: bool) -> list[Cost]:
+    """Attention to the prompt and to the sound, with the projection after it."""
+    frames = replace(s, tokens=s.tokens // s.frames)
+    plain = s.injectors if eight_bits or not s.folded else 0
+    costs = [
+        attention_cost(s, name="attend to the prompt", rows=s.text, calls=0 if s.folded else s.layers),
+        attention_cost(frames, name="attend to the sound", rows=s.audio, calls=plain * s.frames),
+    ]
+    if s.folded:
+        costs += folded_costs(s, "prompt", s.folded, s.layers)
+        costs += folded_costs(s, "sound", s.audio, s.injectors - plain, groups=s.frames)
+    return [cost for cost in costs if cost.calls]
+
+
+def num_square(s: Shapes, *, eight_bits: bool) -> int:
+    """Products from width to width: of self-attention, of the prompt's queries and outputs, of the sound's."""
+    outputs = 0 if s.folded else s.layers
+    sound = s.injectors if eight_bits or not s.folded else 0
+    return 2 * s.layers + outputs + s.injectors + sound
+
+
 def step_costs(s: Shapes, *, eight_bits: bool) -> list[Cost]:
     """Every op of one step. In eight bits the fused ops write bytes and the products read them."""
     D = s.width
@@ -136,15 +170,15 @@ def step_costs(s: Shapes, *, eight_bits: bool) -> list[Cost]:
         }
         costs = [replace(by_name[eight.get(c.name, c.name)], calls=c.calls) for c in costs]
         # Attention's output enters its projection through a pass of its own.
-        costs.append(replace(by_name["quantise_rows"], calls=2 * s.layers + s.injectors))
-    frames = replace(s, tokens=s.tokens // s.frames)
+        calls = (1 if s.folded else 2) * s.layers + s.injectors
+        costs.append(replace(by_name["quantise_rows"], calls=calls))
+    square = num_square(s, eight_bits=eight_bits)
     return [
         *costs,
         attention_cost(s),
-        attention_cost(s, name="attend to the prompt", rows=s.text),
-        attention_cost(frames, name="attend to the sound", rows=s.audio, calls=s.injectors * s.frames),
+        *conditions_costs(s, eight_bits=eight_bits),
         linear_cost(s, "linear q, k, v", D, 3 * D, s.layers, eight_bits=eight_bits),
-        linear_cost(s, "linear D to D", D, D, 3 * s.layers + 2 * s.injectors, eight_bits=eight_bits),
+        linear_cost(s, "linear D to D", D, D, square, eight_bits=eight_bits),
         linear_cost(s, "linear up", D, s.hidden, s.layers, eight_bits=eight_bits),
         linear_cost(s, "linear down", s.hidden, D, s.layers, eight_bits=eight_bits),
     ]
@@ -157,13 +191,13 @@ def measured_ceilings(device: torch.device) -> Ceilings:
     return Ceilings(copy_bandwidth(device), product, "measured in this run")
 
 
-def shapes_of(height: int, width: int, window: int) -> Shapes:
+def shapes_of(height: int, width: int, window: int, folded: int = 64) -> Shapes:
     """The 14B model on a picture of this size: three latent frames a chunk, sink of reference and packed motion."""
     rows, columns = height // 16, width // 16
     frame = rows * columns
     # The packer keeps one latent frame whole, two at half the sides and four times four at a quarter of them.
     packed = frame + (rows // 2) * (columns // 2) + 4 * (rows // 4) * (columns // 4)
-    return Shapes(tokens=3 * frame, sink=frame + packed, window=window)
+    return Shapes(tokens=3 * frame, sink=frame + packed, window=window, folded=folded)
 
 
 def main() -> None:
@@ -173,11 +207,12 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=704)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--window", type=int, default=4, help="chunks attended to, the own one included")
+    parser.add_argument("--folded", type=int, default=64, help="keys of a folded prompt; 0: not folded (default 64)")
     parser.add_argument("--save", type=Path, help="write the JSON object here too")
     args = parser.parse_args()
     device = pick_device(args.device)
     ceilings = ASSUMED[args.assume] if args.assume else measured_ceilings(device)
-    shapes = shapes_of(args.height, args.width, args.window)
+    shapes = shapes_of(args.height, args.width, args.window, args.folded)
     rows: list[dict[str, Any]] = []
     totals: dict[str, float] = {}
     for precision, eight_bits in (("bf16", False), ("fp8", True)):

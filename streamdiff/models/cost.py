@@ -160,9 +160,17 @@ def rank_bytes(
         weights=dit_parameters(dit) * bytes_per_value - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
         history=num_steps * (remembered * remembered_per_token + first_keys),
         pristine_sink=S * kv_per_token,
-        prompt=dit.text_len * kv_per_token,
+        prompt=max(dit.text_len * kv_per_token, _folded_prompt_values(dit) * bytes_per_value),
         activations=activations,
     )
+
+
+def _folded_prompt_values(config: DiTConfig) -> int:
+    """The longest prompt that the default `StepOptions` fold: keys, and the values of all heads through the output."""
+    folded = 64
+    if config.head_dim < 64 or config.text_len <= folded:
+        return 0
+    return config.num_layers * folded * config.dim * (1 + config.num_heads)
 
 
 def _saved_by_eight_bits(config: DiTConfig, bytes_per_value: int, kept_layers: int | None) -> int:

@@ -17,6 +17,7 @@ from streamdiff.errors import StreamdiffError
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
+from streamdiff.models.served.cross import ServedText
 from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.models.served.step import ServedStep, ServedWeights
 from streamdiff.pipeline.device import on_device
@@ -75,7 +76,8 @@ class DenoiseStage:
         self._observer = observer or Silent()
         self._on_velocity = on_velocity
         self._reference: SetReference | None = None
-        self._text: TextCondition | None = None
+        self._prompt: SwitchPrompt | None = None
+        self._text: ServedText | None = None
         self._options = options = StepOptions() if options is None else options
         with torch.inference_mode():
             self._weights = ServedWeights(dit, options) if weights is None else weights
@@ -137,7 +139,7 @@ class DenoiseStage:
             self.step(silence)
         finally:
             self._observer, self._on_velocity = observer, on_velocity
-            self._reference = self._text = None
+            self._reference = self._prompt = self._text = None
             self.sink.wipe()
             for step in self._steps:
                 step.memory.wipe()
@@ -243,6 +245,7 @@ class DenoiseStage:
                         step.memory.clear()
                     stale_sink = True
                 case SwitchPrompt():
+                    self._prompt = command
                     self._text = self._weights.text_condition(command.text_BPC)
                     stale_sink = True
                 case RefreshSink():
@@ -258,15 +261,15 @@ class DenoiseStage:
                         step.memory.rewind(command.chunk)
                 case _:
                     pass  # ReturnLatent speaks to the link
-        if stale_sink and self._reference is not None and self._text is not None:
+        if stale_sink and self._reference is not None and self._prompt is not None:
             with span(self._observer, "sink", chunk=packet.chunk):
-                self._prefill(self._reference, self._text)
+                self._prefill(self._reference, self._prompt)
 
-    def _prefill(self, reference: SetReference, text: TextCondition) -> None:
+    def _prefill(self, reference: SetReference, prompt: SwitchPrompt) -> None:
         self._dit.prefill_sink(
             reference.reference_BCTHW,
             reference.motion_BCTHW if self._config.motion_latents > 0 else None,
-            text,
+            self._text if isinstance(self._text, TextCondition) else self._dit.text_condition(prompt.text_BPC),
             self._clean,
             self.sink,
             position=self._config.memory.sink_position,

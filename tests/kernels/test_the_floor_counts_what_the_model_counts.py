@@ -26,11 +26,23 @@ def roofline(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_operations_of_a_step(roofline: ModuleType) -> None:
     config = presets.live_avatar_14b()
-    shapes = roofline.shapes_of(config.height, config.width, config.memory.window_chunks)
+    shapes = roofline.shapes_of(config.height, config.width, config.memory.window_chunks, folded=0)
     assert shapes.tokens == config.chunk_tokens
     for eight_bits in (False, True):
         counted = sum(cost.calls * cost.flops for cost in roofline.step_costs(shapes, eight_bits=eight_bits))
         assert counted == pytest.approx(step_flops(config).total, rel=0.01)
+
+
+@pytest.mark.parametrize("keys", [16, 64])
+def test_a_folded_prompt_leaves_out_a_projection_and_most_keys(roofline: ModuleType, keys: int) -> None:
+    L, D, N, Z, J, A = 3168, 5120, 40, 40, 12, 5
+    saved = Z * (4 * L * 512 * D + 2 * L * D * D) + J * (4 * L * A * D + 2 * L * D * D)
+    added = Z * (2 * L * D * keys + 2 * L * N * keys * D) + J * (2 * L * D * A + 2 * L * N * A * D)
+    plain, folded = (
+        sum(cost.calls * cost.flops for cost in roofline.step_costs(roofline.Shapes(folded=k), eight_bits=False))
+        for k in (0, keys)
+    )
+    assert plain - folded == saved - added
 
 
 def test_a_floor_is_the_longer_of_moving_and_computing(roofline: ModuleType) -> None:

@@ -4,7 +4,7 @@ What stands between its linear layers and its attention are `RowOps`: our fused 
 compiler can see through.
 
 Axes: B streams, T latent frames, L tokens of this chunk, M tokens remembered, D model width, N heads, K head width, F
-hidden width, P prompt tokens, E output width.
+hidden width, E output width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import streamdiff_kernels as kernels
+from streamdiff.models.served.cross import CrossAttention, Keys
 from streamdiff.models.served.linear import Activation, AnyLinear, FP8Tensor
 from streamdiff.rope import Rotation
 from streamdiff_kernels import Impl, reference
@@ -175,21 +176,6 @@ class TracedRowOps:
 
 
 @dataclass(slots=True, eq=False)
-class CrossAttention:
-    """Cross-attention with precomputed keys and values."""
-
-    q: AnyLinear
-    norm_D: Tensor
-    o: AnyLinear
-    backend: str
-
-    def __call__(self, ops: RowOps, h: Activation, k_BPNK: Tensor, v_BPNK: Tensor, eps: float) -> Tensor:
-        q_BLNK = ops.rms_norm(self.q(h), self.norm_D, eps).unflatten(-1, k_BPNK.shape[-2:])
-        y_BLNK = kernels.attend(q_BLNK, k_BPNK, v_BPNK, k_BPNK.shape[1], backend=self.backend)
-        return self.o(ops.quantised(y_BLNK.flatten(2), eight_bits=self.o.eight_bits))
-
-
-@dataclass(slots=True, eq=False)
 class LayerWeights:
     """One block's weights, laid out for use."""
 
@@ -256,8 +242,7 @@ def run_block(
     layer: LayerWeights,
     constants: LayerModulation,
     rotation: Rotation,
-    text_k_BPNK: Tensor,
-    text_v_BPNK: Tensor,
+    text: Keys,
     ring: LayerHistory,
 ) -> tuple[Tensor, Tensor]:
     """Self-attention and attention to the prompt, added to ``x``; returns that and the feed-forward's branch.
@@ -269,7 +254,7 @@ def run_block(
     x_BLD, h = ops.residual_norm_modulate(
         x_BLD, y_BLD, constants.gate1, scale, shift, eps, eight_bits=layer.text.q.eight_bits
     )
-    y_BLD = layer.text(ops, h, text_k_BPNK, text_v_BPNK, eps)
+    y_BLD = layer.text(ops, h, text, eps)
     scale, shift = constants.scale2, constants.shift2
     x_BLD, h = ops.residual_norm_modulate(x_BLD, y_BLD, None, scale, shift, eps, eight_bits=layer.up.eight_bits)
     hidden = ops.gelu_fp8(layer.up(h)) if layer.down.eight_bits else layer.up(h, gelu=True)

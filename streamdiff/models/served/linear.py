@@ -92,9 +92,12 @@ class DequantisedLinear(nn.Linear):
         self.scale_E = nn.Buffer(scale_E)
         self.bias = nn.Parameter(bias_E, requires_grad=False)
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as it would be without quantisation, but for its rounding; ``[E, D]``."""
+        return (self.weight8_ED.float() * self.scale_E[:, None]).to(dtype)
+
     def forward(self, input: Tensor) -> Tensor:
-        weight_ED = (self.weight8_ED.float() * self.scale_E[:, None]).to(input.dtype)
-        return F.linear(input, weight_ED, self.bias)
+        return F.linear(input, self.dense(input.dtype), self.bias)
 
 
 def stack_linears(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor]:

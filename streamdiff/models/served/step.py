@@ -37,10 +37,8 @@ from streamdiff.models.dit import (
     Block,
     CausalDiT,
     Modulation,
-    TextCondition,
 )
 from streamdiff.models.served.block import (
-    CrossAttention,
     FusedRowOps,
     LayerHistory,
     LayerModulation,
@@ -48,6 +46,17 @@ from streamdiff.models.served.block import (
     RowOps,
     TracedRowOps,
     run_block,
+)
+from streamdiff.models.served.cross import (
+    CrossAttention,
+    FoldedText,
+    ServedText,
+    audio_keys,
+    fold_audio,
+    fold_text,
+    folded_length,
+    folds_sound,
+    text_keys,
 )
 from streamdiff.models.served.graphs import CudaGraphs, Graphs
 from streamdiff.models.served.linear import (
@@ -74,18 +83,18 @@ class _Inputs:
     def __init__(self) -> None:
         self._latent_BCTHW: Tensor | None = None
         self._rotation: Rotation | None = None
-        self._text: TextCondition | None = None
+        self._texts: dict[int, ServedText] = {}
+        """By `form`: folded and plain prompts have buffers and graphs of their own."""
         self._audio: AudioCondition | None = None
-        self._last: tuple[Rotation | None, TextCondition | None, AudioCondition | None] = (None, None, None)
+        self._last: tuple[Rotation | None, ServedText | None, AudioCondition | None] = (None, None, None)
 
-    def adopt_text(self, text: TextCondition) -> TextCondition:
-        """Bring a condition to its fixed address, which is its own if it is the first."""
-        if self._text is None:
-            self._text = text
-        elif text is not self._text:
-            self._text.keys_ZBPNK.copy_(text.keys_ZBPNK, non_blocking=True)
-            self._text.values_ZBPNK.copy_(text.values_ZBPNK, non_blocking=True)
-        return self._text
+    def adopt_text(self, text: ServedText) -> ServedText:
+        """Bring a condition to its fixed address, which is its own if it is the first of its form."""
+        mine = self._texts.setdefault(form(text), text)
+        if text is not mine:
+            for buffer, value in zip(parts(mine), parts(text), strict=True):
+                buffer.copy_(value, non_blocking=True)
+        return mine
 
     def adopt_audio(self, audio: AudioCondition) -> AudioCondition:
         if self._audio is None:
@@ -97,8 +106,8 @@ class _Inputs:
         return self._audio
 
     def load(
-        self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
-    ) -> tuple[Tensor, Rotation, TextCondition, AudioCondition | None]:
+        self, latent_BCTHW: Tensor, rotation: Rotation, text: ServedText, audio: AudioCondition | None
+    ) -> tuple[Tensor, Rotation, ServedText, AudioCondition | None]:
         if self._latent_BCTHW is None or self._rotation is None:
             self._latent_BCTHW = torch.empty_like(latent_BCTHW)
             self._rotation = Rotation(torch.empty_like(rotation.cos_LF), torch.empty_like(rotation.sin_LF))
@@ -106,16 +115,28 @@ class _Inputs:
         self._latent_BCTHW.copy_(latent_BCTHW, non_blocking=True)
         if rotation is not last_rotation:
             self._rotation.copy_(rotation)
-        if self._text is None:
-            self._text = TextCondition(text.keys_ZBPNK.clone(), text.values_ZBPNK.clone())
+        if form(text) not in self._texts:
+            self._texts[form(text)] = type(text)(*(part.clone() for part in parts(text)))
         elif text is not last_text:
             self.adopt_text(text)
         if audio is not None and self._audio is None:
-            self._audio = AudioCondition(*(tuple(t.clone() for t in part) for part in audio.parts))
+            self._audio = type(audio)(*(tuple(t.clone() for t in part) for part in audio.parts))
         elif audio is not None and audio is not last_audio:
             self.adopt_audio(audio)
         self._last = (rotation, text, audio)
-        return self._latent_BCTHW, self._rotation, self._text, None if audio is None else self._audio
+        return self._latent_BCTHW, self._rotation, self._texts[form(text)], None if audio is None else self._audio
+
+
+def parts(text: ServedText) -> tuple[Tensor, ...]:
+    """The tensors of a prompt's condition, in the order of its fields."""
+    if isinstance(text, FoldedText):
+        return text.keys_ZBNKP, text.bias_P, text.outputs_ZBQD
+    return text.keys_ZBPNK, text.values_ZBPNK
+
+
+def form(text: ServedText) -> int:
+    """What a captured graph depends on: 0 for a plain condition, the number of keys of a folded one."""
+    return len(text.bias_P) if isinstance(text, FoldedText) else 0
 
 
 class ServedWeights:
@@ -158,9 +179,13 @@ class ServedWeights:
         """Whether anything is compiled or captured."""
         return self.graphs is not None or self.options.compile
 
-    def text_condition(self, text_BPC: Tensor) -> TextCondition:
-        """`CausalDiT.text_condition`, computed once per prompt; with graphs, into the buffers that they read."""
-        text = self.dit.text_condition(text_BPC)
+    def text_condition(self, text_BPC: Tensor) -> ServedText:
+        """`CausalDiT.text_condition`, folded where that pays, computed once per prompt; with graphs, into the buffers
+        that they read.
+        """
+        num_rows, most = text_BPC.shape[1], self.options.folded_keys
+        length = folded_length(self.dit, num_rows, most, always_most=self.needs_warming)
+        text = self.dit.text_condition(text_BPC) if length is None else fold_text(self.dit, text_BPC, length)
         return text if self.graphs is None else self.inputs.adopt_text(text)
 
     def audio_condition(self, audio_BZEA: Tensor) -> AudioCondition:
@@ -168,15 +193,20 @@ class ServedWeights:
         until the next call.
         """
         if self.graphs is None:
-            return self.dit.audio_condition(audio_BZEA)
+            return self._audio_condition(audio_BZEA)
         if self._audio_graph is None:
             heard_BZEA = torch.zeros_like(audio_BZEA, device=self.dit.device)
-            audio, replay = self.graphs.capture(lambda: self.dit.audio_condition(heard_BZEA))
+            audio, replay = self.graphs.capture(lambda: self._audio_condition(heard_BZEA))
             self._audio_graph = heard_BZEA, audio, replay
         heard_BZEA, audio, replay = self._audio_graph
         heard_BZEA.copy_(audio_BZEA, non_blocking=True)
         replay()
         return self.inputs.adopt_audio(audio)
+
+    def _audio_condition(self, audio_BZEA: Tensor) -> AudioCondition:
+        audio = self.dit.audio_condition(audio_BZEA)
+        folds = folds_sound(self.dit) and self.options.folded_keys > 0 and self.options.precision is Precision.WEIGHTS
+        return fold_audio(self.dit, audio) if folds else audio
 
     def backend(self, memory: StepMemory) -> str:
         """The attention backend that the options name; ``auto`` is measured once for all steps of a rank."""
@@ -229,6 +259,7 @@ class ServedWeights:
             q=self._linear(attention, ("q",), eight_bits=eight_bits),
             norm_D=attention.norm_q.weight.data,
             o=self._linear(attention, ("o",), eight_bits=eight_bits),
+            num_heads=attention.num_heads,
             backend="sdpa",
         )
 
@@ -280,13 +311,13 @@ class ServedStep:
         key_scales = none if memory.key_scale_ZBMN is None else memory.key_scale_ZBMN
         value_scales = none if memory.value_scale_ZBMN is None else memory.value_scale_ZBMN
         self._rings = list(zip(memory.keys_ZBMNK, memory.values_ZBMNK, key_scales, value_scales, strict=True))
-        self._captured: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+        self._captured: dict[tuple[int, int], tuple[Tensor, Callable[[], None]]] = {}
 
     def __call__(
         self,
         latent_BCTHW: Tensor,
         rotation: Rotation,
-        text: TextCondition,
+        text: ServedText,
         audio: AudioCondition | None,
     ) -> Tensor:
         graphs = self._weights.graphs
@@ -294,7 +325,7 @@ class ServedStep:
             return self._forward(latent_BCTHW, rotation, text, audio)
         inputs = self._weights.inputs.load(latent_BCTHW, rotation, text, audio)
         # A backend that reads the fill level on the device needs one graph; the others one per level.
-        key = 0 if self._follows_length else self._memory.length_on_host
+        key = 0 if self._follows_length else self._memory.length_on_host, form(text)
         if key not in self._captured:
             self._captured[key] = graphs.capture(lambda: self._forward(*inputs))
         velocity_BCTHW, replay = self._captured[key]
@@ -305,7 +336,7 @@ class ServedStep:
         self,
         latent_BCTHW: Tensor,
         rotation: Rotation,
-        text: TextCondition,
+        text: ServedText,
         audio: AudioCondition | None,
     ) -> None:
         """Compile and capture all that a stream will need, at every fill level, before its first chunk.
@@ -328,7 +359,7 @@ class ServedStep:
         return kernels.BACKENDS[self._backend].counts_on_device and self._backend != "reference"
 
     def _forward(
-        self, latent_BCTHW: Tensor, rotation: Rotation, text: TextCondition, audio: AudioCondition | None
+        self, latent_BCTHW: Tensor, rotation: Rotation, text: ServedText, audio: AudioCondition | None
     ) -> Tensor:
         weights, memory, ops, eps = self._weights, self._memory, self._ops, self._eps
         layers = weights.layers
@@ -350,8 +381,7 @@ class ServedStep:
                 layer,
                 self._constants[z],
                 rotation,
-                text.keys_ZBPNK[z],
-                text.values_ZBPNK[z],
+                text_keys(text, z),
                 LayerHistory(*self._rings[z], memory.slot_index, memory.sink_tokens, length, self._backend),
             )
             gate = self._constants[z].gate2
@@ -380,5 +410,5 @@ class ServedStep:
             x_BLD, y_BLD, gate_TD, scale_BTD, shift_BTD, ADAPTIVE_NORM_EPS, eight_bits=query.q.eight_bits
         )
         frames = h.frames(T) if isinstance(h, FP8Tensor) else by_frame(h, T)
-        y = query(self._ops, frames, audio.keys[injector], audio.values[injector], self._eps)
+        y = query(self._ops, frames, audio_keys(audio, injector), self._eps)
         return x_BLD, y.view_as(x_BLD)
