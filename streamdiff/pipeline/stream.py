@@ -173,7 +173,7 @@ class VideoStream:
             kept = self._shown if position_s is None else min(self._shown, self._chunks_until(position_s))
             self._backlog.drop()
             stale = sorted(chunk for chunk, made in self._made.items() if chunk >= kept and made.heard.utterance)
-            cut, resumes, dropped = self._shown, self._shown, 0
+            cut, resumes, dropped = self._shown, self._next_shown(), 0
             if stale:
                 cut = stale[0]
                 dropped = self._frames * sum(chunk >= cut for chunk in self._made)
@@ -212,6 +212,10 @@ class VideoStream:
         self._clock.repeat_until(self._shown * self._frames)
         self._shown = min(self._shown, resumes)
         return resumes
+
+    def _next_shown(self) -> int:
+        """The chunk that is shown next; beyond the last that was shown where an interruption lost some (lock held)."""
+        return min((chunk for chunk in self._made if chunk >= self._shown), default=self._intake.next_chunk)
 
     def _chunks_until(self, position_s: float) -> int:
         return math.ceil(position_s * self.fps / self._frames - 1e-6)

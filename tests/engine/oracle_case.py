@@ -142,15 +142,14 @@ def _dit(motion: bool) -> CausalDiT:
 
 
 @functools.cache
-def face(motion: bool) -> Tensor:
-    config = _base(motion).config
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, 256, (config.height, config.width, 3), dtype=torch.uint8, generator=generator)
-
-
-@functools.cache
 def reference(motion: bool) -> SetReference:
-    return _base(motion).encode_reference(face(motion))
+    """Whose face it is: any latents will do. Without a motion prefix only the decoder sees those of the still clip, and
+    no more than the first seven of them.
+    """
+    config, generator = _base(motion).config, torch.Generator().manual_seed(5)
+    shape = (1, config.vae.z_dim, config.motion_latents or 9, *config.latent_hw)
+    motion_BCTHW = torch.randn(shape, generator=generator)
+    return SetReference(torch.randn(shape, generator=generator)[:, :, :1], motion_BCTHW)
 
 
 @functools.cache

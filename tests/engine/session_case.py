@@ -96,11 +96,12 @@ class _Said:
 class Scene:
     """Plays a script to a stream, and keeps account of what must come out."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, live: bool = False) -> None:
         assert case.ranks == 1
         self.case, self.config = case, case.config
         self.encoder = LogMelFeatures(num_bands=4)
         self._rate = self.encoder.rate_hz
+        self.chunk_s = Fraction(self.config.video_frames_per_chunk, self.config.fps)
         self.chunk_samples = self._rate * self.config.video_frames_per_chunk // self.config.fps
         self.line: Ahead | None = None
         self.stream = VideoStream(
@@ -110,7 +111,7 @@ class Scene:
             self._line,
             encode_prompt=lambda text: prompt(PROMPTS.index(text)),
             prompt=PROMPTS[0],
-            live=False,
+            live=live,
         )
         self.shown: list[Shown] = []
         self.script: list[Moment] = []
@@ -119,6 +120,8 @@ class Scene:
         """Of everything shown: place in the script, chunk, sound, prompt."""
         self._waiting: deque[_Said] = deque()
         self._under_way: deque[tuple[int, int, _Said, int]] = deque()
+        self._made: list[int] = []
+        """Chunks that were made and not taken back."""
         self._kept: dict[int, _Said] = {}
         self._segments = self._prompt = self._interruptions = self._next = self._furthest = self._position = 0
         self._back: tuple[int, ...] = ()
@@ -190,6 +193,7 @@ class Scene:
             )
         )
         self._back, self._new_prompt = (), None
+        self._made.append(self._next)
         self._furthest = max(self._furthest, self._next)
         self._next += 1
 
@@ -211,32 +215,37 @@ class Scene:
         self._position = chunk + 1
 
     def _interrupt(self, held: int) -> None:
-        chunk_s = Fraction(self.config.video_frames_per_chunk, self.config.fps)
+        chunk_s = self.chunk_s
         played = max(0, self._position - min(held, self.case.slack))
         interrupted = self.stream.interrupt(float(played * chunk_s) if held else None)
         self._interruptions += 1
         self._waiting.clear()
-        made = self._next - played
+        stale = [chunk for chunk in self._made if chunk >= played]
         heard = self._kept.get(played - 1)
         # An utterance of which all was played is over, unless what was made after it is taken back.
-        if heard is not None and heard.ends and not made:
+        if heard is not None and heard.ends and not stale:
             heard = None
-        resumes = max(played, self._furthest - self.case.slack) if made else self._position
+        cut = stale[0] if stale else self._position
+        resumes = self._next
+        if stale:
+            resumes = min(self._next, max(cut, self._furthest - self.case.slack))
         expected = Interrupted(
             epoch=self._interruptions,
             segment=0 if heard is None else heard.segment,
             played_s=0.0 if heard is None else heard.number * float(chunk_s) + heard.speech_s,
-            dropped=made * self.config.video_frames_per_chunk,
-            cut_s=played * chunk_s,
-            resumes_s=min(resumes, self._next) * chunk_s,
+            dropped=len(stale) * self.config.video_frames_per_chunk,
+            cut_s=cut * chunk_s,
+            resumes_s=resumes * chunk_s,
         )
         assert math.isclose(interrupted.played_s, expected.played_s, abs_tol=1e-9)
         assert dataclasses.replace(interrupted, played_s=expected.played_s) == expected
-        if made:
-            self._back = (*self._back, made)
+        if stale:
+            self._back = (*self._back, self._next - cut)
             self._under_way.clear()
-            self._next = min(resumes, self._next)
-            self._position = min(self._position, self._next)
+            self._made = [chunk for chunk in self._made if chunk < cut]
+            self._kept = {chunk: said for chunk, said in self._kept.items() if chunk < cut}
+            self._next = resumes
+            self._position = min(self._position, resumes)
 
     def _check(self) -> None:
         made = self.case.oracle().film(self.script)

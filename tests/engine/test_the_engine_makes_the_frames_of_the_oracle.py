@@ -104,12 +104,13 @@ def test_commands_that_were_obeyed_stay_obeyed() -> None:
 
 
 def test_chunks_that_left_the_window_come_back() -> None:
-    check(Case(num_steps=1, window=3, slack=3, adaptive=False), [QUIET] * 6 + [Event(back=(3,)), QUIET, QUIET])
+    check(Case(num_steps=1, window=3, slack=2, adaptive=False), [QUIET] * 7 + [Event(back=(3,)), QUIET, QUIET])
 
 
 @pytest.mark.heavy
 def test_a_second_interruption_goes_further_back_and_a_third_no_further_than_the_slack() -> None:
-    events = [*[QUIET] * 6, Event(back=(1, 1)), Event(back=(1,)), QUIET, Event(back=(9,)), QUIET]
+    far = Event(back=(9,))
+    events = [*[QUIET] * 6, Event(back=(1, 1)), Event(back=(1,)), QUIET, far, QUIET, far, QUIET]
     check(Case(num_steps=2, ranks=2, window=2, slack=3, adaptive=False), events)
 
 
