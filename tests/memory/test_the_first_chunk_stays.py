@@ -120,10 +120,12 @@ def test_where_the_first_chunk_stands_is_seen() -> None:
     assert (near[-1] - far[-1]).abs().max() > 1e-3
 
 
-def test_chunks_taken_back_come_out_the_same() -> None:
-    straight = Stream(tiny(reach=4)).served()
+@pytest.mark.parametrize("history", list(Precision))
+def test_chunks_taken_back_come_out_the_same(history: Precision) -> None:
+    options = StepOptions(history=history)
+    straight = Stream(tiny(reach=4), options).served()
     order = (0, 1, 0, 1, 2, 3, 4, 5, 4, 5, 3, 4, 5, 6)
-    again = Stream(tiny(reach=4)).served(order)
+    again = Stream(tiny(reach=4), options).served(order)
     for chunk, found in zip(order, again, strict=True):
         assert torch.equal(found, straight[chunk])
 

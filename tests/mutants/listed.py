@@ -1,0 +1,7 @@
+"""All mutants."""
+
+from __future__ import annotations
+
+from tests.mutants import flow, memory, pipeline, session
+
+MUTANTS = (*memory.MUTANTS, *flow.MUTANTS, *pipeline.MUTANTS, *session.MUTANTS)
