@@ -130,7 +130,9 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     from streamdiff.serve.cast import Cast
     from streamdiff.serve.leases import Leases, Terms
     from streamdiff.serve.realtime import realtime
+    from streamdiff.serve.realtime_calls import realtime_calls
     from streamdiff.serve.server import House, application, serve
+    from streamdiff.serve.whep import whep
 
     voice = open_mouth(args.voice)
     talk, answers = _talk(args, voice)
@@ -165,7 +167,13 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
             print(f"holds {capacity} {'session' if capacity == 1 else 'sessions'}: {why}; {answers}")
             sys.stdout.flush()
 
-        await serve(application(house, [realtime]), host=args.host, port=args.port, drain_s=args.drain, on_up=up)
+        await serve(
+            application(house, [realtime, realtime_calls, whep]),
+            host=args.host,
+            port=args.port,
+            drain_s=args.drain,
+            on_up=up,
+        )
 
 
 def _permits(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> Permits | None:

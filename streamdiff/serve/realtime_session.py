@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import time
 from collections import deque
 from typing import Protocol
 
@@ -99,6 +100,7 @@ class Realtime:
         self._truncating: tuple[Response, int] | None = None
         self._user_item = new_id("item")
         self._microphone = _Microphone(call)
+        self._began_s = time.monotonic()
         self._was_told_deaf = False
         rate_hz = call.pump.rate_hz
         self._resampler = None if rate_hz == RATE_HZ else Resampler(rate_hz, RATE_HZ)
@@ -118,7 +120,7 @@ class Realtime:
         self._call.pump.detach(self)
         self._call.watched()
 
-    def receive(self, data: str) -> None:
+    def receive(self, data: str | bytes) -> None:
         """A message of the client. What cannot be followed is answered by an error event."""
         try:
             event_id, event = parse(data)
@@ -315,7 +317,8 @@ class Realtime:
         self._user_item = new_id("item")
 
     def _hearing(self, speaking: bool) -> None:
-        at_ms = self._microphone.heard_ms
+        elapsed_s = time.monotonic() - self._began_s
+        at_ms = self._microphone.heard_ms if self._sends_media else round(1e3 * elapsed_s)
         if speaking:
             kind, at = "speech_started", {"audio_start_ms": at_ms}
         else:

@@ -33,7 +33,7 @@ from streamdiff.serve.cast import MAX_UPLOAD_BYTES, Cast
 from streamdiff.serve.gate import Denied, Gate, Guest, Loopback, bearer, is_loopback
 from streamdiff.serve.leases import Refused
 from streamdiff.serve.protocol import Ending
-from streamdiff.serve.webrtc import Peer
+from streamdiff.serve.webrtc import Peer, Plain, Speak
 from streamdiff.trust.consent import ConsentError
 
 logger = logging.getLogger(__name__)
@@ -93,13 +93,21 @@ class House:
         return call
 
     async def connect(self, call: Call, offer_sdp: str) -> str:
-        """Answer a WebRTC offer for a call. Errors as `Peer.answer`; Refused: too many viewers."""
+        """Answer a WebRTC offer for a call. Errors as `join`."""
+        return (await self.join(call, offer_sdp, Plain))[1]
+
+    async def join(self, call: Call, offer_sdp: str, speak: Speak | None) -> tuple[Peer, str]:
+        """A new viewer of a call, and the answer to its offer.
+
+        ``speak``: what is spoken on its data channel; None: it only watches. Errors as `Peer.answer`; Refused: too many
+        viewers.
+        """
         peers = self.peers[call.id] = [peer for peer in self.peers.get(call.id, []) if not peer.is_closed]
         if len(peers) >= _MAX_PEERS:
             raise Refused(f"this session has {_MAX_PEERS} viewers already", retry_after_s=10)
-        peer = Peer(call, ice_servers=self.ice_servers)
+        peer = Peer(call, ice_servers=self.ice_servers, speak=speak)
         peers.append(peer)
-        return await peer.answer(offer_sdp)
+        return peer, await peer.answer(offer_sdp)
 
     def forget_peers(self) -> None:
         """Drop the connections of calls that are over."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import av
 import numpy as np
@@ -31,6 +32,7 @@ from aiortc import (
 )
 from aiortc.mediastreams import MediaStreamError
 from aiortc.rtp import RTCP_PSFB_APP, RtcpPsfbPacket, unpack_remb_fci
+from aiortc.sdp import SessionDescription
 
 from streamdiff.errors import InputError
 from streamdiff.serve.calls import Call
@@ -54,11 +56,71 @@ _ESTIMATE_S = 4.0
 """An estimate counts once it has been so low for so long: one burst of jitter halves it for a moment."""
 
 
-class Peer:
-    """One viewer's peer connection to a call. `answer` once, `aclose` at the end."""
+class Tongue(Protocol):
+    """What is spoken on a peer's data channel."""
 
-    def __init__(self, call: Call, *, ice_servers: Sequence[RTCIceServer] = ()) -> None:
+    def receive(self, data: str | bytes) -> None:
+        """The client says this."""
+        ...
+
+    def close(self) -> None:
+        """The connection is over; idempotent."""
+        ...
+
+
+class Channel(Protocol):
+    """The server's end of a data channel. No call blocks or raises."""
+
+    def send(self, data: str) -> None:
+        """Send this; lost where the client reads nothing."""
+        ...
+
+    def hang_up(self) -> None:
+        """Close the connection once what was sent is on its way."""
+        ...
+
+
+Speak: TypeAlias = "Callable[[Call, Channel], Tongue]"
+
+
+class Plain:
+    """The messages of `protocol`, as they are; a `Tongue`."""
+
+    def __init__(self, call: Call, channel: Channel) -> None:
+        self._call, self._channel = call, channel
+        call.subscribe(self._on_event)
+
+    def receive(self, data: str | bytes) -> None:
+        """Of `Tongue`."""
+        try:
+            command = parse(data)
+        except InputError as error:
+            self._call.problem("malformed", str(error))
+            return
+        self._call.do(command)
+
+    def close(self) -> None:
+        """Of `Tongue`."""
+        self._call.unsubscribe(self._on_event)
+
+    def _on_event(self, event: Event) -> None:
+        self._channel.send(render(event))
+
+
+class Peer:
+    """One viewer's peer connection to a call. `answer` once, `aclose` at the end.
+
+    Args:
+        call: what is watched.
+        ice_servers: for candidates beyond this machine's own.
+        speak: begins to speak on the data channel that the viewer opens; None: nothing is said, and nothing heard.
+    """
+
+    def __init__(self, call: Call, *, ice_servers: Sequence[RTCIceServer] = (), speak: Speak | None = Plain) -> None:
         self.call = call
+        self.id = secrets.token_urlsafe(12)
+        self._speak = speak
+        self._tongue: Tongue | None = None
         # Without a list, aiortc would ask a public STUN server.
         self._pc = RTCPeerConnection(RTCConfiguration(iceServers=list(ice_servers)))
         self._feed = _Feed(call)
@@ -87,17 +149,24 @@ class Peer:
         if len(offer_sdp) > MAX_SDP_BYTES:
             raise InputError(f"an offer of {len(offer_sdp)} bytes; at most {MAX_SDP_BYTES} are read")
         try:
-            # The codec must be chosen between adding the track and reading the offer: later it is silently VP8.
-            sender = self._pc.addTrack(_PictureTrack(self._feed))
-            self._prefer_codec(sender)
-            self._pc.addTrack(_SoundTrack(self._feed))
+            # aiortc cannot answer an offer with a track that was not offered.
+            offered = {media.kind for media in SessionDescription.parse(offer_sdp).media}
+            if not offered & {"audio", "video"}:
+                raise InputError("it asks for neither sound nor picture")
+            self._feed.has_pictures = "video" in offered
+            if self._feed.has_pictures:
+                # The codec must be chosen between adding the track and reading the offer: later it is silently VP8.
+                sender = self._pc.addTrack(_PictureTrack(self._feed))
+                self._prefer_codec(sender)
+                self._watch(sender)
+            if "audio" in offered:
+                self._pc.addTrack(_SoundTrack(self._feed))
             await self._pc.setRemoteDescription(RTCSessionDescription(offer_sdp, "offer"))
             await self._pc.setLocalDescription(await self._pc.createAnswer())
         except Exception as error:
             await self.aclose()
             logger.info("session %s: refused an offer", self.call.log_id, exc_info=True)
             raise InputError(f"an offer that cannot be answered: {str(error)[:120]}") from error
-        self._watch(sender)
         return self._pc.localDescription.sdp
 
     async def aclose(self) -> None:
@@ -106,7 +175,8 @@ class Peer:
             return
         self._closed = True
         self._feed.close()
-        self.call.unsubscribe(self._on_event)
+        if self._tongue is not None:
+            self._tongue.close()
         self.call.watched()
         for task in self._tasks:
             task.cancel()
@@ -146,32 +216,33 @@ class Peer:
         self.call.pump.limit(self._feed, max(recent))
 
     def _on_channel(self, channel: RTCDataChannel) -> None:
-        if self._channel is not None:
+        if self._channel is not None or self._speak is None:
             return
         self._channel = channel
         channel.on("message", self._on_message)
-        self.call.subscribe(self._on_event)
+        self._tongue = self._speak(self.call, self)
 
     def _on_message(self, message: str | bytes) -> None:
         if not self._bucket.take():
             if self._bucket.overflowed_now:
                 self.call.problem("too_fast", f"more than {_MESSAGES_PER_S} messages a second; the rest is not read")
             return
-        try:
-            command = parse(message)
-        except InputError as error:
-            self.call.problem("malformed", str(error))
-            return
-        self.call.do(command)
+        if self._tongue is not None:
+            self._tongue.receive(message)
 
-    def _on_event(self, event: Event) -> None:
+    def send(self, data: str) -> None:
+        """Of `Channel`."""
         channel = self._channel
         if channel is not None and channel.readyState == "open" and channel.bufferedAmount < _EVENTS_BYTES:
-            channel.send(render(event))
+            channel.send(data)
+
+    def hang_up(self) -> None:
+        """Of `Channel`."""
+        self._spawn(self._close_soon())
 
     def _on_track(self, track: MediaStreamTrack) -> None:
         # Read even where nobody listens: what arrives is queued without bound otherwise.
-        if track.kind == "audio":
+        if track.kind == "audio" and self._speak is not None:
             self._spawn(self._listen(track))
         else:
             track.stop()
@@ -226,6 +297,8 @@ class _Feed:
         self._changed = {"video": asyncio.Event(), "audio": asyncio.Event()}
         self._needs_key = True
         self._attached = self._ended = False
+        self.has_pictures = True
+        """Whether the viewer asked for any: sound alone needs no keyframes."""
         self.rate_hz = call.pump.rate_hz
         self.on_end: Any = None
 
@@ -235,6 +308,8 @@ class _Feed:
             if sound.opus is not None:
                 self._sounds.append((beat.left_s + k * BLOCK_S, sound.first, sound.opus))
         self._changed["audio"].set()
+        if not self.has_pictures:
+            return
         if len(self._pictures) >= _QUEUE_BEATS:
             self._pictures.clear()
             self._needs_key = True

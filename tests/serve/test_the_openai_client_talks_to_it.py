@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,13 @@ from tests.serve.scripted import FPS
 FRAME_MS = 1_000 // FPS
 
 
-def connect(place: Place, key: str = SECRET, **query: str) -> Any:
-    client = AsyncOpenAI(api_key=key, base_url=f"{place.base}/v1", max_retries=0)
-    return client.realtime.connect(model="gpt-realtime", extra_query=query)
+@asynccontextmanager
+async def connect(place: Place, key: str = SECRET, **query: str) -> AsyncIterator[Any]:
+    async with (
+        AsyncOpenAI(api_key=key, base_url=f"{place.base}/v1", max_retries=0) as client,
+        client.realtime.connect(model="gpt-realtime", extra_query=query) as connection,
+    ):
+        yield connection
 
 
 async def until(connection: Any, kind: str) -> list[Any]:
@@ -93,7 +99,7 @@ def test_a_text_is_spoken_in_the_words_of_the_published_api() -> None:
 def test_pictures_come_when_they_are_asked_for_and_begin_with_a_keyframe() -> None:
     async def scene(place: Place) -> None:
         async with connect(place) as connection:
-            await connection.recv()
+            created = await connection.recv()
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(connection.recv(), 0.3)
             await connection.session.update(session={"type": "realtime", "streamdiff": {"video": True}})
@@ -101,6 +107,10 @@ def test_pictures_come_when_they_are_asked_for_and_begin_with_a_keyframe() -> No
             assert updated.session.streamdiff["video"] is True
             pictures = [(await until(connection, "streamdiff.video.delta"))[-1] for _ in range(5)]
             assert pictures[0].is_key is True
+            async with connect(place, call_id=created.session.id) as another:
+                await another.session.update(session={"type": "realtime", "streamdiff": {"video": True}})
+                # The encoder runs already: without being asked it would make no keyframe again.
+                assert (await until(another, "streamdiff.video.delta"))[-1].is_key is True
             first = pictures[0].frame
             assert [picture.frame for picture in pictures] == list(range(first, first + 5))
             assert [picture.pts_s for picture in pictures] == [round((first + k) / FPS, 6) for k in range(5)]
@@ -285,9 +295,11 @@ def test_a_voice_is_heard_understood_and_answered() -> None:
 
 
 def test_a_mind_answers_typed_words_and_its_words_come_as_it_writes_them() -> None:
+    replies = ["It is noon.", "It is noon. Or later."]
+
     async def scene(place: Place) -> None:
         async with connect(place) as connection:
-            for reply in ("It is noon.", "Later."):
+            for reply in replies:
                 await ask(connection, "what time is it")
                 events = await until(connection, "response.done")
                 words = [e.delta for e in events if e.type == "response.output_audio_transcript.delta"]
@@ -295,7 +307,7 @@ def test_a_mind_answers_typed_words_and_its_words_come_as_it_writes_them() -> No
                 assert events[-1].response.status == "completed"
                 assert not any(e.type.startswith("conversation.item.input_audio") for e in events)
 
-    play(scene, realtime, word_s=0.08, talk=talking(lambda: ScriptedMind(["It is noon.", "Later."]), "scripted"))
+    play(scene, realtime, word_s=0.08, talk=talking(lambda: ScriptedMind(replies), "scripted"))
 
 
 def test_a_face_that_hears_nobody_says_so_once() -> None:
