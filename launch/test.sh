@@ -12,7 +12,7 @@ case "${1:-}" in
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown argument $1; give --all, --slow PATH... or nothing" ;;
 esac
-install dev -e ".[avatar,avatar-eval,demo,encoders,listen,think,serve,livekit]" --group dev
+install dev -e ".[avatar,avatar-eval,demo,encoders,listen,think,serve,livekit,pipecat]" --group dev
 # One thread per process: the tests start many, and two threads on two busy cores are slower than one.
 export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
 poe check

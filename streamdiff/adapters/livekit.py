@@ -22,13 +22,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from streamdiff.adapters.playing import Playing, pcm
 from streamdiff.errors import BackendError, InputError
 from streamdiff.session import Session
 from streamdiff.stream import Can, Shown
@@ -68,10 +67,7 @@ class SessionVideo(VideoGenerator):
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
-        self._epoch = 0
-        self._cut_s = Fraction(0)
-        self._played_s = 0.0
+        self._session, self._playing = session, Playing(session)
         self._settled = asyncio.Event()
         self._settled.set()
 
@@ -99,9 +95,7 @@ class SessionVideo(VideoGenerator):
     async def clear_buffer(self) -> None:
         """Stop speaking; returns when the runner has handed over the last sound that counts as played."""
         # Before anything is awaited: what the agent says next must not be dropped with what it said before.
-        done = self._session.interrupt(played_s=self._played_s)
-        if done.epoch != self._epoch:
-            self._epoch, self._cut_s = done.epoch, done.cut_s
+        self._playing.interrupt()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
                 await self._settled.wait()
@@ -111,34 +105,23 @@ class SessionVideo(VideoGenerator):
 
     async def _media(self) -> AsyncGenerator[Media]:
         speaking = False
-        async for frame in self._frames():
+        async for frame in self._playing.frames():
             if not frame.segment:
-                self._played_s = _end_s(frame, self._session.fps)
+                self._playing.play(frame)
             yield _picture(frame)
             if frame.segment and not speaking:
                 await asyncio.sleep(_LEAD_S)
             speaking = bool(frame.segment) and not frame.ends_segment
-            if not frame.segment or frame.epoch < self._epoch:
+            if not frame.segment or self._playing.is_void(frame):
                 continue
-            self._played_s = _end_s(frame, self._session.fps)
+            self._playing.play(frame)
             self._settled.clear()
             try:
-                yield _sound(frame, self._session.rate_hz)
+                yield rtc.AudioFrame(pcm(frame), self._session.rate_hz, 1, len(frame.sound_S))
             finally:
                 self._settled.set()
-            if frame.ends_segment and frame.epoch >= self._epoch:
+            if frame.ends_segment and not self._playing.is_void(frame):
                 yield AudioSegmentEnd()
-
-    async def _frames(self) -> AsyncGenerator[Shown]:
-        """Single frames, at their times also where a chunk of them comes at once."""
-        async for shown in self._session:
-            came_s = time.monotonic()
-            for k, frame in enumerate(shown.split(self._session.fps)):
-                if k and (wait_s := came_s + k / self._session.fps - time.monotonic()) > 0:
-                    await asyncio.sleep(wait_s)
-                if frame.epoch < self._epoch and frame.pts >= self._cut_s:
-                    break
-                yield frame
 
 
 @contextlib.asynccontextmanager
@@ -189,12 +172,3 @@ def attend(session: Session, agent_session: AgentSession[Any]) -> None:
 def _picture(frame: Shown) -> rtc.VideoFrame:
     _, height, width, _ = frame.frames_THWC.shape
     return rtc.VideoFrame(width, height, rtc.VideoBufferType.RGB24, frame.frames_THWC.tobytes())
-
-
-def _sound(frame: Shown, rate_hz: int) -> rtc.AudioFrame:
-    samples_S = np.rint(np.clip(frame.sound_S, -1.0, 1.0) * 32767).astype(np.int16)
-    return rtc.AudioFrame(samples_S.tobytes(), rate_hz, 1, len(samples_S))
-
-
-def _end_s(frame: Shown, fps: int) -> float:
-    return float(frame.pts + Fraction(1, fps))

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from livekit import rtc
 from livekit.agents.voice.avatar import DataStreamAudioOutput, QueueAudioOutput
-from torch import Tensor
 
 from streamdiff.adapters.livekit import SessionVideo, on_air, remote
 from streamdiff.avatar.engine import AvatarEngine
 from streamdiff.session import Session
 from streamdiff.stream import Interrupted
+from tests.adapters.orange import Orange
 from tests.adapters.rooms import FakeRoom, Listener
 from tests.avatar.tiny_avatar import tiny_motion
 from tests.serve.scripted import ScriptedStream
 
 RATE_HZ = 24_000
-ORANGE = (220, 120, 20)
-
-
-class Orange:
-    """Draws one colour, whose three parts cannot be taken for one another."""
-
-    size = 64
-
-    def render(self, motion_AE: Tensor | np.ndarray) -> Tensor:
-        return torch.tensor(ORANGE, dtype=torch.uint8).expand(len(motion_AE), 64, 64, 3).contiguous()
 
 
 def tone(seconds: float) -> list[rtc.AudioFrame]:
@@ -131,15 +118,3 @@ async def chunks() -> AsyncGenerator[tuple[Session, SessionVideo]]:
     """A session whose frames come twelve at once, and nobody who plays them."""
     async with Session(ScriptedStream(frames_per_chunk=12)) as session:
         yield session, SessionVideo(session)
-
-
-async def nothing_left(threads: set[threading.Thread]) -> None:
-    """Fail unless all tasks but this one, and all threads but these, end."""
-    began_s = time.monotonic()
-    while time.monotonic() - began_s < 20:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        left = {thread for thread in set(threading.enumerate()) - threads if "asyncio" not in thread.name}
-        if not tasks and not left:
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"left running: {tasks} {left}")

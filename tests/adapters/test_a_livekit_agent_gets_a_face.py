@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from streamdiff.errors import BackendError, InputError
+from tests.adapters.leftovers import nothing_left
+from tests.adapters.orange import ORANGE
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -34,7 +36,7 @@ def play(opening: str, scene: Callable[[Face], Coroutine[Any, Any, None]]) -> No
         async with asyncio.timeout(90), stage as face:
             await face.on_air()
             await scene(face)
-        await livekit_stage.nothing_left(threads)
+        await nothing_left(threads)
 
     asyncio.run(main())
 
@@ -144,8 +146,6 @@ def test_an_agent_that_never_joins_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_picture_has_its_colours() -> None:
-    from tests.adapters.livekit_stage import ORANGE
-
     async def scene(face: Face) -> None:
         frame = face.room.listeners["video"].frames[-1]
         pixels_HWC = np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
@@ -153,6 +153,27 @@ def test_the_picture_has_its_colours() -> None:
         assert np.abs(pixels_HWC.reshape(-1, 3).mean(0) - ORANGE).max() < 8
 
     play("in_process", scene)
+
+
+def test_the_face_listens_while_the_user_speaks() -> None:
+    from livekit.agents import AgentSession, UserStateChangedEvent
+
+    from streamdiff.adapters.livekit import attend
+    from tests.adapters.livekit_stage import chunks
+
+    heard: list[bool] = []
+
+    async def scene() -> None:
+        async with chunks() as (session, _):
+            session.listen = heard.append  # type: ignore[method-assign]
+            agent_session: AgentSession[None] = AgentSession()
+            attend(session, agent_session)
+            for state in ("speaking", "listening"):
+                agent_session.emit("user_state_changed", UserStateChangedEvent(old_state="away", new_state=state))
+        agent_session.emit("user_state_changed", UserStateChangedEvent(old_state="away", new_state="speaking"))
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+    assert heard == [True, False]
 
 
 def test_an_agent_session_speaks_through_the_face_and_can_be_interrupted() -> None:
