@@ -53,12 +53,13 @@ class ScheduleError(StreamdiffError, ValueError):
 class RankFailed(StreamdiffError, RuntimeError):  # noqa: N818  it says what happened
     """Another rank died, hung, or stopped with an error of its own.
 
-    ``rank`` is the rank to blame, or None when it could not be told.
+    ``rank`` is the rank to blame, or None when it could not be told; ``was_stopped``: nothing failed there, it was told
+    to stop.
     """
 
-    def __init__(self, message: str, *, rank: int | None = None) -> None:
+    def __init__(self, message: str, *, rank: int | None = None, was_stopped: bool = False) -> None:
         super().__init__(message)
-        self.rank = rank
+        self.rank, self.was_stopped = rank, was_stopped
 
 
 class SessionClosed(StreamdiffError, RuntimeError):  # noqa: N818

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from streamdiff.errors import ConfigError, StreamdiffError
@@ -93,9 +94,13 @@ def open_standard_streams() -> None:
 
 def end_with_the_launcher() -> None:
     """As a rank of torchrun: be told to stop (SIGTERM) when it dies, also while modules are imported. Linux only."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        # It may have died before this. In a container the launcher can be the first process itself.
+        if os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes():
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def say(text: str) -> None:

@@ -25,7 +25,7 @@ from streamdiff.cli.machine import (
     say,
     set_environment,
 )
-from streamdiff.errors import StreamdiffError
+from streamdiff.errors import RankFailed, StreamdiffError
 from streamdiff.facts import printable
 
 
@@ -98,18 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _ended(error, verbose=args.verbose)
     finally:
         signals.done()
-    number = signals.received()
-    if status == 0 and number is None:
-        return 0
-    return leave(status if number is None else 128 + number)
+    if status == 0 and (number := signals.received()) is not None:
+        status = 128 + number
+    return leave(status) if status else 0
 
 
 def _ended(error: BaseException, *, verbose: bool) -> int:
     """Say why a command has ended; its exit status."""
     notes = getattr(error, "__notes__", [])
     number = signals.received()
+    was_told = number is not None and not (isinstance(error, RankFailed) and not error.was_stopped)
     match error:
-        case _ if number is not None or isinstance(error, KeyboardInterrupt):
+        case _ if was_told or isinstance(error, KeyboardInterrupt):
             number = number or signal.SIGINT
             word = "interrupted" if number == signal.SIGINT else "terminated"
             say(printable("; ".join([word, *(notes or ["what was written so far is whole"])]), 4000))

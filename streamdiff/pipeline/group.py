@@ -10,6 +10,7 @@ warmed before the stream starts.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,9 +42,9 @@ from streamdiff.pipeline.watch import Failure, Limits, Report, Watch, first_line
 
 T = TypeVar("T")
 
-_STOPPED_FROM_OUTSIDE_S = 2.5
+_STOPPED_FROM_OUTSIDE_S = 1.2
 """A launcher stops all ranks when one dies: how long to look for that one before leaving."""
-_DEAD_AFTER_S = 1.0
+_DEAD_AFTER_S = 0.7
 """Silence that counts as death by then."""
 
 
@@ -223,14 +224,14 @@ class Group:
         failure = watch.failure
         stopped = not isinstance(error, Exception)
         if failure is None and stopped and not isinstance(error, KeyboardInterrupt):
-            failure = watch.wait_for_verdict(_STOPPED_FROM_OUTSIDE_S, silence_s=_DEAD_AFTER_S)
+            failure = watch.look_for_the_dead(_STOPPED_FROM_OUTSIDE_S, silence_s=_DEAD_AFTER_S)
             others = {rank: report for rank, report in watch.reports().items() if rank != self._world.rank}
             if failure is None and (lost := lost_at_start(others, silence_s=_DEAD_AFTER_S)) is not None:
                 watch.propose(lost)
                 failure = watch.wait_for_verdict(2.0)
         if failure is None:
             what = "was told to stop" if stopped else f"failed: {type(error).__name__}: {first_line(error)}"
-            self._fail(watch, what)
+            self._fail(watch, what, was_stopped=stopped)
             if not stopped:
                 now = watch.activity()
                 picture = render_around(self._schedule, self._world.rank, max(0, now.chunk))
@@ -239,9 +240,9 @@ class Group:
         if failure is not None and stopped:
             raise watch.error() from error
 
-    def _fail(self, watch: Watch, what: str) -> None:
-        watch.propose(Failure(self._world.rank, watch.activity().chunk, what))
-        watch.wait_for_verdict(2.0)
+    def _fail(self, watch: Watch, what: str, *, was_stopped: bool = False) -> None:
+        watch.propose(Failure(self._world.rank, watch.activity().chunk, what, was_stopped))
+        watch.wait_for_verdict(0.5 if was_stopped else 2.0)
 
     def _left_s(self) -> float:
         return self._limits.startup_s - (time.monotonic() - self._start_s)
@@ -366,7 +367,26 @@ class _Meeting:
         return self._store.compare_set(key, expected, value).decode()
 
 
+def _await_launcher(world: World, patience_s: float = 10.0) -> None:
+    """The launcher listens before it starts a rank: one that refuses connections for longer than a moment is dead."""
+    end_s = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((world.host, world.port), timeout=patience_s).close()
+        except OSError as error:
+            if time.monotonic() < end_s:
+                time.sleep(POLL_S)
+                continue
+            raise RankFailed(
+                f"the launcher does not answer at {world.host}:{world.port} ({error.strerror or error}): it has died or "
+                f"cannot be reached; look at its output"
+            ) from error
+        return
+
+
 def _open_store(world: World, timeout_s: float, *, host: bool) -> TCPStore:
+    if world.agent_store:
+        _await_launcher(world)
     try:
         return TCPStore(
             world.host,

@@ -56,6 +56,7 @@ class Doing(StrEnum):
     WORKING = "working"
     SENDING = "handing on"
     DELIVERING = "delivering"
+    STOPPING = "stopping, as it was told"
     DONE = "done"
 
 

@@ -91,6 +91,8 @@ class Failure:
     rank: int | None
     chunk: int
     what: str
+    was_stopped: bool = False
+    """It was told to stop from outside."""
 
     def __str__(self) -> str:
         return self.what if self.rank is None else f"rank {self.rank} {self.what}"
@@ -248,7 +250,7 @@ class Watch:
         failure = self._failure
         assert failure is not None
         picture = f"\n{self._picture(failure.rank, max(0, failure.chunk))}" if failure.rank is not None else ""
-        return RankFailed(f"{failure}{picture}", rank=failure.rank)
+        return RankFailed(f"{failure}{picture}", rank=failure.rank, was_stopped=failure.was_stopped)
 
     def reports(self) -> dict[int, Report]:
         """What was known of each rank in the last round."""
@@ -266,14 +268,30 @@ class Watch:
                 self._proposed = failure
         self._hurry.set()
 
-    def wait_for_verdict(self, timeout_s: float, *, silence_s: float | None = None) -> Failure | None:
-        """Wait until a verdict is known; ``silence_s`` shortens the silence that counts as death."""
-        if silence_s is not None:
-            self._silence_s = min(self._silence_s, silence_s)
+    def wait_for_verdict(self, timeout_s: float) -> Failure | None:
+        """Wait until a verdict is known."""
         end_s = time.monotonic() + timeout_s
         while self._failure is None and time.monotonic() < end_s:
             time.sleep(POLL_S / 5)
         return self._failure
+
+    def look_for_the_dead(self, timeout_s: float, *, silence_s: float) -> Failure | None:
+        """This rank was told to stop, perhaps because another died: wait for the verdict that names it.
+
+        The wait ends early when all others say that they were told as well. ``silence_s`` counts as death by now.
+        """
+        self._silence_s = min(self._silence_s, silence_s)
+        stopping = Activity(Doing.STOPPING, self.activity().chunk, time.monotonic())
+        self.activity = lambda: stopping
+        self._hurry.set()
+        end_s = time.monotonic() + timeout_s
+        while self._failure is None and time.monotonic() < end_s and not self._all_others_leave():
+            time.sleep(POLL_S / 5)
+        return self._failure
+
+    def _all_others_leave(self) -> bool:
+        others = [report.beat for rank, report in self._reports.items() if rank != self._rank]
+        return all(beat is not None and (beat.doing in (Doing.STOPPING, Doing.DONE) or beat.gone) for beat in others)
 
     def wait_until(self, holds: Callable[[dict[int, Report]], bool], timeout_s: float) -> bool:
         """Wait until ``holds`` of the reports; False when time ran out, RankFailed when the stream fell."""
