@@ -378,7 +378,7 @@ def _await_launcher(world: World, patience_s: float = 10.0) -> None:
                 time.sleep(POLL_S)
                 continue
             raise RankFailed(
-                f"the launcher does not answer at {world.host}:{world.port} ({error.strerror or error}): it has died or "
+                f"the launcher does not answer at {world.host}:{world.port} ({error.strerror or error}): it died or "
                 f"cannot be reached; look at its output"
             ) from error
         return
