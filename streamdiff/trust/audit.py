@@ -134,7 +134,6 @@ class AuditLog:
         return head
 
     def _rotate(self) -> None:
-        _old(self.path, self._kept).unlink(missing_ok=True)
         for k in range(self._kept - 1, 0, -1):
             if _old(self.path, k).exists():
                 _old(self.path, k).replace(_old(self.path, k + 1))

@@ -57,6 +57,25 @@ def test_every_changed_byte_is_found(tmp_path: Path) -> None:
         assert verify_log(path).fault, data[at : at + 20]
 
 
+def test_a_record_that_was_altered_with_its_own_hash_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    filled(path)
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[2]) | {"user": "eve"}
+    del record["hash"]
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    lines[2] = json.dumps(record | {"hash": digest}, sort_keys=True, separators=(",", ":"))
+    path.write_text("\n".join(lines) + "\n")
+    assert verify_log(path).fault.startswith("a.jsonl line 4: record 3 does not follow the one before it")
+
+
+def test_a_record_in_another_spelling_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    filled(path)
+    path.write_text(path.read_text().replace('"event":', '"event": ', 1))
+    assert "no record" in verify_log(path).fault
+
+
 @pytest.mark.parametrize(
     ("order", "why"),
     [
