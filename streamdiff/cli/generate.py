@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from streamdiff import presets, signals
 from streamdiff.cli.machine import alike_on_every_rank, device_named, say, world_from_environment
+from streamdiff.cli.verify import add_sign_argument, sign, signer_from
 from streamdiff.config import sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.served.options import Precision, StepOptions
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, help="length of the video (default: the voice's)")
     add("--size", metavar="WxH", help="picture size in pixels (default: the preset's)")
     add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
+    add_sign_argument(parser)
     layout = parser.add_argument_group("layout")
     layout.add_argument("--plan", action="store_true", help="print ranks, memory and predicted speed, and stop")
     layout.add_argument("--ranks", type=int, help="with --plan: for this many ranks")
@@ -164,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
     world = world_from_environment()
     alike_on_every_rank(lambda: _check_numbers(args))
     job = alike_on_every_rank(lambda: job_from(args, world))
+    signer = alike_on_every_rank(lambda: signer_from(args))
     import torch
 
     signals.handle()
@@ -184,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
     with _observer(args.trace, rank) as observer, _Bar(notice) as bar:
         made = generate(prepared, world, progress=bar.update, observer=observer)
     if made is not None:
+        sign(signer, made.path)
         _report(made, job, num_ranks)
     return 0
 

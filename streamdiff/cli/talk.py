@@ -18,6 +18,7 @@ import numpy as np
 from streamdiff import signals
 from streamdiff.avatar.style import STYLE_NAMES, style_vector
 from streamdiff.cli.avatar import check_suffix
+from streamdiff.cli.verify import add_sign_argument, sign, signer_from
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.facts import printable
 from streamdiff.output import Output, refuse_overwriting
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how it moves, 0 is ordinary (default: as the bundle says): {', '.join(STYLE_NAMES)}",
     )
     add("--mark", action="store_true", help="write 'synthetic' into the corner of every frame")
+    add_sign_argument(parser)
     add("--rig", type=Path, metavar="FILE", help="also write the coefficients, JSON lines with ARKit names")
     add("--osc", metavar="HOST:PORT", help="also send the coefficients by OSC over UDP, in real time")
     add("--motion", type=Path, metavar="FILE", help="weights of the motion model (default: those of the package)")
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--threads must be at least 1, got {args.threads}")
     check_suffix(args.out, ".mp4")
     _check_outputs(args)
-    style, host = style_from(args.style), _host(args.osc)
+    style, host, signer = style_from(args.style), _host(args.osc), signer_from(args)
     import torch
 
     from streamdiff.avatar.engine import AvatarEngine
@@ -98,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         text = sys.stdin if args.text == "-" else _TEXT if args.text is None else args.text
         said = _film(args, stream, writer, text, sound, host, stack)
     took_s = time.monotonic() - began_s
+    sign(signer, args.out)
     print(
         f"{args.out}: {writer.num_frames} frames, {writer.duration_s:.2f} s at {size}x{size}, "
         f"{writer.num_frames / took_s:.0f} frames/s; {_latency(said)}"
