@@ -36,6 +36,8 @@ class Response:
         self.id, self.item_id = new_id("resp"), new_id("item")
         self.segment = 0
         """The utterance; 0: nothing was heard yet."""
+        self.turn: int | None = None
+        """Whose words are spoken; None: not known yet."""
         self.num_samples = 0
         """Samples of it that have left, at 24 kHz."""
         self._transcript = ""

@@ -14,6 +14,7 @@ import base64
 import contextlib
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -93,8 +94,8 @@ class Realtime:
         self._typed: deque[str] = deque(maxlen=_MAX_ASKED)
         self._items: dict[str, Response] = {}
         self._last_item: str | None = None
-        self._caption = Caption("avatar", "", 0)
-        self._told = ""
+        self._words: dict[int, _Words] = {}
+        self._last_turn = 0
         self._thinks = False
         self._stops = False
         self._truncating: tuple[Response, int] | None = None
@@ -276,10 +277,14 @@ class Realtime:
                 pass
 
     def _captioned(self, caption: Caption) -> None:
-        if caption.turn != self._caption.turn:
-            self._caption, self._told = caption, ""
-        elif len(caption.text) > len(self._caption.text):  # what was heard in the end is less: told in milliseconds
-            self._caption = caption
+        is_new = caption.turn not in self._words
+        words = self._words.setdefault(caption.turn, _Words())
+        if len(caption.text) > len(words.text):  # what was heard in the end is less: told in milliseconds
+            words.text = caption.text
+        while len(self._words) > _MAX_ASKED:
+            self._words.pop(next(iter(self._words)))
+        if is_new and self._response is None:
+            self._open_response()  # somebody else has asked
         self._write()
 
     def _thinking(self, thinks: bool, *, speaks: bool) -> None:
@@ -291,12 +296,18 @@ class Realtime:
 
     def _write(self) -> None:
         """Tell the open response the words that it does not have yet."""
-        text = self._caption.text
-        if self._response is None or not text or self._told == text:
+        response = self._response
+        if response is None:
             return
-        new = text[len(self._told) :] if text.startswith(self._told) else text
-        self._told = text
-        self._response.write(new)
+        if response.turn is None:
+            untold = (turn for turn, words in self._words.items() if words.is_untold and turn >= self._last_turn)
+            response.turn = min(untold, default=None)
+        words = self._words.get(response.turn or 0)
+        if words is not None and words.is_untold:
+            self._last_turn = response.turn or 0
+            new = words.text[len(words.told) :] if words.text.startswith(words.told) else words.text
+            words.told = words.text
+            response.write(new)
 
     def _understood(self, caption: Caption) -> None:
         where = {"item_id": self._user_item, "content_index": 0}
@@ -382,6 +393,8 @@ class Realtime:
         response, self._response = self._response, None
         self._finish_timer()
         if response is not None:
+            if status == "cancelled" and response.turn in self._words:
+                self._words[response.turn].is_over = True
             response.end(status, reason=reason, error=error)
 
     def _finish_timer(self) -> None:
@@ -464,6 +477,21 @@ class Realtime:
                 "mind": ready.mind,
             },
         }
+
+
+@dataclass(slots=True)
+class _Words:
+    """What the face says in one turn, as far as it is known, and what of it was told."""
+
+    text: str = ""
+    told: str = ""
+    is_over: bool = False
+    """Whether it was interrupted: nothing more of it will be spoken."""
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether there is more to tell."""
+        return self.text != self.told and not self.is_over
 
 
 _CLOSE_CODES = {Ending.LEFT: 1000, Ending.FINISHED: 1000, Ending.REVOKED: 1008, Ending.FAILED: 1011}

@@ -6,9 +6,13 @@ import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from aiohttp import ClientSession, web
 
+from streamdiff.conversation.ear import ScriptedEar
+from streamdiff.conversation.turn import Event as Heard
 from streamdiff.serve.calls import Calls, TalkFactory
 from streamdiff.serve.cast import Cast
 from streamdiff.serve.gate import Denied, Gate, Guest, Loopback
@@ -39,6 +43,29 @@ class Engine:
     def open(self) -> Session:
         self.streams.append(ScriptedStream(**self._options))  # type: ignore[arg-type]
         return Session(self.streams[-1])
+
+
+class Ear(ScriptedEar):
+    """Hears one turn: a voice at the first sound, its end with the first silence."""
+
+    def __init__(self) -> None:
+        super().__init__((), ["what time is it"])
+        self._spoke = self._paused = False
+        self.num_heard = 0
+
+    def another(self) -> Ear:
+        return Ear()
+
+    def hear(self, samples: Any, rate_hz: int) -> list[Heard]:
+        self.num_heard += len(samples)
+        assert rate_hz == 24_000
+        if not self._spoke:
+            self._spoke = True
+            return [Heard.ONSET, Heard.VOICED]
+        if not np.any(samples) and not self._paused:
+            self._paused = True
+            return [Heard.PAUSE]
+        return []
 
 
 @dataclass

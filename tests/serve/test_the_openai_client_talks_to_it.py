@@ -14,13 +14,11 @@ import pytest
 import websockets
 from openai import AsyncOpenAI
 
-from streamdiff.conversation.ear import ScriptedEar
 from streamdiff.conversation.mind import ScriptedMind
-from streamdiff.conversation.turn import Event as Heard
 from streamdiff.serve.protocol import Stopped
 from streamdiff.serve.realtime import realtime
 from streamdiff.serve.talk import talking
-from tests.serve.house import SECRET, Password, Place, play
+from tests.serve.house import SECRET, Ear, Password, Place, play
 from tests.serve.scripted import FPS
 
 FRAME_MS = 1_000 // FPS
@@ -201,13 +199,13 @@ def test_a_second_response_waits_for_the_first_and_is_told_so() -> None:
             await ask(connection, "one two three")
             await connection.response.create(response={"input": []}, event_id="mine")
             assert (await until(connection, "error"))[-1].error.param == "response.input"
-            await ask(connection, "too early")
+            await ask(connection, "one two three four")
             error = (await until(connection, "error"))[-1].error
             assert error.code == "conversation_already_has_active_response"
             assert (await until(connection, "response.done"))[-1].response.status == "completed"
             await connection.response.create()  # what was created meanwhile is still there
             done = (await until(connection, "response.done"))[-1].response
-            assert done.output[0].content[0].transcript == "too early"
+            assert done.output[0].content[0].transcript == "one two three four"
 
     play(scene, realtime, word_s=0.08)
 
@@ -239,29 +237,6 @@ def test_when_all_seats_are_taken_the_client_is_told_when_to_come_back() -> None
             assert 1 <= int(refused.value.response.headers["Retry-After"]) <= 60
 
     play(scene, realtime, terms={"capacity": 1})
-
-
-class Ear(ScriptedEar):
-    """Hears one turn: a voice at the first sound, its end with the first silence."""
-
-    def __init__(self) -> None:
-        super().__init__((), ["what time is it"])
-        self._spoke = self._paused = False
-        self.num_heard = 0
-
-    def another(self) -> Ear:
-        return Ear()
-
-    def hear(self, samples: Any, rate_hz: int) -> list[Heard]:
-        self.num_heard += len(samples)
-        assert rate_hz == 24_000
-        if not self._spoke:
-            self._spoke = True
-            return [Heard.ONSET, Heard.VOICED]
-        if not np.any(samples) and not self._paused:
-            self._paused = True
-            return [Heard.PAUSE]
-        return []
 
 
 def test_a_voice_is_heard_understood_and_answered() -> None:
