@@ -85,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codec", choices=("vp8", "h264"), default="vp8", help="of the pictures (default: %(default)s)")
     add("--ice", action="append", default=[], metavar="URL", help="stun:HOST:PORT, or turn:USER:PASSWORD@HOST:PORT")
     add("--origin", action="append", default=[], metavar="URL", help="another page that may call, https://example.org")
+    add(
+        "--simli",
+        action="store_true",
+        help="also speak Simli's wire protocol under /compose, for programs that know it; its session tokens are part "
+        "of URLs, which proxies log, so it is off by default",
+    )
     add("--token-key", type=Path, metavar="FILE", help="key that bearer tokens are signed with, 32 bytes or more")
     add("--mint", metavar="USER", help="print a token for this user, signed with --token-key, and stop")
     add(
@@ -132,6 +138,7 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     from streamdiff.serve.realtime import realtime
     from streamdiff.serve.realtime_calls import realtime_calls
     from streamdiff.serve.server import House, application, serve
+    from streamdiff.serve.simli import simli
     from streamdiff.serve.whep import whep
 
     voice = open_mouth(args.voice)
@@ -168,7 +175,7 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
             sys.stdout.flush()
 
         await serve(
-            application(house, [realtime, realtime_calls, whep]),
+            application(house, [realtime, realtime_calls, whep, *([simli] if args.simli else [])]),
             host=args.host,
             port=args.port,
             drain_s=args.drain,

@@ -130,6 +130,8 @@ class Peer:
         self._began_s = time.monotonic()
         self._estimates: deque[tuple[float, float]] = deque(maxlen=64)
         self._closed = False
+        self.connected = asyncio.Event()
+        """Set once media can flow."""
         self._pc.on("datachannel", self._on_channel)
         self._pc.on("track", self._on_track)
         self._pc.on("connectionstatechange", self._on_state)
@@ -266,6 +268,7 @@ class Peer:
         state = self._pc.connectionState
         logger.info("session %s: connection %s", self.call.log_id, state)
         if state == "connected":
+            self.connected.set()
             self.call.watched()
         elif state in ("failed", "closed"):
             await self.aclose()
