@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     wire = parser.add_argument_group("wire")
     add = wire.add_argument
     add("--codec", choices=("vp8", "h264"), default="vp8", help="of the pictures (default: %(default)s)")
+    add("--mark", default="", metavar="TEXT", help='words on every picture, such as "AI generated"')
     add("--ice", action="append", default=[], metavar="URL", help="stun:HOST:PORT, or turn:USER:PASSWORD@HOST:PORT")
     add("--origin", action="append", default=[], metavar="URL", help="another page that may call, https://example.org")
     add(
@@ -135,6 +136,7 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     from streamdiff.serve.calls import Calls
     from streamdiff.serve.cast import Cast
     from streamdiff.serve.leases import Leases, Terms
+    from streamdiff.serve.mark import mark_of
     from streamdiff.serve.realtime import realtime
     from streamdiff.serve.realtime_calls import realtime_calls
     from streamdiff.serve.server import House, application, serve
@@ -144,6 +146,9 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
     voice = open_mouth(args.voice)
     talk, answers = _talk(args, voice)
     engines = {name: _engine(path, args.size, voice) for name, path in _named(args.avatar).items()}
+    if args.mark:
+        for engine in engines.values():
+            mark_of(args.mark, *engine.size)  # what does not fit is said before anybody comes
     permits = _permits(args, engines)
     capacity, why = _capacity(args.capacity, next(iter(engines.values())))
     terms = Terms(

@@ -320,6 +320,7 @@ class Calls:
         talk: who answers; None: nobody, what is typed is read aloud.
         permits: whom may be shown to whom; None: everybody.
         register: where sessions are recorded; None: nowhere.
+        mark: words on every frame of every session; empty: none.
         executor: threads that encode; None: two of its own.
     """
 
@@ -333,9 +334,10 @@ class Calls:
         meters: Meters | None = None,
         permits: Permits | None = None,
         register: Register | None = None,
+        mark: str = "",
         executor: Executor | None = None,
     ) -> None:
-        self._permits, self._register = permits, register
+        self._permits, self._register, self._mark = permits, register, mark
         self.leases, self.meters = leases, meters or Meters()
         self.meters.capacity.set(leases.terms.capacity)
         self._opener, self._talk = opener, talk
@@ -445,7 +447,7 @@ class Calls:
         async with AsyncExitStack() as stack:
             opened = await asyncio.to_thread(self._opener, avatar)
             session = await stack.enter_async_context(opened)
-            pump = Pump(session, codec=self._codec, executor=self._executor)
+            pump = Pump(session, codec=self._codec, executor=self._executor, mark=self._mark)
             call = Call(lease, session, pump, self.leases, self.meters, avatar=avatar)
             if self._talk is not None:
                 call.talk = self._talk(call)

@@ -12,6 +12,7 @@ All methods belong to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import time
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from streamdiff.errors import SessionClosed
 from streamdiff.serve.clock import BLOCK_S, Blocks, Playhead
 from streamdiff.serve.encoder import Codec, Picture, SoundEncoder, VideoEncoder
+from streamdiff.serve.mark import mark_of
 from streamdiff.serve.protocol import Ending
 from streamdiff.stream import Can, Interrupted, Metrics, Samples, Segment, Shown, State
 
@@ -163,10 +165,14 @@ class Pump:
         session: what is shown; the pump takes its frames, and nobody else may.
         codec: of the pictures.
         executor: threads that encode; None: the loop's own.
+        mark: words on every frame that leaves; empty: none.
     """
 
-    def __init__(self, session: Source, *, codec: Codec = "vp8", executor: Executor | None = None) -> None:
+    def __init__(
+        self, session: Source, *, codec: Codec = "vp8", executor: Executor | None = None, mark: str = ""
+    ) -> None:
         self.session = session
+        self._mark = mark_of(mark, *session.size) if mark else None
         self.fps, self.rate_hz = session.fps, session.rate_hz
         self.height, self.width = session.size
         self.codec: Codec = codec
@@ -282,6 +288,8 @@ class Pump:
             await self._send(frame)
 
     async def _send(self, frame: Shown) -> None:
+        if self._mark is not None:
+            frame = dataclasses.replace(frame, frames_THWC=self._mark.on(frame.frames_THWC))
         # Taken before encoding: an interruption from here on knows that this frame will leave.
         self.head.sent(float(frame.pts), 1 / self.fps)
         self._behind_s += frame.late_s
