@@ -30,7 +30,7 @@ from streamdiff import checkpoint
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import cost, vae
-from streamdiff.models.audio import AudioEncoder, LogMelFeatures, Wav2Vec2Features
+from streamdiff.models.audio import AudioEncoder, Levelled, LogMelFeatures, Wav2Vec2Features
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.served.options import StepOptions
@@ -339,7 +339,7 @@ class Engine:
                 f"log-mel features come {encoder.num_features} x {encoder.feature_dim} at a time, but preset "
                 f"{self.config.name} reads {audio.num_features} x {audio.feature_dim}; change its audio config"
             )
-        return encoder
+        return Levelled(encoder)  # they learned from speech at one level
 
     def _kept(self, name: str, load: Callable[[], _Part]) -> _Part:
         with self._loading:

@@ -7,6 +7,7 @@ and the sound itself, into the chunks of a stream.
 
 from streamdiff.models.audio.chunker import AudioChunk, AudioChunker, chunks
 from streamdiff.models.audio.encoder import SPEECH_HZ, AudioEncoder, FeatureStream
+from streamdiff.models.audio.level import Levelled
 from streamdiff.models.audio.log_mel import LogMelFeatures
 from streamdiff.models.audio.wav2vec2 import Wav2Vec2Features
 
@@ -16,6 +17,7 @@ __all__ = [
     "AudioChunker",
     "AudioEncoder",
     "FeatureStream",
+    "Levelled",
     "LogMelFeatures",
     "Wav2Vec2Features",
     "chunks",
