@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -30,7 +30,7 @@ from streamdiff import checkpoint
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models import cost, vae
-from streamdiff.models.audio import AudioEncoder, Levelled, LogMelFeatures, Wav2Vec2Features
+from streamdiff.models.audio import AudioChunk, AudioEncoder, Levelled, LogMelFeatures, Wav2Vec2Features
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.served.options import StepOptions
@@ -41,11 +41,12 @@ from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb
 from streamdiff.pipeline.decode import PRIMING_LATENTS, DecodeStage
 from streamdiff.pipeline.denoise import DenoiseStage
 from streamdiff.pipeline.intake import Intake
-from streamdiff.pipeline.packet import SetReference
+from streamdiff.pipeline.line import Line
+from streamdiff.pipeline.packet import Packet, SetReference
 from streamdiff.pipeline.run import LocalRanks
 from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
-from streamdiff.pipeline.stage import Chain, Stage
-from streamdiff.pipeline.stream import PLAYOUT_S, VideoStream
+from streamdiff.pipeline.stage import Chain, SeatedStage
+from streamdiff.pipeline.stream import PLAYOUT_S, Ranks, VideoStream
 from streamdiff.session import Opening
 from streamdiff.trace import Observer
 from streamdiff.voice import Synthesizer
@@ -150,12 +151,12 @@ class Engine:
             progress(len(parts), len(parts), "ready")
         return self
 
-    def stage(self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None) -> Stage:
+    def stage(self, role: Role, *, seed: int = 0, stream: int = 0, observer: Observer | None = None) -> SeatedStage:
         """What one rank does to a packet: its denoising steps, the decoding, or both in this order.
 
         Stages of one engine share its weights; each has its own memory.
         """
-        stages: list[Stage] = []
+        stages: list[SeatedStage] = []
         if role.steps:
             denoise = DenoiseStage(
                 self._kept_dit(),
@@ -201,6 +202,7 @@ class Engine:
         slack_chunks: int | None = None,
         playout_s: float = PLAYOUT_S,
         deadline_s: float = 60.0,
+        line: Line | None = None,
     ) -> Opening:
         """A session: ``async with engine.open(...) as session``; see `stream` for the arguments."""
         return Opening(
@@ -215,6 +217,7 @@ class Engine:
                 slack_chunks=slack_chunks,
                 playout_s=playout_s,
                 deadline_s=deadline_s,
+                line=line,
             )
         )
 
@@ -231,6 +234,7 @@ class Engine:
         slack_chunks: int | None = None,
         playout_s: float = PLAYOUT_S,
         deadline_s: float = 60.0,
+        line: Line | None = None,
     ) -> VideoStream:
         """A synchronous stream in this process, its ranks as threads; see `VideoStream`. Loads what is not loaded yet.
 
@@ -249,29 +253,123 @@ class Engine:
                 needs as many more. At 14B each costs 2.4 GiB per step; give fewer, and an interruption resumes later.
             playout_s: playout buffer for live sound; see `streamdiff.pipeline.playout`.
             deadline_s: a rank that works longer on one chunk has failed.
+            line: ranks to share with other streams, made by `line`, which has its own number of ranks, slack and
+                deadline. None: ranks of its own.
+
+        Raises LineFull when the line has no place for it.
+        """
+        number = next(self._numbers) if stream is None else stream
+        seat = None
+        if line is None:
+            engine = self._with_slack(num_ranks, slack_chunks)
+            start = engine._own_ranks(num_ranks, seed=seed, stream=number, deadline_s=deadline_s)
+        else:
+            engine = self._on(line, num_ranks, slack_chunks)
+            seat = line.join(seed=seed, stream=number, live=live)
+            start = seat.start
+        try:
+            text = self._kept_text_encoder()
+            reference = engine.encode_reference(torch.as_tensor(image_HWC), self._kept_encoder())
+            return VideoStream(
+                engine.config,
+                Intake(engine.config, reference, _encoded(text, prompt), seed=seed, stream=number),
+                self._kept_audio_encoder(),
+                start,
+                encode_prompt=lambda prompt: _encoded(text, prompt),
+                prompt=prompt,
+                voice=voice,
+                live=live,
+                playout_s=playout_s,
+            )
+        except BaseException:
+            if seat is not None:
+                seat.close()
+            raise
+
+    def line(
+        self, *, seats: int = 4, num_ranks: int = 1, slack_chunks: int | None = None, deadline_s: float = 60.0
+    ) -> Line:
+        """Ranks that many streams share, as threads of this process: loaded and warmed once, then given to `open` or
+        `stream`. Close it when no stream needs it any more; it is a context manager.
+
+        Args:
+            seats: streams that may be on the line at once; each has memory of its own on every rank.
+            num_ranks, slack_chunks, deadline_s: as in `stream`, for all of them.
+
+        Raises ConfigError on CUDA with graphs: steps captured with the same weights share their input buffers, which
+        hold one stream's prompt.
+        """
+        if seats < 1:
+            raise ConfigError(f"a line needs a seat for at least one stream, got seats={seats}")
+        if self.device.type == "cuda" and self.options.graph:
+            raise ConfigError(
+                "captured steps of one device share the buffers of their prompt, so streams on one line would follow "
+                "each other's; use options=StepOptions(graph=False)"
+            )
+        engine = self._with_slack(num_ranks, slack_chunks)
+        schedule = plan(num_steps=self.config.num_steps, num_ranks=num_ranks, refresh_chunk=self.config.refresh_chunk)
+        stages = [[engine.stage(role) for role in schedule.roles] for _ in range(seats)]
+        line = Line(engine.config, schedule, stages, deadline_s=deadline_s)
+        try:
+            engine._rehearse(line)
+        except BaseException:
+            line.close()
+            raise
+        return line
+
+    def _with_slack(self, num_ranks: int, slack_chunks: int | None) -> Engine:
+        """This engine, with memory for interruptions that take back all that may be under way on so many ranks."""
+        memory = self.config.memory
+        if slack_chunks is None:
+            slack_chunks = max(memory.slack_chunks, chunks_under_way(num_ranks) + 1)
+        engine = copy.copy(self)
+        memory = dataclasses.replace(memory, slack_chunks=slack_chunks)
+        engine.config = dataclasses.replace(self.config, memory=memory)
+        return engine
+
+    def _on(self, line: Line, num_ranks: int, slack_chunks: int | None) -> Engine:
+        """This engine, with the memory that streams on a line have."""
+        if num_ranks != 1 or slack_chunks is not None:
+            raise ConfigError(
+                f"a line has its own ranks and slack, got num_ranks={num_ranks} and slack_chunks={slack_chunks} as "
+                "well; give them to Engine.line"
+            )
+        if dataclasses.replace(line.config, memory=self.config.memory) != self.config:
+            raise ConfigError(
+                f"the line serves preset {line.config.name}, configured otherwise; make it with this engine"
+            )
+        engine = copy.copy(self)
+        engine.config = line.config
+        return engine
+
+    def _own_ranks(
+        self, num_ranks: int, *, seed: int, stream: int, deadline_s: float
+    ) -> Callable[[Iterator[Packet]], Ranks]:
+        """Makes ranks for one stream, when it has packets."""
+        config = self.config
+        schedule = plan(num_steps=config.num_steps, num_ranks=num_ranks, refresh_chunk=config.refresh_chunk)
+        stages = [self.stage(role, seed=seed, stream=stream) for role in schedule.roles]
+        return lambda packets: LocalRanks(schedule, stages, packets, deadline_s=deadline_s, patient=True)
+
+    def _rehearse(self, line: Line) -> None:
+        """Let a stream of zeros pass, seen by nobody: what is made at its first use is there when a stream comes, and
+        the line knows how long its ranks take.
         """
         config = self.config
-        if slack_chunks is None:
-            slack_chunks = max(config.memory.slack_chunks, chunks_under_way(num_ranks) + 1)
-        memory = dataclasses.replace(config.memory, slack_chunks=slack_chunks)
-        engine = copy.copy(self)
-        engine.config = config = dataclasses.replace(config, memory=memory)
-        schedule = plan(num_steps=config.num_steps, num_ranks=num_ranks, refresh_chunk=config.refresh_chunk)
-        number = next(self._numbers) if stream is None else stream
-        stages = [engine.stage(role, seed=seed, stream=number) for role in schedule.roles]
-        text = self._kept_text_encoder()
-        reference = engine.encode_reference(torch.as_tensor(image_HWC), self._kept_encoder())
-        return VideoStream(
-            config,
-            Intake(config, reference, _encoded(text, prompt), seed=seed, stream=number),
-            self._kept_audio_encoder(),
-            lambda packets: LocalRanks(schedule, stages, packets, deadline_s=deadline_s, patient=True),
-            encode_prompt=lambda prompt: _encoded(text, prompt),
-            prompt=prompt,
-            voice=voice,
-            live=live,
-            playout_s=playout_s,
+        num_latents = max(config.motion_latents, PRIMING_LATENTS)
+        still_BCTHW = torch.zeros(1, config.vae.z_dim, num_latents, *config.latent_hw)
+        intake = Intake(
+            config, SetReference(still_BCTHW[:, :, :1], still_BCTHW), torch.zeros(1, 1, config.dit.text_dim)
         )
+        encoder = self._kept_audio_encoder()
+        shape = (1, encoder.num_features, encoder.feature_dim, config.video_frames_per_chunk)
+        silence = AudioChunk(torch.zeros(shape), torch.zeros(round(config.chunk_s * encoder.rate_hz)))
+        seat = line.join(live=False).start(intake.packets([silence] * 3))
+        try:
+            while seat.get() is not None:
+                pass
+        finally:
+            seat.close()
 
     @torch.inference_mode()
     def encode_reference(self, image_HWC: Tensor, encoder: VAEEncoder | None = None) -> SetReference:

@@ -8,6 +8,7 @@
     ├── ScheduleError (ValueError)        steps, ranks and edges that cannot stream
     ├── RankFailed (RuntimeError)         another rank died, hung or failed; carries its number
     ├── SessionClosed (RuntimeError)      a call after the stream ended
+    ├── LineFull (RuntimeError)           no place on a line for one more stream; carries when to ask again
     ├── Unsupported (NotImplementedError) a call that this path of the engine cannot serve
     └── BackendError (RuntimeError)       an implementation that this machine cannot run
 
@@ -64,6 +65,17 @@ class RankFailed(StreamdiffError, RuntimeError):  # noqa: N818  it says what hap
 
 class SessionClosed(StreamdiffError, RuntimeError):  # noqa: N818
     """A call to a session whose stream has ended."""
+
+
+class LineFull(StreamdiffError, RuntimeError):  # noqa: N818
+    """A line of ranks has no seat, or no time, for one more stream.
+
+    ``retry_after_s`` is the soonest that asking again makes sense; nobody knows when a stream will leave.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Unsupported(StreamdiffError, NotImplementedError):  # noqa: N818

@@ -40,6 +40,9 @@ class DecodeStage:
         self._before: dict[int, DecoderState] = {}
         """Chunk -> what the decoder remembered before it, for the chunks that can be taken back, and for the next."""
 
+    def begin(self, *, seed: int, stream: int) -> None:
+        """See `SeatedStage`; a decoder draws no noise, and `SetReference` primes it."""
+
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
         with on_device(self._device):

@@ -186,6 +186,10 @@ class DenoiseStage:
         """Bytes of all histories and of the pristine sink."""
         return self.sink.num_bytes + sum(step.memory.num_bytes for step in self._steps)
 
+    def begin(self, *, seed: int, stream: int) -> None:
+        """Serve another stream from now on; see `SeatedStage`."""
+        self._seed, self._stream = seed, stream
+
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
         with on_device(self._dit.device):

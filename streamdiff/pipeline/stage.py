@@ -18,11 +18,23 @@ class Stage(Protocol):
     def step(self, packet: Packet) -> Packet: ...
 
 
+class SeatedStage(Stage, Protocol):
+    """A stage that serves one stream after the other, from the same memory."""
+
+    def begin(self, *, seed: int, stream: int) -> None:
+        """Another stream begins, whose first packet carries `SetReference`; seed and number key its noise."""
+        ...
+
+
 class Chain:
     """Several stages in one place, for a rank that denoises and decodes."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[SeatedStage]) -> None:
         self._stages = tuple(stages)
+
+    def begin(self, *, seed: int, stream: int) -> None:
+        for stage in self._stages:
+            stage.begin(seed=seed, stream=stream)
 
     def step(self, packet: Packet) -> Packet:
         for stage in self._stages:

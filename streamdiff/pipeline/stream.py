@@ -33,8 +33,10 @@ PLAYOUT_S = 0.08
 """Size of the playout buffer: jitter of live sound that is never heard, and what that costs in latency."""
 
 
-class Line(Protocol):
-    """Ranks at work on one stream; `streamdiff.pipeline.run.LocalRanks` is one."""
+class Ranks(Protocol):
+    """Ranks at work on one stream: their own (`streamdiff.pipeline.run.LocalRanks`), or a seat on a line that many
+    streams share (`streamdiff.pipeline.line.Seat`).
+    """
 
     def get(self, timeout_s: float | None = None) -> Packet | None:
         """The next finished packet; None at the end. Raises TimeoutError, and what a rank failed with at every call."""
@@ -74,7 +76,7 @@ class VideoStream:
         config: EngineConfig,
         intake: Intake,
         encoder: AudioEncoder,
-        line: Callable[[Iterator[Packet]], Line],
+        line: Callable[[Iterator[Packet]], Ranks],
         *,
         encode_prompt: Callable[[str], Tensor],
         prompt: str,

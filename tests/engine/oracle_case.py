@@ -174,11 +174,9 @@ def script_of(case: Case, events: list[Event]) -> list[Moment]:
     ]
 
 
-def played(case: Case, script: list[Moment]) -> list[Packet]:
-    """What the engine makes of a script, on as many ranks as the case has."""
-    engine, schedule = case.engine, case.schedule
+def packets_of(case: Case, script: list[Moment]) -> Iterator[Packet]:
+    """What enters the first rank."""
     intake = Intake(case.config, reference(case.motion), prompt(0), seed=case.seed, stream=case.stream)
-    stages = [engine.stage(role, seed=case.seed, stream=case.stream) for role in schedule.roles]
 
     def heard() -> Iterator[AudioChunk]:
         for moment in script:
@@ -188,7 +186,14 @@ def played(case: Case, script: list[Moment]) -> list[Packet]:
                 intake.take_back(intake.next_chunk - back)
             yield AudioChunk(moment.audio_BZEA, moment.sound_S)
 
-    return list(run_local(schedule, stages, intake.packets(heard()), deadline_s=120))
+    return intake.packets(heard())
+
+
+def played(case: Case, script: list[Moment]) -> list[Packet]:
+    """What the engine makes of a script, on as many ranks as the case has."""
+    engine, schedule = case.engine, case.schedule
+    stages = [engine.stage(role, seed=case.seed, stream=case.stream) for role in schedule.roles]
+    return list(run_local(schedule, stages, packets_of(case, script), deadline_s=120))
 
 
 def assert_alike(frames_THWC: Tensor, expected_THWC: Tensor) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mutants import flow, memory, pipeline, session
+from tests.mutants import flow, line, memory, pipeline, session
 
-MUTANTS = (*memory.MUTANTS, *flow.MUTANTS, *pipeline.MUTANTS, *session.MUTANTS)
+MUTANTS = (*memory.MUTANTS, *flow.MUTANTS, *pipeline.MUTANTS, *session.MUTANTS, *line.MUTANTS)

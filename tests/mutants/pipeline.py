@@ -200,7 +200,12 @@ LINES = (
         "in self._will_return.items()}",
         "pipeline/test_threads_end_together.py::test_a_refresh_that_nobody_returns_is_refused",
     ),
-    Mutant("pipeline/stage.py", "for stage in self._stages:", "for stage in self._stages[::-1]:", WINDOW),
+    Mutant(
+        "pipeline/stage.py",
+        "for stage in self._stages:\n            packet",
+        "for stage in self._stages[::-1]:\n            packet",
+        WINDOW,
+    ),
 )
 
 MUTANTS = (*INTAKE, *DENOISE, *DECODE, *LINES)

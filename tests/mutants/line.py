@@ -1,0 +1,60 @@
+"""Faults of a line that many streams share: whose turn it is, whose seat, who waits for whom."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Mutant
+
+LINE = "engine/test_a_line_serves_many_streams.py::"
+EIGHT = LINE + "test_eight_streams_that_come_and_go_on_three_seats[3]"
+ALIKE = LINE + "test_streams_that_always_have_a_chunk_share_alike"
+PAUSED = LINE + "test_a_stream_that_paused_has_saved_nothing_up"
+FILM = LINE + "test_a_film_waits_for_who_keeps_to_the_clock"
+FULL = LINE + "test_a_full_line_answers_at_once_and_says_when_to_ask_again"
+KEEPS_UP = LINE + "test_no_more_live_streams_are_let_in_than_the_slowest_rank_keeps_up_with"
+FIRST = LINE + "test_the_first_chunk_of_a_stream_does_not_count_where_there_are_others"
+ALONE = LINE + "test_a_stream_that_fails_fails_alone_and_its_seat_is_free_again"
+
+TURNS = (
+    Mutant("pipeline/turns.py", "first = min(ready,", "first = max(ready,", ALIKE),
+    Mutant("pipeline/turns.py", "self._offered.pop(first) + self._period_us", "self._offered.pop(first)", FILM),
+    Mutant("pipeline/turns.py", "max(due_us, now_us) if stream in self._begun else due_us", "due_us", PAUSED),
+    Mutant("pipeline/turns.py", "max(due_us, now_us) if stream in self._begun else due_us", "now_us", FILM),
+    Mutant(
+        "pipeline/turns.py",
+        "if stream in self._begun else due_us",
+        "if stream else due_us",
+        "docs/test_examples_in_docstrings_run.py::test_doctests_of[streamdiff.pipeline.turns]",
+    ),
+)
+
+SEATS = (
+    Mutant("pipeline/line.py", "stage.begin(seed=seat.key[0], stream=seat.key[1])", "pass", EIGHT),
+    Mutant(
+        "pipeline/line.py",
+        "self._under_way < self._line.depth:",
+        "self._under_way <= self._line.depth:",
+        LINE + "test_no_more_chunks_are_under_way_than_an_interruption_can_take_back",
+    ),
+    Mutant("pipeline/line.py", "                self._free.append(seat.number)\n", "                pass\n", FULL),
+    Mutant("pipeline/line.py", "self.streams >= self.seats", "self.streams > self.seats", FULL),
+    Mutant("pipeline/line.py", "if live and self.live >= self.fits:", "if self.live >= self.fits:", KEEPS_UP),
+    Mutant("pipeline/line.py", "self.live >= self.fits", "self.live > self.fits", KEEPS_UP),
+    Mutant("pipeline/line.py", "live=sum(self._seats.values()),", "live=len(self._seats) - 1,", KEEPS_UP),
+    Mutant(
+        "pipeline/line.py",
+        "return max(1, self.period_us",
+        "return max(0, self.period_us",
+        LINE + "test_an_empty_line_takes_a_live_stream_however_slow_it_is",
+    ),
+    Mutant("pipeline/line.py", "        if chunk == 0:\n", "        if chunk < 0:\n", FIRST),
+    Mutant("pipeline/line.py", "self._busy_us[rank] if self._timed[rank] else took_us", "self._busy_us[rank]", FIRST),
+    Mutant("pipeline/line.py", "            seat.fail(error)\n            return None\n", "            raise\n", ALONE),
+    Mutant(
+        "pipeline/line.py",
+        "give_back=returned.put if rank == last_dit else None",
+        "give_back=returned.put if rank == 0 else None",
+        EIGHT,
+    ),
+)
+
+MUTANTS = (*TURNS, *SEATS)
