@@ -302,17 +302,9 @@ class Engine:
         Args:
             seats: streams that may be on the line at once; each has memory of its own on every rank.
             num_ranks, slack_chunks, deadline_s: as in `stream`, for all of them.
-
-        Raises ConfigError on CUDA with graphs: steps captured with the same weights share their input buffers, which
-        hold one stream's prompt.
         """
         if seats < 1:
             raise ConfigError(f"a line needs a seat for at least one stream, got seats={seats}")
-        if self.device.type == "cuda" and self.options.graph:
-            raise ConfigError(
-                "captured steps of one device share the buffers of their prompt, so streams on one line would follow "
-                "each other's; use options=StepOptions(graph=False)"
-            )
         engine = self._with_slack(num_ranks, slack_chunks)
         schedule = plan(num_steps=self.config.num_steps, num_ranks=num_ranks, refresh_chunk=self.config.refresh_chunk)
         stages = [[engine.stage(role) for role in schedule.roles] for _ in range(seats)]

@@ -80,7 +80,7 @@ class DenoiseStage:
         self._text: ServedText | None = None
         self._options = options = StepOptions() if options is None else options
         with torch.inference_mode():
-            self._weights = ServedWeights(dit, options) if weights is None else weights
+            self._weights = ServedWeights(dit, options) if weights is None else weights.apart()
             self._clean = dit.modulation(0.0)
             self.sink = SinkMemory(
                 num_layers=config.dit.num_layers,

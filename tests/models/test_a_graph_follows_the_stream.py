@@ -208,6 +208,25 @@ def test_a_whole_stage_may_be_warmed_and_recorded() -> None:
         stage.warm()
 
 
+def test_streams_that_share_weights_keep_their_own_prompt_and_sound() -> None:
+    """Two stages of one engine, recorded, whose packets come in turns, each against itself alone."""
+    case, other = Case(config_of()), Case(config_of(), seed=1)
+    weights = ServedWeights(case.dit, StepOptions())
+    weights.graphs = Tape()
+    stages = [DenoiseStage(case.dit, case.config, (1, 2), weights=weights) for _ in range(2)]
+    for stage in stages:
+        stage.warm()
+    streams = [packets(case), packets(other)]
+    found = [
+        [stage.step(p).latent_BCTHW for stage, p in zip(stages, pair, strict=True)]
+        for pair in zip(*streams, strict=True)
+    ]
+    for number, stream in enumerate(streams):
+        alone = DenoiseStage(case.dit, case.config, (1, 2))
+        for chunk, packet in enumerate(stream):
+            assert torch.equal(found[chunk][number], alone.step(packet).latent_BCTHW), (number, chunk)
+
+
 def test_a_tape_would_show_a_stale_input() -> None:
     """So the tests above can fail: a recording reads the tensors it saw, not those handed over later."""
     case = Case(config_of(audio=False))

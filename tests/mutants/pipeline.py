@@ -128,6 +128,12 @@ DENOISE = (
         "self._dit.modulation(config.sigmas[0])",
         WINDOW,
     ),
+    Mutant(
+        "pipeline/denoise.py",
+        "ServedWeights(dit, options) if weights is None else weights.apart()",
+        "ServedWeights(dit, options) if weights is None else weights",
+        "models/test_a_graph_follows_the_stream.py::test_streams_that_share_weights_keep_their_own_prompt_and_sound",
+    ),
     Mutant("pipeline/denoise.py", "self._clean = dit.modulation(0.0)", "self._clean = dit.modulation(1.0)", WINDOW),
     Mutant("pipeline/denoise.py", "position=self._config.memory.sink_position,\n", "position=0,\n", MOTION),
     Mutant(

@@ -21,6 +21,7 @@ width, N heads, K head width, F hidden width, P prompt tokens, A audio tokens, E
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -74,7 +75,7 @@ from streamdiff.rope import Rotation
 
 
 class _Inputs:
-    """Static input buffers of captured graphs, shared by the steps of a rank.
+    """Static input buffers of captured graphs, shared by the steps of a stage.
 
     What lives here already, or was loaded by the step before, is not copied again: callers hand over new objects, not
     old ones with new contents.
@@ -173,6 +174,14 @@ class ServedWeights:
             bias_D = bias_D + dit.cond_encoder.bias.data.float() + dit.trainable_cond_mask.weight.data[0].float()
         self._embed_weight_DC = dit.patch_embedding.weight.data.flatten(1)
         self._embed_bias_D = bias_D.to(dit.dtype)
+
+    def apart(self) -> ServedWeights:
+        """The same weights with input buffers of their own, for a stage whose packets come between those of others: of
+        another stream, or of another rank on this device. What a graph reads belongs to one of them.
+        """
+        other = copy.copy(self)
+        other.inputs, other._audio_graph = _Inputs(), None
+        return other
 
     @property
     def needs_warming(self) -> bool:
