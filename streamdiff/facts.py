@@ -90,6 +90,17 @@ class Facts:
             self._fail(f"{self._where}{printable(name)} must be a list of {count or 'up to 64'} numbers")
         return tuple(self._number(name, item, low, high) for item in value)
 
+    def truth(self, name: str) -> bool:
+        """True or false."""
+        value = self._get(name)
+        if not isinstance(value, bool):
+            self._fail(f"{self._where}{printable(name)} must be true or false, got {printable(json.dumps(value), 40)}")
+        return value
+
+    def present(self, name: str) -> bool:
+        """Whether the fact is there, and is something."""
+        return self._values.get(name) is not None
+
     def words(self, name: str, most: int = 300) -> str:
         """A text of at most ``most`` characters."""
         value = self._get(name)

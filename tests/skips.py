@@ -15,6 +15,7 @@ EXPECTED = {
     r"does not compute in \S+ here": "a backend of attention lacks a data type on this processor",
     r"chromium|browser": "a browser is the system's, and not every system may install one",
     r"needs (a|two) GPUs?|there is a GPU here|there is one": "one side of a choice that the machine makes",
+    r"asks Linux|on Linux only": "what Linux alone says of a process",
     r"the table was made by triton": "register counts belong to one compiler",
 }
 """Pattern of the reason that a test gives, and why it is no loss."""

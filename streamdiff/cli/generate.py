@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from streamdiff import presets, signals
-from streamdiff.cli.machine import alike_on_every_rank, device_named, say, world_from_environment
+from streamdiff.cli.machine import alike_on_every_rank, device_named, say, warn_of_the_network, world_from_environment
 from streamdiff.cli.verify import add_sign_argument, sign, signer_from
 from streamdiff.config import sparse
 from streamdiff.errors import ConfigError, InputError
@@ -163,7 +163,7 @@ def _partition(text: str | None) -> tuple[int, ...] | None:
 
 def run(args: argparse.Namespace) -> int:
     """``streamdiff generate``."""
-    world = world_from_environment()
+    world = alike_on_every_rank(world_from_environment)
     alike_on_every_rank(lambda: _check_numbers(args))
     job = alike_on_every_rank(lambda: job_from(args, world))
     signer = alike_on_every_rank(lambda: signer_from(args))
@@ -180,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from streamdiff.generate import generate, prepare
 
+    warn_of_the_network(world)
     prepared = alike_on_every_rank(lambda: prepare(job, num_ranks))
     notice = None
     if prepared.engine.weights.folder is None:

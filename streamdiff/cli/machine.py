@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from streamdiff.errors import ConfigError, StreamdiffError
+from streamdiff.errors import ConfigError, InputError, StreamdiffError
 
 if TYPE_CHECKING:
     from streamdiff.pipeline.group import World
@@ -43,14 +44,67 @@ def world_from_environment() -> World | None:
         return None
     from streamdiff.pipeline.group import World
 
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    in_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True"
+    local_size = os.environ.get("LOCAL_WORLD_SIZE")
+    is_local = None if local_size is None else int(local_size) == size
+    if is_local:
+        # Connections between ranks of one machine are nobody else's; gloo's are told in `pipeline.transport`.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     return World(
-        rank=int(os.environ["RANK"]),
-        size=int(os.environ["WORLD_SIZE"]),
+        rank=rank,
+        size=size,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         host=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         port=int(os.environ.get("MASTER_PORT", "29500")),
-        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
+        agent_store=in_agent,
         attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        run=os.environ.get("TORCHELASTIC_RUN_ID", ""),
+        is_local=is_local,
+        place=_place() if in_agent and is_local else None,
+        secret=_secret(),
+    )
+
+
+def _place() -> Path:
+    """A name that the ranks of one launcher share, and those of no other."""
+    from streamdiff.pipeline.meeting import private_folder
+
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    words = [str(os.getppid()), _started(os.getppid()), *(os.environ.get(name, "") for name in names)]
+    return private_folder() / f"{hashlib.sha256(' '.join(words).encode()).hexdigest()[:32]}.json"
+
+
+def _started(pid: int) -> str:
+    """When a process was started, where the system says so: its number is given again one day."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _secret() -> bytes | None:
+    """What ranks on several machines share: the content of a file, or of a variable."""
+    name, text = os.environ.get("STREAMDIFF_SECRET_FILE"), os.environ.get("STREAMDIFF_SECRET")
+    if name is None:
+        return None if text is None else text.encode()
+    try:
+        with Path(name).open("rb") as file:
+            return file.read(4096).strip()
+    except OSError as error:
+        raise InputError(f"cannot read STREAMDIFF_SECRET_FILE {name}: {error.strerror}; put it there") from None
+
+
+def warn_of_the_network(world: World | None) -> None:
+    """Say loudly that ranks on several machines talk where others may listen."""
+    if world is None or world.is_local or world.rank != 0:
+        return
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    interfaces = ", ".join(f"{name}={os.environ.get(name, 'not set: the system chooses')}" for name in names)
+    say(
+        f"WARNING: {world.size} ranks on several machines meet at {world.host}:{world.port}. What they make travels "
+        "unencrypted, and torch's store and gloo take connections from anybody: use a private network. Verdicts and "
+        f"heartbeats are signed. Interfaces: {interfaces}."
     )
 
 

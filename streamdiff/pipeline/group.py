@@ -14,18 +14,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from streamdiff.errors import ConfigError, RankFailed, ScheduleError
+from streamdiff.facts import printable
 from streamdiff.pipeline.device import use_device
 from streamdiff.pipeline.link import POLL_S, Activity, Check, Doing, LineLink, Returned, local_links
+from streamdiff.pipeline.meeting import LEAST_SECRET, Meeting, Place, is_loopback, listening
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import QUEUE_DEPTH, Edge, Schedule, render_around
 from streamdiff.pipeline.transport import (
@@ -61,10 +64,27 @@ class World:
     """Whether the launcher hosts the store (torchrun does); otherwise rank 0 hosts it."""
     attempt: int = 0
     """Counts restarts by the launcher, whose store still holds the keys of earlier attempts."""
+    run: str = ""
+    """Name of the run, so that nothing signed in another one counts in this."""
+    is_local: bool | None = None
+    """Whether all ranks are on this machine; None: as ``host`` says."""
+    place: Path | None = None
+    """File in which rank 0 tells ranks of one machine where it listens, instead of ``host`` and ``port``."""
+    secret: bytes | None = field(default=None, repr=False)
+    """Signs what ranks say where others can speak as well: wherever they are not on one machine."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ConfigError(f"rank {self.rank} does not exist in a world of {self.size}; ranks count from 0")
+        if self.is_local is None:
+            object.__setattr__(self, "is_local", is_loopback(self.host))
+        if self.secret is not None and len(self.secret) < LEAST_SECRET:
+            raise ConfigError(f"the secret of the ranks has {len(self.secret)} bytes; give {LEAST_SECRET} or more")
+        if not self.is_local and self.size > 1 and self.secret is None:
+            raise ConfigError(
+                "ranks on several machines meet in a store to which anybody can write who reaches it; give all of them "
+                "one secret (STREAMDIFF_SECRET_FILE), and a private network"
+            )
 
 
 class Group:
@@ -116,22 +136,46 @@ class Group:
         world = self._world
         if world.size == 1:
             return self
-        hosts = world.rank == 0 and not world.agent_store
+        in_agent = world.agent_store and world.place is None
+        hosts = world.rank == 0 and not in_agent
+        server = listening(world.host, world.port) if hosts and world.is_local and world.place is None else None
+        if world.place is not None:
+            world, server = self._find_place(world, world.place)
         # Two clients: a call on one waits for the call before it, and heartbeats must not wait.
-        beats = _patiently(lambda: _open_store(world, self._left_s(), host=hosts), self._left_s())
+        beats = _patiently(lambda: _open_store(world, self._left_s(), host=hosts, server=server), self._left_s())
         self._store = _patiently(lambda: _open_store(world, self._left_s(), host=False), self._left_s())
         self._hosting = beats  # the server lives as long as this object
+        self._world = world
         self._watch = Watch(
             world.rank,
             world.size,
-            _Meeting(PrefixStore(f"streamdiff/{world.attempt}/watch", beats)),
+            self._meeting("watch", beats),
             limits=self._limits,
-            host=None if world.agent_store else 0,
+            host=None if in_agent else 0,
             picture=lambda rank, chunk: render_around(self._schedule, rank, chunk),
             on_abort=self._on_abort,
         )
         self._watch.start()
         return self
+
+    def _find_place(self, world: World, path: Path) -> tuple[World, socket.socket | None]:
+        """Rank 0 listens where the system finds room, and the others are told; the world as it is then."""
+        server = listening("127.0.0.1", 0) if world.rank == 0 else None
+        if server is None:
+            place = _patiently(lambda: Place.told_in(path, self._left_s()), self._left_s())
+        else:
+            place = Place.on_this_machine(server.getsockname()[1])
+            place.tell(path)
+        found = replace(world, host="127.0.0.1", port=place.port, secret=place.secret, agent_store=False)
+        return found, server
+
+    def _meeting(self, purpose: str, store: Store) -> Meeting:
+        name = f"streamdiff/{self._world.attempt}/{purpose}"
+        return Meeting(PrefixStore(name, store), self._world.secret, f"{self._world.run} {name}")
+
+    def _forget_place(self) -> None:
+        if self._world.place is not None and self._world.rank == 0:
+            self._world.place.unlink(missing_ok=True)
 
     def link(
         self,
@@ -201,6 +245,7 @@ class Group:
                 raise
             raise watch.error() from error
         finally:
+            self._forget_place()
             if self._link is not None:
                 self._link.close()
 
@@ -256,7 +301,7 @@ class Group:
     def _meet(self, watch: Watch) -> None:
         """Wait until every rank has loaded its models, and see that all follow one schedule."""
         rank, size = self._world.rank, self._world.size
-        meeting = _Meeting(PrefixStore(f"streamdiff/{self._world.attempt}/plan", self._store))
+        meeting = self._meeting("plan", self._store)
         plan = f"{self._schedule} over {self._payload}"
         _patiently(lambda: meeting.set(str(rank), plan), self._left_s(), watch.check)
         ready = Activity(Doing.READY, -1, time.monotonic())
@@ -281,7 +326,8 @@ class Group:
         for other, theirs in enumerate(plans):
             if theirs != plan:
                 raise ScheduleError(
-                    f"rank {other} follows '{theirs}', rank {rank} '{plan}'; give every rank the same arguments"
+                    f"rank {other} follows '{printable(theirs, 1000)}', rank {rank} '{plan}'; give every rank the same "
+                    "arguments"
                 )
 
     def _open_edges(self, watch: Watch) -> list[tuple[Edge, EdgeEnd]]:
@@ -301,6 +347,7 @@ class Group:
                     payload=self._payload,
                     limits=self._limits,
                     check=self._glance,
+                    is_local=bool(self._world.is_local),
                 )
                 end.greet()
             except (Broken, RuntimeError) as error:
@@ -351,22 +398,6 @@ def _all_done(reports: dict[int, Report]) -> bool:
     return all(report.beat is not None and report.beat.doing is Doing.DONE for report in reports.values())
 
 
-class _Meeting:
-    """The store at which ranks meet, as the watch knows it."""
-
-    def __init__(self, store: Store) -> None:
-        self._store: Any = store
-
-    def set(self, key: str, value: str) -> None:
-        self._store.set(key, value)
-
-    def get_many(self, keys: list[str]) -> list[str]:
-        return [value.decode() for value in self._store.multi_get(keys)]
-
-    def compare_set(self, key: str, expected: str, value: str) -> str:
-        return self._store.compare_set(key, expected, value).decode()
-
-
 def _await_launcher(world: World, patience_s: float = 10.0) -> None:
     """The launcher listens before it starts a rank: one that refuses connections for longer than a moment is dead."""
     end_s = time.monotonic() + patience_s
@@ -384,7 +415,8 @@ def _await_launcher(world: World, patience_s: float = 10.0) -> None:
         return
 
 
-def _open_store(world: World, timeout_s: float, *, host: bool) -> TCPStore:
+def _open_store(world: World, timeout_s: float, *, host: bool, server: socket.socket | None = None) -> TCPStore:
+    """A client of the store, and the store itself where ``host``; ``server``: the socket at which it listens."""
     if world.agent_store:
         _await_launcher(world)
     try:
@@ -395,6 +427,7 @@ def _open_store(world: World, timeout_s: float, *, host: bool) -> TCPStore:
             is_master=host,
             timeout=timedelta(seconds=max(1.0, timeout_s)),
             wait_for_workers=False,
+            master_listen_fd=None if server is None else server.detach(),
         )
     except RuntimeError as error:
         if host:

@@ -44,7 +44,10 @@ class Broken(Exception):  # noqa: N818  names a state, not an error of ours
 
 
 class EdgeEnd:
-    """One end of an edge: a two-rank group in which rank 0 sends to rank 1, and a count of messages."""
+    """One end of an edge: a two-rank group in which rank 0 sends to rank 1, and a count of messages.
+
+    ``is_local``: both ends are on this machine, and talk over its loopback interface.
+    """
 
     def __init__(
         self,
@@ -55,13 +58,14 @@ class EdgeEnd:
         payload: Payload,
         limits: Limits,
         check: Check,
+        is_local: bool = False,
     ) -> None:
         me = 0 if is_sender else 1
         self._is_sender, self._peer = is_sender, 1 - me
         self._device, self._check = device, check
         self._seq = 0
         # Made directly rather than with `new_group`: only the two ends take part, and nothing global remains.
-        self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", store), me, 2, _FOREVER)
+        self._gloo: Any = dist.ProcessGroupGloo(PrefixStore("gloo", store), me, 2, _gloo_options(is_local))
         self._nccl: Any = None
         if payload == "nccl":
             options: Any = dist.ProcessGroupNCCL.Options()
@@ -268,6 +272,15 @@ class Inbox:
             (self._queue.put if self._sink is None else self._sink)(packet)
             if packet is None:
                 return
+
+
+def _gloo_options(is_local: bool) -> Any:
+    """On one machine nobody else may connect; else GLOO_SOCKET_IFNAME, or the name of the machine, says where."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = _FOREVER
+    options._devices = [gloo.create_device(hostname="127.0.0.1") if is_local else gloo.create_default_device()]
+    return options
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -24,16 +24,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from streamdiff import signals
 from streamdiff.errors import ConfigError, RankFailed
+from streamdiff.facts import Facts, parse_json, printable
 from streamdiff.pipeline.link import POLL_S, Activity, Doing
+from streamdiff.pipeline.meeting import NOTHING
 
 logger = logging.getLogger(__name__)
 
 _FAILURE = "failure"
-_EMPTY = "-"
 _STARTING_SILENCE_S = 10.0
 """Loading weights can hold the interpreter for seconds; a rank that starts may be silent for this long."""
 _SETTLE_S = 0.3
@@ -97,6 +98,14 @@ class Failure:
     def __str__(self) -> str:
         return self.what if self.rank is None else f"rank {self.rank} {self.what}"
 
+    @classmethod
+    def read(cls, text: str) -> Failure:
+        """What another rank wrote. Raises ValueError."""
+        facts = Facts(parse_json(text), _refuse)
+        rank = facts.whole("rank", -1, 1 << 20) if facts.present("rank") else None
+        what = printable(facts.words("what", 100_000), 2000)
+        return cls(rank, facts.whole("chunk", -1, 1 << 60), what, facts.truth("was_stopped"))
+
 
 @dataclass(frozen=True, slots=True)
 class Beat:
@@ -108,6 +117,22 @@ class Beat:
     for_s: float
     gone: bool = False
     """The last beat of a rank that leaves."""
+
+    @classmethod
+    def read(cls, text: str) -> Beat:
+        """What another rank wrote. Raises ValueError."""
+        facts = Facts(parse_json(text), _refuse)
+        return cls(
+            count=facts.whole("count", 0, 1 << 60),
+            doing=Doing(facts.words("doing")),
+            chunk=facts.whole("chunk", -1, 1 << 60),
+            for_s=facts.number("for_s", 0, 1e12),
+            gone=facts.truth("gone"),
+        )
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ValueError(why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,17 +366,17 @@ class Watch:
         count = 0
         try:
             for key in keys:
-                self._store.compare_set(key, "", _EMPTY)
+                self._store.compare_set(key, "", NOTHING)
             while not self._stop.is_set():
                 count += 1
                 self._beat(count)
                 verdict, *beats = self._store.get_many(keys)
                 reports = {rank: self._report(rank, text, seen) for rank, text in enumerate(beats)}
-                if verdict != _EMPTY:
-                    self._fall(Failure(**json.loads(verdict)))
+                if verdict != NOTHING:
+                    self._fall(self._verdict(verdict))
                 elif (failure := self._judge(reports)) is not None:
-                    text = self._store.compare_set(_FAILURE, _EMPTY, json.dumps(asdict(failure)))
-                    self._fall(Failure(**json.loads(text)))
+                    text = self._store.compare_set(_FAILURE, NOTHING, json.dumps(asdict(failure)))
+                    self._fall(self._verdict(text))
                 with self._round:
                     self._reports = reports
                     self._num_rounds += 1
@@ -364,17 +389,28 @@ class Watch:
             if not self._stop.is_set():
                 self._lose_store(f"is gone ({first_line(error)})")
 
+    def _verdict(self, text: str) -> Failure:
+        try:
+            failure = Failure.read(text)
+            if failure.rank is None or failure.rank < self._size:
+                return failure
+            why = f"there is no rank {failure.rank}"
+        except ValueError as error:
+            why = str(error)
+        return Failure(None, -1, f"the verdict in the store cannot be read ({why}); somebody else writes there")
+
     def _beat(self, count: int, *, gone: bool = False) -> None:
         now = self.activity()
         beat = Beat(count, now.doing, now.chunk, time.monotonic() - now.since_s, gone)
         self._store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
 
     def _report(self, rank: int, text: str, seen: dict[int, tuple[int, float]]) -> Report:
-        if text == _EMPTY:
+        if text == NOTHING:
             return Report(None, 0.0)
-        fields = json.loads(text)
-        fields["doing"] = Doing(fields["doing"])
-        beat = Beat(**fields)
+        try:
+            beat = Beat.read(text)
+        except ValueError:
+            return Report(None, 0.0)
         now_s = time.monotonic()
         if seen.get(rank, (-1, 0.0))[0] != beat.count:
             seen[rank] = (beat.count, now_s)

@@ -13,11 +13,11 @@ from tests.pipeline.ranks import free_port
 HERE = Path(__file__).parent
 
 
-def torchrun(num_ranks: int, culprit: int) -> subprocess.CompletedProcess[str]:
+def torchrun(num_ranks: int, culprit: int, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"),
-            *(f"--master-port={free_port()}", str(HERE / "under_torchrun.py"), str(culprit)),
+            *(f"--master-port={free_port()}", str(HERE / "under_torchrun.py"), str(culprit), *more),
         ],
         env={
             "PATH": str(Path(sys.executable).parent),
@@ -38,10 +38,15 @@ def test_a_stream_runs_to_its_end() -> None:
     assert f"delivered {list(range(12))}" in done.stdout
 
 
+IN_THE_AGENTS_STORE = ("--in-the-agents-store",)
+"""As ranks on several machines."""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [(), IN_THE_AGENTS_STORE], ids=["own store", "the agent's store"])
 @pytest.mark.parametrize("culprit", range(3))
-def test_the_dead_rank_is_named_by_the_others(culprit: int) -> None:
-    done = torchrun(3, culprit)
+def test_the_dead_rank_is_named_by_the_others(culprit: int, more: tuple[str, ...]) -> None:
+    done = torchrun(3, culprit, *more)
     assert done.returncode != 0
     for rank in {0, 1, 2} - {culprit}:
         assert f"rank {rank} says: rank {culprit} " in done.stderr, done.stderr

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 
+from streamdiff.cli.machine import world_from_environment
 from streamdiff.errors import RankFailed
-from streamdiff.pipeline.group import Group, World
+from streamdiff.pipeline.group import Group
 from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.watch import Limits
 from tests.pipeline.faults import Trouble, endless_source, layout, stop_by_exception
@@ -16,16 +18,11 @@ from tests.pipeline.line import SleepingStage
 
 def main(culprit: int) -> None:
     signal.signal(signal.SIGTERM, stop_by_exception)
-    world = World(
-        rank=int(os.environ["RANK"]),
-        size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        host=os.environ["MASTER_ADDR"],
-        port=int(os.environ["MASTER_PORT"]),
-        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-    )
+    world = world_from_environment()
+    assert world is not None
     assert world.agent_store
+    if "--in-the-agents-store" in sys.argv:
+        world = replace(world, place=None, secret=b"known to all of these ranks")
     delivered: list[int] = []
     try:
         with Group(world, layout(world.size), limits=Limits(deadline_s=20)) as group:
