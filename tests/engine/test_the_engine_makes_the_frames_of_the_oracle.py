@@ -97,6 +97,10 @@ def test_the_latent_that_becomes_the_sink_is_that_of_the_chunk_made_last() -> No
     check(Case(num_steps=1, refresh=2, slack=3), [QUIET, QUIET, Event(back=(2,)), QUIET, QUIET, QUIET])
 
 
+def test_a_refreshed_sink_stays_when_even_its_source_is_made_anew() -> None:
+    check(Case(num_steps=1, refresh=1, slack=3), [QUIET, QUIET, QUIET, Event(back=(3,)), QUIET, QUIET])
+
+
 @pytest.mark.heavy
 def test_commands_that_were_obeyed_stay_obeyed() -> None:
     events = [QUIET, QUIET, Event(prompt=1), QUIET, Event(back=(3,)), QUIET, QUIET]

@@ -87,6 +87,14 @@ def test_out_of_turn_is_an_error(chunk: int) -> None:
         ring.admit(chunk)
 
 
+def test_a_first_chunk_that_is_kept_is_always_resident() -> None:
+    ring, seen = Ring(window=3, slack=0, keeps_first=True), []
+    for chunk in range(6):
+        ring.admit(chunk)
+        seen.append(ring.resident)
+    assert seen == [(0,), (0, 1), (0, 1, 2), (0, 2, 3), (0, 3, 4), (0, 4, 5)]
+
+
 def test_a_stream_starts_with_chunk_0() -> None:
     with pytest.raises(MemoryOrderError, match="takes 0;"):
         Ring(window=2, slack=0).admit(1)

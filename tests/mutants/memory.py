@@ -29,7 +29,7 @@ RING = (
         "memory/ring.py",
         "return (0, *recent) if self.keeps_first and 0 not in recent and recent else recent",
         "return recent",
-        RINGS + "test_a_chunk_always_sees_exactly_its_window",
+        RINGS + "test_a_first_chunk_that_is_kept_is_always_resident",
     ),
     Mutant("memory/ring.py", "filled=min(chunk + 1, self.window)", "filled=self.window", WINDOW),
     Mutant("memory/ring.py", "filled=min(chunk + 1, self.window)", "filled=min(chunk or 1, self.window)", WINDOW),

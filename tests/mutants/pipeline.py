@@ -16,9 +16,7 @@ BACK = FRAMES + "test_chunks_that_left_the_window_come_back"
 FURTHER = FRAMES + "test_a_second_interruption_goes_further_back_and_a_third_no_further_than_the_slack"
 FIRST = FRAMES + "test_a_kept_first_chunk_moves_along"
 NOISE = FRAMES + "test_fresh_noise_is_drawn_for_every_step_of_every_chunk"
-TAKEN_BACK = "engine/test_interruptions_stay_within_memory.py::test_whatever_is_taken_back_every_stage_remembers"
 TURNS = "pipeline/test_threads_end_together.py::test_a_packet_out_of_turn_is_refused"
-SERIAL = "pipeline/test_pipelined_equals_serial.py::test_threads_equal_the_plain_loop"
 
 INTAKE = (
     Mutant("pipeline/intake.py", "commands.append(SwitchPrompt(self._prompt))", "pass", PROMPT),
@@ -55,7 +53,12 @@ INTAKE = (
         "chunk >= refresh and self._refreshed",
         REFRESH,
     ),
-    Mutant("pipeline/intake.py", "chunk >= refresh and not self._refreshed", "chunk == refresh", TAKEN_BACK),
+    Mutant(
+        "pipeline/intake.py",
+        "chunk >= refresh and not self._refreshed",
+        "chunk == refresh",
+        FRAMES + "test_a_refreshed_sink_stays_when_even_its_source_is_made_anew",
+    ),
     Mutant(
         "pipeline/intake.py",
         "                chunk=chunk,\n                low",

@@ -143,7 +143,21 @@ def _child(folder: Path, tests: Sequence[str], log: Path) -> int:
     paths = f"pythonpath={folder} {ROOT} {ROOT / 'kernels'} {ROOT / 'perf'}"
     # Imported before the fork, on purpose.
     early = "ignore:Module already imported so cannot be rewritten"
-    options = ["-x", "-q", "-m", "", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", early, "-o", paths]
+    options = [
+        "-x",
+        "-q",
+        "-m",
+        "",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-W",
+        early,
+        "-o",
+        paths,
+        "--hypothesis-seed=0",
+    ]
     status = int(pytest.main([*options, *(str(ROOT / "tests" / test) for test in tests)]))
     imported = sys.modules.get("streamdiff")
     in_copy = imported is not None and Path(str(imported.__file__)).is_relative_to(folder)
