@@ -1,12 +1,14 @@
 """Our denoising step against the eager, published way of writing it: time and peak memory, in one run.
 
     python perf/bench_reference.py                              width 1024, 8 layers, float32 and bfloat16, 128x128
-    python perf/bench_reference.py --sizes 128x128 256x256      also larger; the more tokens, the smaller the gain
+    python perf/bench_reference.py --sizes 128x128 256x256 512x528     192, 768 and 3168 tokens a chunk
     python perf/bench_reference.py --dim 256 --layers 2         smaller
 
-Both compute the same velocity from the same weights (checked before anything is timed); forwards alternate, so a busy
-machine is unfair to neither. Memory is the largest number of bytes held in tensors made during the forward, counted
-at every operation; weights and histories, which both hold, do not count. Last line: one JSON object.
+Both compute the same velocity from the same weights (checked before anything is timed), a prompt of 40 rows padded to
+512; forwards alternate, so a busy machine is unfair to neither. Ratios are of CPU time of the thread that computes,
+median and the middle half of all repeats; wall time stands beside. Memory is the peak of what torch's own allocator
+handed out during the forward, as its profiler reports every block, also inside custom operations; weights and
+histories, which both hold, do not count. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from published import PublishedStep, complex_table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from streamdiff import presets
 from streamdiff.config import DiTConfig, EngineConfig
@@ -32,27 +34,6 @@ from streamdiff.models import cost
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.served.options import StepOptions
 from streamdiff.models.served.step import ServedStep, ServedWeights
-
-
-class PeakBytes(TorchDispatchMode):
-    """Bytes of tensors that are alive and were made inside the block; remembers the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in given and storage._cdata not in self._alive:
-                    self._alive[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self._alive.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self._alive.values()))
-        return out
 
 
 def bench_config(args: argparse.Namespace, size: str) -> EngineConfig:
@@ -144,9 +125,21 @@ class Case:
 
 
 def peak_bytes(run: Callable[[], Tensor]) -> int:
-    with PeakBytes() as counter:
+    """Most bytes that torch's allocator had handed out at once, above what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
-    return counter.peak
+    results = watched.profiler.kineto_results
+    blocks = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    alive = peak = 0
+    for _, size in blocks:
+        alive += size
+        peak = max(peak, alive)
+    return peak
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    return [round(q, 3) for q in statistics.quantiles(values, n=4)]
 
 
 @torch.inference_mode(False)
@@ -161,26 +154,29 @@ def bench(config: EngineConfig, dtype: torch.dtype, repeats: int) -> dict[str, A
     limit = 1e-4 if dtype == torch.float32 else 5e-2
     if not worst < limit:
         raise SystemExit(f"the two ways disagree by {worst:.1e} in {dtype}, more than {limit:.0e}: nothing was timed")
-    times: dict[str, list[float]] = {"ours": [], "published": []}
+    cpu: dict[str, list[float]] = {"ours": [], "published": []}
+    wall: dict[str, list[float]] = {"ours": [], "published": []}
     for repeat in range(repeats):
         for name, run in (("ours", case.ours), ("published", case.published)):
-            start_s = time.perf_counter()
+            wall_s, cpu_s = time.perf_counter(), time.process_time()
             run(window + repeat)
-            times[name].append(time.perf_counter() - start_s)
-    ours_s, published_s = (statistics.median(times[name]) for name in ("ours", "published"))
+            cpu[name].append(time.process_time() - cpu_s)
+            wall[name].append(time.perf_counter() - wall_s)
     last = window + repeats - 1
     ours_bytes, published_bytes = (
         peak_bytes(lambda: case.ours(last)),
         peak_bytes(lambda: case.published(last)),
     )
+    ratios = quartiles([p / o for o, p in zip(cpu["ours"], cpu["published"], strict=True)])
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": config.chunk_tokens,
         "max_rel_difference": worst,
-        "ours_s": round(ours_s, 4),
-        "published_s": round(published_s, 4),
-        "speedup": round(published_s / ours_s, 3),
-        "speedup_each": [round(p / o, 3) for o, p in zip(times["ours"], times["published"], strict=True)],
+        **{f"{name}_cpu_s": round(statistics.median(cpu[name]), 4) for name in cpu},
+        **{f"{name}_wall_s": round(statistics.median(wall[name]), 4) for name in wall},
+        "repeats": repeats,
+        "speedup": ratios[1],
+        "speedup_quartiles": ratios,
         "ours_peak_mib": round(ours_bytes / 2**20, 1),
         "published_peak_mib": round(published_bytes / 2**20, 1),
         "memory_ratio": round(ours_bytes / published_bytes, 3),
@@ -192,7 +188,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--sizes", nargs="+", default=["128x128"], metavar="WxH")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()
@@ -202,19 +198,18 @@ def main() -> None:
         for size in args.sizes
         for name in args.dtypes
     ]
-    print(f"width {args.dim}, {args.layers} layers, {args.threads} thread(s)")
-    print(f"{'':<22}{'published':>12}{'ours':>10}{'faster':>9}{'published':>12}{'ours':>10}{'ratio':>8}")
+    load, nice = round(os.getloadavg()[0], 1), os.nice(0)
+    print(f"width {args.dim}, {args.layers} layers, {args.threads} thread(s), load {load}, nice {nice}, CPU time")
+    print(f"{'':<22}{'published':>12}{'ours':>10}{'faster, middle half':>24}{'published':>12}{'ours':>10}{'ratio':>8}")
     for row in rows:
+        low, median, high = row["speedup_quartiles"]
         print(
             f"{row['size']:<10}{row['tokens']:>5} x {row['dtype']:<9}"
-            f"{row['published_s']:>8.3f} s{row['ours_s']:>8.3f} s{row['speedup']:>8.2f}x"
+            f"{row['published_cpu_s']:>8.3f} s{row['ours_cpu_s']:>8.3f} s{median:>9.2f}x  {low:.2f} .. {high:.2f}"
             f"{row['published_peak_mib']:>8.0f} MiB{row['ours_peak_mib']:>6.0f} MiB{row['memory_ratio']:>7.2f}x"
         )
-    print(
-        json.dumps(
-            {"bench": "reference", "dim": args.dim, "layers": args.layers, "threads": args.threads, "rows": rows}
-        )
-    )
+    facts = {"dim": args.dim, "layers": args.layers, "threads": args.threads, "load": load, "nice": nice}
+    print(json.dumps({"bench": "reference", **facts, "rows": rows}))
 
 
 if __name__ == "__main__":

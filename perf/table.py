@@ -532,6 +532,8 @@ def keep(output: str, folder: Path, name: str, *, date: str, commit: str | None)
         result["card"] = {**machine_card(torch.device("cpu")), "threads": result.get("threads", 1)}
     if commit is not None and result["card"].get("commit") in (None, "", "unknown"):
         result["card"]["commit"] = commit
+    if str(result["card"].get("commit", "")).endswith("-dirty"):
+        raise SystemExit("error: the tree is not as it was committed; commit, and measure again")
     result["date"] = date
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"

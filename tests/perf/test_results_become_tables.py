@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import measure
 import pytest
 import table
 
@@ -145,18 +146,27 @@ def test_documents_show_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_table(monkeypatch, "--check") == ""
 
 
-@pytest.mark.processes
 def test_a_kept_result_has_a_card_a_date_and_a_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = 'a table\n{"bench": "reference", "threads": 2, "rows": []}\na library says goodbye\n'
+    monkeypatch.setattr(measure, "_run", lambda *_: "")  # no repository here
     options = ("--keep", "reference", "--results", str(tmp_path), "--commit", "abc")
     assert run_table(monkeypatch, *options, said=said) == ""
     assert capsys.readouterr().out == said
     kept = json.loads((tmp_path / "reference.json").read_text())
     assert kept["card"]["threads"] == 2
     assert kept["card"]["torch"]
+    assert kept["card"]["commit"] == "abc"
     assert re.match(r"\d{4}-\d\d-\d\dT", kept["date"])
+
+
+def test_what_was_measured_on_changed_files_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_run", lambda *_: "abc-dirty")
+    said = '{"bench": "reference", "threads": 1, "rows": []}\n'
+    complaint = run_table(monkeypatch, "--keep", "reference", "--results", str(tmp_path), said=said)
+    assert "commit, and measure again" in complaint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
