@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import socket
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -59,8 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--mark", action="store_true", help="write 'synthetic' into the corner of every frame")
     add_sign_argument(parser)
-    add("--rig", type=Path, metavar="FILE", help="also write the coefficients, JSON lines with ARKit names")
-    add("--osc", metavar="HOST:PORT", help="also send the coefficients by OSC over UDP, in real time")
+    add(
+        "--rig",
+        action="append",
+        default=[],
+        metavar="WHERE",
+        help="also move another rig; several times: several. FILE: the coefficients, JSON lines with ARKit names. "
+        "osc:HOST:PORT, vmc:HOST[:PORT] (VRM avatars), livelink:HOST[:PORT] (Unreal, MetaHuman): UDP, in real time",
+    )
+    add("--osc", action="append", dest="rig", type="osc:{}".format, metavar="HOST:PORT", help="as --rig osc:HOST:PORT")
     add("--motion", type=Path, metavar="FILE", help="weights of the motion model (default: those of the package)")
     add("--no-sheet", action="store_true", help="write no contact sheet (a PNG beside the video)")
     add("--threads", type=int, default=1, help="threads of each stage (default: %(default)s)")
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--threads must be at least 1, got {args.threads}")
     check_suffix(args.out, ".mp4")
     _check_outputs(args)
-    style, host, signer = style_from(args.style), _host(args.osc), signer_from(args)
+    style, rigs, signer = style_from(args.style), _rigs(args.rig), signer_from(args)
     import torch
 
     from streamdiff.avatar.engine import AvatarEngine
@@ -92,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
     )
     size, began_s = engine.size[0], time.monotonic()
     with ExitStack() as stack:
-        stream = stack.enter_context(engine.stream(seed=args.seed, stream=0, realtime=host is not None))
+        stream = stack.enter_context(engine.stream(seed=args.seed, stream=0, realtime=bool(rigs)))
         tags = {"title": "streamdiff talk", "artist": printable(engine.name)}
         writer = stack.enter_context(
             VideoWriter(args.out, width=size, height=size, fps=FPS, rate_hz=RATE_HZ, metadata=tags)
         )
         text = sys.stdin if args.text == "-" else _TEXT if args.text is None else args.text
-        said = _film(args, stream, writer, text, sound, host, stack)
+        said = _film(args, stream, writer, text, sound, rigs, stack)
     took_s = time.monotonic() - began_s
     sign(signer, args.out)
     print(
@@ -114,31 +120,31 @@ def _film(
     writer: VideoWriter,
     text: str | TextIO,
     sound: Iterator[Tensor] | None,
-    host: tuple[str, int] | None,
+    rigs: Sequence[tuple[str, tuple[str, int]]],
     stack: ExitStack,
 ) -> Segment | None:
     """Show all that is said to the film, the rig's file, the wire and the contact sheet; what was said."""
     import torch
 
     from streamdiff.avatar.film import Film, Sheet, spoken
-    from streamdiff.avatar.kinematics import frame_to_osc, json_lines
+    from streamdiff.avatar.kinematics import json_lines
+    from streamdiff.avatar.mocap import MotionSender
     from streamdiff.media import contact_sheet
 
     spec = stream.spec
-    rig = None if args.rig is None else stack.enter_context(_open_text(args.rig))
-    wire = None if host is None else stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    files = [stack.enter_context(_open_text(path)) for path in _rig_files(args.rig)]
+    senders = [stack.enter_context(MotionSender(kind, address, spec)) for kind, address in rigs]
     sheet, film = Sheet(_SHEET_FRAMES), Film(writer, stream.size[0] if args.mark else None)
     said: Segment | None = None
-    if rig is not None:
-        rig.writelines(line + "\n" for line in json_lines(np.zeros((0, spec.num_coefs), np.float32), spec))
+    for file in files:
+        file.writelines(line + "\n" for line in json_lines(np.zeros((0, spec.num_coefs), np.float32), spec))
     for frame, segment in spoken(stream, text, sound):
         said = segment or said
         film.add(frame)
-        assert frame.motion_AE is not None
-        if rig is not None:
-            rig.write(_rig_line(frame, spec) + "\n")
-        if wire is not None and host is not None:
-            wire.sendto(frame_to_osc(frame.motion_AE[0], spec), host)
+        for file in files:
+            file.write(_rig_line(frame, spec) + "\n")
+        for sender in senders:
+            sender.send(frame)
         if not frame.is_silence:
             sheet.add(torch.from_numpy(frame.frames_THWC[0]))
     film.finish()
@@ -178,30 +184,33 @@ def _latency(segment: Segment | None) -> str:
     return f"first sound after {segment.voice_ms:.0f} ms, first speaking frame after {segment.video_ms:.0f} ms"
 
 
-def _host(text: str | None) -> tuple[str, int] | None:
-    if text is None:
-        return None
-    name, _, port = text.rpartition(":")
-    if not name or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--osc looks like 127.0.0.1:9000, got {text!r}")
-    try:
-        found = socket.getaddrinfo(name, int(port), socket.AF_INET, socket.SOCK_DGRAM)
-    except (OSError, UnicodeError):
-        raise InputError(f"--osc: there is no host {name!r}; give a name or an address that resolves") from None
-    return str(found[0][4][0]), int(port)
+def _rigs(places: Sequence[str]) -> list[tuple[str, tuple[str, int]]]:
+    """Kinds and addresses of the rigs that are reached over the network."""
+    from streamdiff.avatar.mocap import rig_address
+
+    return [rig for rig in map(rig_address, places) if rig is not None]
+
+
+def _rig_files(places: Sequence[str]) -> list[Path]:
+    from streamdiff.avatar.mocap import PORTS
+
+    return [Path(place) for place in places if place.partition(":")[0] not in PORTS]
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """What is written must not be what is read, nor be written twice."""
     inputs = (args.avatar, args.audio, args.motion)
     refuse_overwriting(args.out, inputs)
-    if args.rig is not None:
-        refuse_overwriting(args.rig, inputs, what="--rig")
+    for rig in _rig_files(args.rig):
+        refuse_overwriting(rig, inputs, what="--rig")
     sheet = None if args.no_sheet else args.out.with_suffix(".png")
     if sheet is not None:
         refuse_overwriting(sheet, inputs, what="the contact sheet of --out")
-    if args.rig in (args.out, sheet) and args.rig is not None:
-        raise ConfigError(f"--rig {args.rig} is also the name of another output; choose another one")
+    outputs = [args.out, sheet]
+    for rig in _rig_files(args.rig):
+        if rig in outputs:
+            raise ConfigError(f"--rig {rig} is also the name of another output; choose another one")
+        outputs.append(rig)
 
 
 @contextlib.contextmanager

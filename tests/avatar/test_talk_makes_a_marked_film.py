@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import io
 import json
@@ -139,15 +140,22 @@ def test_coefficients_leave_by_name(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_coefficients_leave_by_osc(run: Run, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.settimeout(5)
-        port = listener.getsockname()[1]
-        run(["Hi.", "--out", str(tmp_path / "film.mp4"), "--osc", f"127.0.0.1:{port}"])
-        packet = listener.recv(65536)
-    assert packet.startswith(b"#bundle\0")
-    assert b"/face/jawOpen\0" in packet
+def test_coefficients_leave_by_osc_vmc_and_live_link_at_once(run: Run, tmp_path: Path) -> None:
+    options = {"osc": ["--osc", ""], "vmc": ["--rig", "vmc:"], "livelink": ["--rig", "livelink:"]}
+    packets, places = {}, ["--rig", str(tmp_path / "rig.jsonl")]
+    with contextlib.ExitStack() as stack:
+        listeners = {name: stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for name in options}
+        for name, (option, prefix) in options.items():
+            listeners[name].bind(("127.0.0.1", 0))
+            listeners[name].settimeout(5)
+            places += [option, f"{prefix}127.0.0.1:{listeners[name].getsockname()[1]}"]
+        run(["Hi.", "--out", str(tmp_path / "film.mp4"), *places])
+        packets = {name: listener.recv(65536) for name, listener in listeners.items()}
+    assert packets["osc"].startswith(b"#bundle\0")
+    assert b"/face/jawOpen\0" in packets["osc"]
+    assert b"/VMC/Ext/OK\0" in packets["vmc"]
+    assert packets["livelink"][0] == 6
+    assert len((tmp_path / "rig.jsonl").read_text().splitlines()) == film_of(tmp_path / "film.mp4")[0] + 1
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,8 @@ def test_coefficients_leave_by_osc(run: Run, tmp_path: Path) -> None:
         (["Hello", "--osc", "nowhere"], ConfigError, "127.0.0.1:9000"),
         (["Hello", "--threads", "0"], ConfigError, "at least 1"),
         (["Hello", "--rig", "/nowhere/rig.jsonl"], InputError, "cannot write"),
+        (["Hello", "--rig", "vmc:127.0.0.1:0"], ConfigError, "vmc:127.0.0.1:39539"),
+        (["Hello", "--rig", "a.jsonl", "--rig", "a.jsonl"], ConfigError, "another output"),
     ],
 )
 def test_what_cannot_be_done_is_said(
