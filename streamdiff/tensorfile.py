@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -243,6 +244,74 @@ def _swollen(data: bytes, most_bytes: int) -> str:
     if len(entries) > _MAX_TENSORS or sum(entry.file_size for entry in entries) > most_bytes:
         return f"it unpacks to more than {most_bytes} bytes"
     return ""
+
+
+def map_pickled(path: Path) -> dict[str, Tensor]:
+    """Tensors by name of a ``.pth`` of any size, mapped into memory and not read; no code of it is run.
+
+    Raises:
+        CheckpointError: no regular file, or anything but floating-point tensors by name; without naming the file.
+    """
+    if not path.is_file():
+        raise CheckpointError("it is no regular file" if path.exists() else "there is no such file")
+    try:
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        # A stranger's bytes may fail anywhere inside the reader.
+        raise CheckpointError(f"torch refuses it, {_short(error)}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise CheckpointError("it holds no tensors by name")
+    wrong = [f"{printable(name)} {why}" for name, value in loaded.items() if (why := plain_fault(value))]
+    if wrong:
+        raise CheckpointError(listed(wrong))
+    return loaded
+
+
+_INFINITE = {
+    torch.float64: (np.int64, np.uint64, 0x7FF0 << 48, 0xFFF0 << 48),
+    torch.float32: (np.int32, np.uint32, 0x7F80 << 16, 0xFF80 << 16),
+    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
+}
+"""Integers of the same width, and the bits of plus and minus infinity: whatever lies beyond either is no number."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds finite numbers only; one on no device holds none."""
+    if tensor.is_meta:
+        return True
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in _INFINITE:
+        return bool(torch.isfinite(tensor).all())
+    # The largest integer of the bits, once with a sign and once without: many times as fast as `torch.isfinite`.
+    signed, unsigned, plus, minus = _INFINITE[tensor.dtype]
+    bits = tensor.detach().flatten().view(getattr(torch, signed.__name__)).numpy()
+    return not len(bits) or bool(bits.max() < plus and bits.view(unsigned).max() < minus)
+
+
+class FiniteCheck:
+    """Looks at weights in a thread of its own while the next ones are loaded; use as a context manager.
+
+    One core looks at 20 GB/s or more, faster than weights come from anywhere, so that loading ends no later.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="finite")
+        self._looks: list[tuple[str, Future[bool]]] = []
+
+    def look(self, name: str, tensor: Tensor) -> None:
+        """Look at a tensor that nobody will write to again; other than floating-point ones are finite."""
+        if tensor.is_floating_point():
+            self._looks.append((name, self._pool.submit(is_finite, tensor)))
+
+    def broken(self) -> list[str]:
+        """Names of the tensors that hold NaN or infinity; waits for the last look."""
+        return [name for name, look in self._looks if not look.result()]
+
+    def __enter__(self) -> FiniteCheck:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def plain_fault(value: object) -> str:

@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from streamdiff.checkpoint.lora import check_lora, read_lora
 from streamdiff.checkpoint.strict import (
+    check_finite,
     check_names_and_shapes,
     dit_shapes,
+    opened,
     safetensors_shapes,
 )
 from streamdiff.config import DiTConfig
 from streamdiff.errors import CheckpointError
 from streamdiff.models.dit import CausalDiT
+from streamdiff.tensorfile import FiniteCheck
 
 _DIFFUSERS_DIT = (
     (r"condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
@@ -65,8 +67,8 @@ def load_dit(
 ) -> CausalDiT:
     """Load the DiT from a folder of safetensors shards, official or diffusers names, the LoRA merged on the way.
 
-    Names and shapes are checked in the shards' headers before a byte of weights is read; each tensor then goes straight
-    to its device, so the peak is the model and one tensor.
+    Names, shapes and kinds are checked in the shards' headers before a byte of weights is read; each tensor then goes
+    straight to its device, so the peak is the model and one tensor, and found finite while the next arrives.
     """
     where = _locate_dit(config, folder)
     adapter = None if lora is None else read_lora(lora, config)
@@ -77,12 +79,13 @@ def load_dit(
     by_shard: dict[Path, list[str]] = {}
     for name, (shard, _) in where.items():
         by_shard.setdefault(shard, []).append(name)
-    with torch.no_grad():
+    with torch.no_grad(), FiniteCheck() as finite:
         for shard, names in by_shard.items():
-            with safe_open(shard, framework="pt", device=str(device)) as file:
+            with opened(shard, str(device)) as file:
                 for name in names:
                     weight: Tensor = file.get_tensor(where[name][1])
-                    own[name].copy_(weight if adapter is None else adapter.merged(name, weight))
+                    finite.look(name, own[name].copy_(weight if adapter is None else adapter.merged(name, weight)))
+        check_finite(finite.broken(), what=str(folder))
     return dit.eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from streamdiff.checkpoint.strict import (
+    check_finite,
     dit_shapes,
     listed,
     read_safetensors,
@@ -18,6 +19,7 @@ from streamdiff.checkpoint.strict import (
 )
 from streamdiff.config import DiTConfig
 from streamdiff.errors import CheckpointError
+from streamdiff.tensorfile import is_finite
 
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 _LORA_PREFIXES = ("base_model.model.", "diffusion_model.", "model.")
@@ -58,7 +60,9 @@ def read_lora(path: Path, config: DiTConfig, *, alpha: float = 64.0) -> LoRA:
     """
     rank = check_lora(path, config)
     factors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_safetensors(path).items():
+    tensors = read_safetensors(path)
+    check_finite([name for name, tensor in tensors.items() if not is_finite(tensor)], what=str(path))
+    for name, tensor in tensors.items():
         module, factor = _lora_factor(name) or ("", "")
         factors.setdefault(module, {})[factor] = tensor
     return LoRA({module: (pair["A"], pair["B"]) for module, pair in factors.items()}, alpha / rank)
@@ -103,13 +107,15 @@ def check_lora(path: Path, config: DiTConfig) -> int:
             "give the LoRA that was trained for it"
         )
     shapes = dit_shapes(config)
+    if flat := [module for module, pair in found.items() if {len(shape) for shape in pair.values()} != {2}]:
+        raise CheckpointError(f"{path} holds factors that are no matrices ({listed(flat)}); give a LoRA of this model")
     ranks = {pair["A"][0] for pair in found.values()}
     misshapen = [
         module
         for module, pair in found.items()
         if (pair["B"][0], pair["A"][1]) != shapes[f"{module}.weight"] or pair["A"][0] != pair["B"][1]
     ]
-    if misshapen or len(ranks) != 1:
+    if misshapen or len(ranks) != 1 or ranks == {0}:
         raise CheckpointError(
             f"{path} does not fit the model: {len(misshapen)} misshapen modules ({listed(misshapen)}), "
             f"ranks {sorted(ranks)}; give the LoRA that was trained for it"

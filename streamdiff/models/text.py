@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import html
 import math
-import pickle
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from streamdiff.errors import BackendError, CheckpointError, ConfigError
+from streamdiff.tensorfile import is_finite, listed, map_pickled
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -155,14 +155,15 @@ class UMT5Text:
             raise _missing("transformers") from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # A stranger's bytes may fail anywhere inside the reader.
             raise CheckpointError(
                 f"cannot load the tokenizer in {tokenizer_dir}: {_first_line(error)}; download it again"
             ) from error
         try:
-            official = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"cannot read {weights}: {_first_line(error)}; download it again") from error
+            official = map_pickled(weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot read {weights}: {error}; download it again") from error
         model: Any = umt5_from_official(official)
         return cls(model.to(device=device, dtype=dtype).requires_grad_(False), tokenizer)
 
@@ -210,7 +211,10 @@ def umt5_from_official(official: Mapping[str, Tensor]) -> UMT5EncoderModel:
         from transformers import UMT5Config, UMT5EncoderModel
     except ImportError as error:
         raise _missing("transformers") from error
-    shape = _official_shape(official)
+    try:
+        shape = _official_shape(official)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"not an umT5 encoder: {error}; give {UMT5_FILE}") from error
     names = umt5_names(shape["num_layers"])
     settings: dict[str, Any] = {**shape, "feed_forward_proj": "gated-gelu"}
     config = UMT5Config(**settings)
@@ -233,6 +237,10 @@ def umt5_from_official(official: Mapping[str, Tensor]) -> UMT5EncoderModel:
             f"not an umT5 encoder of {shape['num_layers']} layers: missing {missing}, "
             f"unexpected {unexpected}, misshapen {misshapen}"
         )
+    # These tensors are mapped from the file, and this is the first touch that reads them: no second pass over a disk.
+    broken = [name for name, tensor in official.items() if not (tensor.is_floating_point() and is_finite(tensor))]
+    if broken:
+        raise CheckpointError(f"the umT5 encoder holds NaN, infinity or integers ({listed(broken)}); download it again")
     state = {theirs: official[name] for name, theirs in names.items()}
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     model.load_state_dict(state, strict=True, assign=True)
@@ -247,14 +255,19 @@ def _official_shape(official: Mapping[str, Tensor]) -> dict[str, int]:
     if absent:
         raise CheckpointError(f"not an umT5 encoder: it has no {', '.join(absent)}; give {UMT5_FILE}")
     embedding, query, hidden, position = (official[f"{name}.weight"] for name in needed)
+    if {value.ndim for value in (embedding, query, hidden, position)} != {2}:
+        raise ValueError("its weights are no matrices")
     num_heads = position.shape[1]
+    num_layers = 1 + max(int(name.split(".")[1]) for name in official if name.startswith("blocks."))
+    if num_layers > len(official):
+        raise ValueError(f"it has {len(official)} tensors for {num_layers} layers")
     return {
         "vocab_size": embedding.shape[0],
         "d_model": embedding.shape[1],
         "d_kv": query.shape[0] // num_heads,
         "d_ff": hidden.shape[0],
         "num_heads": num_heads,
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in official if name.startswith("blocks.")),
+        "num_layers": num_layers,
         "relative_attention_num_buckets": position.shape[0],
     }
 

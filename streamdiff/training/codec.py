@@ -28,13 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamdiff import presets, rng
+from streamdiff import checkpoint, presets, rng
 from streamdiff.config import VAEConfig
-from streamdiff.errors import CheckpointError, ConfigError
+from streamdiff.errors import ConfigError
 from streamdiff.models import vae
 from streamdiff.models.audio import LogMelFeatures
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
@@ -219,12 +218,12 @@ def save_codec(codec: Codec, path: Path, *, facts: Mapping[str, object]) -> None
 def load_codec(path: Path, config: VAEConfig) -> Codec:
     """A trained codec. Raises CheckpointError when the file is of another shape."""
     codec = Codec(config)
-    try:
-        tensors = {name: value.float() for name, value in load_file(path).items()}
-        for half in (codec.enc, codec.dec):
-            half.load_state_dict({name: tensors[name] for name in half.state_dict()})
-    except (OSError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a codec of this preset: {error}") from error
+    stored = checkpoint.read_safetensors(path)
+    halves = [(half, half.state_dict()) for half in (codec.enc, codec.dec)]
+    expected = {name: tuple(t.shape) for _, own in halves for name, t in own.items()}
+    checkpoint.check_names_and_shapes(expected, {n: tuple(t.shape) for n, t in stored.items()}, what=str(path))
+    for half, own in halves:
+        checkpoint.load_strict(half, {name: stored[name] for name in own}, what=str(path))
     return codec.eval().requires_grad_(False)
 
 

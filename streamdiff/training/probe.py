@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -130,7 +129,7 @@ def load_probe(path: Path = WEIGHTS) -> Probe:
     probe = Probe()
     if not path.is_file():
         raise InputError(f"{path} is not there; train it with: streamdiff train probe --help")
-    checkpoint.load_strict(probe, {n: t.float() for n, t in load_file(path).items()}, what=str(path))
+    checkpoint.load_strict(probe, checkpoint.read_safetensors(path), what=str(path))
     return probe.eval().requires_grad_(False)
 
 

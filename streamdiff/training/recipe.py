@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
@@ -122,11 +121,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path} is not there; give --init a safetensors file of weights")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read {path} as safetensors ({error}); give a file of weights") from error
+    tensors = checkpoint.read_safetensors(path)
     checkpoint.load_strict(module, tensors, what=str(path))
 
 

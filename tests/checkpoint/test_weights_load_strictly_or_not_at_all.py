@@ -10,10 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamdiff import presets
-from streamdiff.checkpoint import load_dit, lora_modules, official_dit_name, read_lora
+from streamdiff.checkpoint import load_dit, load_strict, load_vae, lora_modules, official_dit_name, read_lora
 from streamdiff.config import AudioInjectionConfig, DiTConfig
 from streamdiff.errors import CheckpointError
 from streamdiff.models.dit import CausalDiT, initialise
+from streamdiff.models.vae import VAEDecoder, VAEEncoder
+from streamdiff.tensorfile import is_finite
 
 CONFIG = DiTConfig(
     dim=32,
@@ -88,6 +90,86 @@ def test_every_misfit_is_named(tmp_path: Path, weights: dict[str, Tensor]) -> No
     assert "1 missing: head.head.bias" in message
     assert "1 unexpected: blocks.9.stranger" in message
     assert "patch_embedding.bias is [7], must be [32]" in message
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_weights_are_real_numbers(tmp_path: Path, weights: dict[str, Tensor], kind: torch.dtype) -> None:
+    other = {**weights, "head.head.bias": weights["head.head.bias"].to(kind)}
+    with pytest.raises(CheckpointError, match=r"head.head.bias holds .*floating-point"):
+        load_dit(CONFIG, save_checkpoint(tmp_path, other))
+    with pytest.raises(CheckpointError, match=r"head.head.bias holds .*floating-point"):
+        load_strict(CausalDiT(CONFIG), other, what="weights")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_finite(
+    tmp_path: Path, weights: dict[str, Tensor], stored: torch.dtype, dtype: torch.dtype, value: float
+) -> None:
+    broken = {name: t.to(stored, copy=True) for name, t in weights.items()}
+    load_dit(CONFIG, save_checkpoint(tmp_path, broken), dtype=dtype)
+    broken["blocks.1.ffn.0.weight"].view(-1)[-1] = value
+    broken["head.modulation"].view(-1)[0] = value
+    with pytest.raises(CheckpointError, match=r"NaN or infinity \(blocks.1.ffn.0.weight, head.modulation\)"):
+        load_dit(CONFIG, save_checkpoint(tmp_path, broken), dtype=dtype)
+    with pytest.raises(CheckpointError, match=r"NaN or infinity \(blocks.1.ffn.0.weight, head.modulation\)"):
+        load_strict(CausalDiT(CONFIG).to(dtype), broken, what="weights")
+
+
+def test_what_does_not_fit_into_half_precision_is_not_finite(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    large = {**weights, "head.head.bias": torch.full_like(weights["head.head.bias"], 3.4e38)}
+    load_dit(CONFIG, save_checkpoint(tmp_path, large), dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        load_dit(CONFIG, tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_place_of_a_large_tensor_is_looked_at(dtype: torch.dtype) -> None:
+    """The largest and the smallest numbers of a kind are finite."""
+    source = torch.randn(3, 300_001, dtype=torch.float64).to(dtype)
+    limits = torch.finfo(dtype)
+    source[0, :4] = torch.tensor([limits.max, limits.min, limits.tiny, -0.0], dtype=dtype)
+    assert is_finite(source)
+    for at in (0, 1, 262_143, 262_144, 524_288, 600_002, 900_002):
+        for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+            broken = source.clone()
+            broken.view(-1)[at] = value
+            assert not is_finite(broken)
+            assert not is_finite(broken.T), "what does not lie in one piece is looked at as well"
+
+
+def test_a_lora_is_finite_and_of_matrices(tmp_path: Path) -> None:
+    name = "base_model.model.blocks.1.ffn.0.lora_A.default.weight"
+    for value, why in ((torch.zeros(RANK), "no matrices"), (torch.zeros(()), "no matrices")):
+        save_file({**lora_tensors(), name: value}, tmp_path / "lora.safetensors")
+        with pytest.raises(CheckpointError, match=why):
+            read_lora(tmp_path / "lora.safetensors", CONFIG)
+    broken = lora_tensors()
+    broken[name][0, 0] = torch.nan
+    save_file(broken, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        read_lora(tmp_path / "lora.safetensors", CONFIG)
+    empty = {n: t[:0] if "lora_A" in n else t[:, :0] for n, t in lora_tensors().items()}
+    save_file({n: t.contiguous() for n, t in empty.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"ranks \[0\]"):
+        read_lora(tmp_path / "lora.safetensors", CONFIG)
+
+
+def test_a_codec_holds_its_two_halves_and_nothing_else(tmp_path: Path) -> None:
+    config = presets.tiny().vae
+    halves = (VAEEncoder(config), VAEDecoder(config))
+    tensors = {name: t.clone() for half in halves for name, t in half.state_dict().items()}
+    path = tmp_path / "codec.safetensors"
+    for half in halves:
+        save_file(tensors, path)
+        load_vae(half, path)
+        save_file({**tensors, "stranger": torch.zeros(1)}, path)
+        with pytest.raises(CheckpointError, match="unexpected: stranger"):
+            load_vae(half, path)
+        save_file({**tensors, "decoder.stranger": torch.zeros(1), "encoder.stranger": torch.zeros(1)}, path)
+        with pytest.raises(CheckpointError, match=r"unexpected: (en|de)coder.stranger"):
+            load_vae(half, path)
 
 
 def test_a_missing_folder_and_an_empty_one_say_so(tmp_path: Path) -> None:

@@ -6,19 +6,17 @@ Axes: B streams (1 here), Z hidden states per moment, E width of one, A video fr
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from streamdiff.errors import BackendError, CheckpointError, ConfigError
+from streamdiff.facts import Facts, parse_json
 from streamdiff.media import frame_boundary
 from streamdiff.models.audio.encoder import (
     SPEECH_HZ,
@@ -26,6 +24,7 @@ from streamdiff.models.audio.encoder import (
     as_sound,
     require_fps,
 )
+from streamdiff.tensorfile import is_finite, listed, read_bytes
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
@@ -116,7 +115,7 @@ class Wav2Vec2Features:
         path = Path(directory)
         model: Any = _open_published(path)  # its `to` is typed as another function
         processor = path / "preprocessor_config.json"
-        settings = json.loads(processor.read_text()) if processor.is_file() else {}
+        settings = _settings(processor) if processor.is_file() else {}
         return cls(
             model.to(device=device, dtype=dtype).eval().requires_grad_(False),
             context_s=context_s,
@@ -341,17 +340,51 @@ def _open_published(path: Path) -> Wav2Vec2Model:
         raise BackendError(
             "wav2vec2 needs transformers, which is not installed; pip install 'streamdiff[encoders]'"
         ) from error
+    _check_config(path / "config.json")
     try:
         loaded: Any = Wav2Vec2Model.from_pretrained(str(path), local_files_only=True, output_loading_info=True)
         model, info = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:
+        # A stranger's bytes may fail anywhere inside the reader.
         raise CheckpointError(f"cannot load wav2vec2 from {path}: {_first_line(error)}; download it again") from error
     # A mask embedding is only used in training and often not published.
     missing = sorted(set(info["missing_keys"]) - {"masked_spec_embed"})
     misshapen = sorted(str(key) for key in info["mismatched_keys"])
     if missing or misshapen:
         raise CheckpointError(f"the weights in {path} do not fill a wav2vec2: missing {missing}, misshapen {misshapen}")
+    if broken := [name for name, weight in model.named_parameters() if not is_finite(weight)]:
+        raise CheckpointError(f"the weights in {path} hold NaN or infinity ({listed(broken)}); download them again")
     return model
+
+
+def _settings(path: Path) -> dict[str, object]:
+    try:
+        found = parse_json(read_bytes(path, 1 << 20))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; download it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_LARGEST = 16_384
+
+
+def _check_config(path: Path) -> None:
+    """A config is a stranger's: a model of a billion layers would be built before its weights are missed."""
+
+    def fail(why: str) -> NoReturn:
+        raise CheckpointError(f"{path} describes no wav2vec2: {why}; download it again")
+
+    try:
+        facts = Facts(parse_json(read_bytes(path, 1 << 20)), fail)
+    except ValueError as error:
+        fail(str(error))
+    for name in _SIZES:
+        if name in facts.names:
+            facts.whole(name, 1, _LARGEST)
+    for name in ("conv_dim", "conv_kernel", "conv_stride"):
+        if name in facts.names:
+            facts.numbers(name, 1, _LARGEST)
 
 
 def _first_line(error: Exception) -> str:
