@@ -3,7 +3,7 @@
     python perf/bench_load.py            1.1 GB of random bfloat16 weights in a temporary folder, 12 loads of each kind
     python perf/bench_load.py --layers 4 --repeats 3
 
-The two kinds take turns, so that the machine's load meets both alike. The file lies in the page cache: a disk would only
+The two kinds take turns, so that load meets both alike. The file lies in the page cache: a disk would only
 make the share smaller. The ceiling: no check costs less than nothing, a ratio of 1. The checks have a thread of their
 own, so the clock does not show them where a second core is free; CPU time shows what they cost in any case. Last line:
 one JSON object.

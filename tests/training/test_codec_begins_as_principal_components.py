@@ -118,7 +118,7 @@ def test_training_and_streaming_see_the_same_pictures(tmp_path: Path) -> None:
         save_codec(codec, path, facts={"steps": 0})
         again = load_codec(path, _CONFIG)
         assert torch.allclose(again.posterior(films)[0], whole, atol=2e-2)
-    with pytest.raises(CheckpointError, match="not a codec of this preset"):
+    with pytest.raises(CheckpointError, match="does not fit the model"):
         load_codec(path, dataclasses.replace(_CONFIG, z_dim=8))
 
 
