@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_the_launcher()
     argv = sys.argv[1:] if argv is None else argv
     args = parser(argv).parse_args(argv)
+    args.argv = tuple(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

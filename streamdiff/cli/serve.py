@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from streamdiff.serve.gate import Gate
     from streamdiff.serve.permits import Permits
     from streamdiff.serve.register import Register
+    from streamdiff.serve.worker import Link
     from streamdiff.voice import Synthesizer
 
 HELP = "talk to a face in the browser"
@@ -80,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lifetime", type=float, default=3600.0, metavar="S", help="end a session in any case (default: %(default)s)")
     add("--linger", type=float, default=30.0, metavar="S", help="wait for a viewer who lost the connection")
     add("--drain", type=float, default=10.0, metavar="S", help="on SIGTERM, wait for faces to finish a sentence")
+    add("--workers", type=int, default=1, metavar="N", help="processes that share the port, about one per core")
+    add("--worker-of", help=argparse.SUPPRESS)
     wire = parser.add_argument_group("wire")
     add = wire.add_argument
     add("--codec", choices=("vp8", "h264"), default="vp8", help="of the pictures (default: %(default)s)")
@@ -115,8 +118,6 @@ def run(args: argparse.Namespace) -> int:
         del aiohttp, aiortc, prometheus_client
     except ImportError as error:
         raise BackendError(f"serving needs {error.name}; pip install 'streamdiff[serve]'") from None
-    import torch
-
     signals.handle()
     _check(args)
     if args.mint is not None:
@@ -124,14 +125,43 @@ def run(args: argparse.Namespace) -> int:
 
         print(mint(_key(args.token_key), args.mint))
         return 0
-    torch.set_num_threads(1)
     _log(args.log)
     gate = _gate(args.host, args.token_key)
+    if args.workers > 1:
+        return _front(args, gate)
+    import torch
+
+    torch.set_num_threads(1)
+    if args.worker_of is not None:
+        from streamdiff.serve.worker import Link
+
+        asyncio.run(_serve(args, gate, Link.read(args.worker_of)))
+        return 0
     asyncio.run(_serve(args, gate))
     return 0
 
 
-async def _serve(args: argparse.Namespace, gate: Gate) -> None:
+def _front(args: argparse.Namespace, gate: Gate) -> int:
+    """Share the port among processes of their own."""
+    from streamdiff.serve.front import Front
+
+    if args.capacity is not None and args.capacity < args.workers:
+        raise ConfigError(f"--capacity {args.capacity} leaves some of {args.workers} workers without a seat")
+
+    def words(slot: int) -> list[str]:
+        share = None if args.capacity is None else (args.capacity + slot) // args.workers
+        seats = [] if share is None else ["--capacity", str(share)]
+        return [sys.executable, "-m", "streamdiff", *args.argv, "--workers", "1", *seats]
+
+    def up(port: int, capacity: int, why: str) -> None:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"http://{host}:{port}/\nholds {capacity} sessions in {args.workers} processes: {why}", flush=True)
+
+    front = Front(words, args.workers, gate=gate, per_user=args.per_user, drain_s=args.drain)
+    return asyncio.run(front.run(args.host, args.port, on_up=up))
+
+
+async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None) -> None:
     from streamdiff.conversation.mouth import open_mouth
     from streamdiff.serve.calls import Calls
     from streamdiff.serve.cast import Cast
@@ -159,9 +189,16 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
         return _engine(path, args.size, voice)
 
     takes_photos = not args.no_photos and args.require_consent is None  # a photograph brings no signed record
-    with Cast(engines, load=load if takes_photos else None) as cast:
+    prefix = "" if link is None else link.prefix
+    with Cast(engines, load=load if takes_photos else None, prefix=prefix) as cast:
         calls = Calls(
-            Leases(terms), cast.open, talk=talk, codec=args.codec, permits=permits, register=_register(args, engines)
+            Leases(terms, prefix=prefix),
+            cast.open,
+            talk=talk,
+            codec=args.codec,
+            permits=permits,
+            register=_register(args, engines),
+            mark=args.mark,
         )
         house = House(
             calls=calls,
@@ -174,18 +211,19 @@ async def _serve(args: argparse.Namespace, gate: Gate) -> None:
         )
 
         def up(port: int) -> None:
+            if link is not None:
+                link.is_up(capacity, f"{why}; {answers}")
+                return
             host = f"[{args.host}]" if ":" in args.host else args.host
             print(f"http://{host}:{port}/")
             print(f"holds {capacity} {'session' if capacity == 1 else 'sessions'}: {why}; {answers}")
             sys.stdout.flush()
 
-        await serve(
-            application(house, [realtime, realtime_calls, whep, *([simli] if args.simli else [])]),
-            host=args.host,
-            port=args.port,
-            drain_s=args.drain,
-            on_up=up,
-        )
+        app = application(house, [realtime, realtime_calls, whep, *([simli] if args.simli else [])])
+        if link is None:
+            await serve(app, host=args.host, port=args.port, drain_s=args.drain, on_up=up)
+        else:
+            await link.serve(app, drain_s=args.drain, on_up=up)
 
 
 def _permits(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> Permits | None:
@@ -225,6 +263,8 @@ def _register(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> 
 def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 65_536:
         raise ConfigError(f"--port must lie in 0..65535, got {args.port}")
+    if not 1 <= args.workers <= 256:
+        raise ConfigError(f"--workers must lie in 1..256, got {args.workers}; about as many as there are cores")
     if args.drain < 0 or args.drain > 600:
         raise ConfigError(f"--drain must lie in 0..600 seconds, got {args.drain:g}")
 

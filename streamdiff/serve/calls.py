@@ -511,7 +511,8 @@ class Calls:
 
 def _log_id(lease: Lease) -> str:
     """What logs call a session: its id itself opens it."""
-    return lease.id[:6]
+    where, dot, token = lease.id.rpartition(".")
+    return where + dot + token[:6]
 
 
 class _Quiet:

@@ -70,9 +70,13 @@ class Cast:
     Args:
         engines: the server's own, by name; the first is shown unless another is asked for.
         load: makes the engine of a bundle file; None: users cannot bring photographs.
+        prefix: stands in the names of what users bring; see `Leases.prefix`.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], *, load: Callable[[Path], Engine] | None = None) -> None:
+    def __init__(
+        self, engines: Mapping[str, Engine], *, load: Callable[[Path], Engine] | None = None, prefix: str = ""
+    ) -> None:
+        self._prefix = prefix
         self._engines = dict(engines)
         self._load = load
         self._brought: dict[str, _Brought] = {}
@@ -125,7 +129,7 @@ class Cast:
             raise Busy("another photograph is being read; try again in a moment", retry_after_s=10)
         async with self._one:
             self._forget_old()
-            name = "brought-" + secrets.token_urlsafe(12)
+            name = "brought-" + self._prefix + secrets.token_urlsafe(12)
             source, bundle = self._path(name, ".photo"), self._path(name, ".avatar")
             source.write_bytes(photo)
             try:

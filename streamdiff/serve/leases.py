@@ -115,8 +115,10 @@ class _Waiter:
 class Leases:
     """The seats of one server. All calls from one thread (the event loop's)."""
 
-    def __init__(self, terms: Terms, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, terms: Terms, *, clock: Callable[[], float] = time.monotonic, prefix: str = "") -> None:
         self.terms = terms
+        self.prefix = prefix
+        """Begins every id: where several processes share a port, it says which of them holds the session."""
         self._clock = clock
         self._held: dict[str, Lease] = {}
         self._waiting: list[_Waiter] = []
@@ -250,7 +252,9 @@ class Leases:
 
     def _grant(self, user: str, priority: int) -> Lease:
         now_s = self._clock()
-        lease = Lease(secrets.token_urlsafe(18), user, priority, since_s=now_s, active_s=now_s, seen_s=now_s)
+        lease = Lease(
+            self.prefix + secrets.token_urlsafe(18), user, priority, since_s=now_s, active_s=now_s, seen_s=now_s
+        )
         self._held[lease.id] = lease
         return lease
 

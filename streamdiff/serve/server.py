@@ -169,13 +169,15 @@ async def serve(
     *,
     host: str,
     port: int,
+    path: str | None = None,
     drain_s: float = 10.0,
     on_up: Callable[[int], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or ``stop``; then let every face finish its sentence, for at most ``drain_s``.
 
-    ``on_up``: told the port once requests are taken (port 0: any that is free).
+    ``path``: listen on this Unix socket instead. ``on_up``: told the port once requests are taken (port 0: any that is
+    free).
     """
     house = app[HOUSE]
     stop = stop or asyncio.Event()
@@ -188,12 +190,12 @@ async def serve(
     try:
         async with house.calls:
             try:
-                site = web.TCPSite(runner, host, port, backlog=512)
-                await site.start()
+                tcp = web.TCPSite(runner, host, port, backlog=512) if path is None else None
+                await (tcp or web.UnixSite(runner, path or "", backlog=512)).start()
             except OSError as error:
                 raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; try another --port") from error
             if on_up is not None:
-                on_up(runner.addresses[0][1])
+                on_up(0 if tcp is None else runner.addresses[0][1])
             while not stop.is_set():
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), 5.0)

@@ -73,6 +73,8 @@ class Ticket:
 class Tickets:
     """Tickets that were given out and not used."""
 
+    _prefix: str = ""
+    """See `Leases.prefix`."""
     _by_name: dict[str, Ticket] = field(default_factory=dict[str, Ticket])
 
     def issue(self, ticket: Ticket) -> str:
@@ -82,7 +84,7 @@ class Tickets:
         of_guest = sum(known.guest.user == ticket.guest.user for known in self._by_name.values())
         if of_guest >= _MAX_TICKETS_EACH or len(self._by_name) >= _MAX_TICKETS:
             raise Refused("too many session tokens wait to be used", retry_after_s=round(TICKET_S))
-        name = secrets.token_urlsafe(32)
+        name = self._prefix + secrets.token_urlsafe(32)
         self._by_name[name] = ticket
         return name
 
@@ -99,7 +101,7 @@ _TICKETS: web.AppKey[Tickets] = web.AppKey("simli_tickets", Tickets)
 
 def simli(app: web.Application) -> None:
     """A `Door`: adds ``/compose``."""
-    app[_TICKETS] = Tickets()
+    app[_TICKETS] = Tickets(app[HOUSE].calls.leases.prefix)
     app.router.add_post("/compose/token", _token)
     app.router.add_get("/compose/ice", _ice)
     app.router.add_get("/compose/webrtc/p2p", _connect)

@@ -278,6 +278,7 @@ async function again() {
     retryTimer = setTimeout(() => peer.connectionState !== "connected" && lost(), 10_000);
   } catch (error) {
     if (error.status === 404) ended("gone");
+    else if (error.status === 410) ended("failed");
     else if (error.status === 401) refused(error);
     else lost();
   }
