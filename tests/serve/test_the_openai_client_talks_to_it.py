@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from openai import AsyncOpenAI
 from streamdiff.conversation.mind import ScriptedMind
 from streamdiff.serve.protocol import Stopped
 from streamdiff.serve.realtime import realtime
+from streamdiff.serve.realtime_session import Realtime
 from streamdiff.serve.talk import talking
 from tests.serve.house import SECRET, Ear, Password, Place, play
 from tests.serve.scripted import FPS
@@ -208,6 +210,42 @@ def test_a_second_response_waits_for_the_first_and_is_told_so() -> None:
             assert done.output[0].content[0].transcript == "one two three four"
 
     play(scene, realtime, word_s=0.08)
+
+
+class Paper:
+    """A wire that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def send(self, event: dict[str, Any]) -> bool:
+        self.events.append(event)
+        return True
+
+    def drop_sound(self) -> None: ...
+
+    def close(self, code: int, reason: str) -> None: ...
+
+
+def test_all_connections_of_a_session_see_the_response_that_one_of_them_asked_for() -> None:
+    async def scene(place: Place) -> None:
+        call = await place.house.calls.open("local")
+        papers = Paper(), Paper()
+        one, two = (Realtime(call, paper) for paper in papers)
+        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]}
+        for realtime_ in (one, two):
+            realtime_.start()
+        for realtime_ in (one, two):
+            realtime_.receive(json.dumps({"type": "response.create", "response": {"input": [item]}}))
+        for paper in papers:
+            words = [e["delta"] for e in paper.events if e["type"] == "response.output_audio_transcript.delta"]
+            assert words == ["hello"]
+        errors = [[e["error"]["code"] for e in paper.events if e["type"] == "error"] for paper in papers]
+        assert errors == [[], ["conversation_already_has_active_response"]]
+        for realtime_ in (one, two):
+            realtime_.close()
+
+    play(scene, realtime)
 
 
 def test_without_the_token_nothing_is_opened() -> None:
