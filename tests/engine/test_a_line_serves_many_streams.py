@@ -6,12 +6,13 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamdiff.errors import ConfigError, LineFull, RankFailed, ScheduleError, SessionClosed
@@ -19,7 +20,7 @@ from streamdiff.pipeline.line import Line, Seat
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import chunks_under_way, plan
 from streamdiff.pipeline.turns import Turns
-from tests.engine.oracle_case import Case, Event, packets_of, played, script_of
+from tests.engine.oracle_case import LATENT, Case, Event, packets_of, played, script_of
 from tests.engine.stream_case import same
 from tests.session.faces import collect, open_video, run, tone, video_engine
 
@@ -40,6 +41,14 @@ LIVES = (
 STAYS = (99, 99, 4, 99, 99, 6, 2, 99)
 """Chunks after which each of them leaves, or its end."""
 
+events = st.lists(
+    st.builds(
+        Event, back=st.just(()) | st.just(()) | st.tuples(st.integers(0, 4)), prompt=st.none() | st.integers(0, 2)
+    ),
+    min_size=1,
+    max_size=8,
+)
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
@@ -58,62 +67,68 @@ def line_of(case: Case, seats: int) -> Line:
 
 
 class Visitors:
-    """Threads that each bring streams to a line, one after the other."""
+    """Threads that each bring streams to a line, one after the other.
 
-    def __init__(self, line: Line) -> None:
-        self.line = line
+    ``lives``: of every stream, what it is, what happens to it, and after how many chunks it leaves.
+    """
+
+    def __init__(self, line: Line, lives: Sequence[tuple[Case, list[Event], int]]) -> None:
+        self.line, self.lives = line, lives
         self.seen: dict[int, list[Packet]] = {}
-        self.refused = 0
         self.errors: list[BaseException] = []
 
-    def bring(self, numbers: list[int]) -> None:
+    def come(self, num_threads: int) -> None:
+        """All of them, to the end."""
+        threads = [threading.Thread(target=self._bring, args=(n, num_threads)) for n in range(num_threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        assert self.errors == []
+
+    def _bring(self, first: int, step: int) -> None:
         try:
-            for number in numbers:
+            for number in range(first, len(self.lives), step):
                 self._stay(number)
         except BaseException as error:  # noqa: BLE001  raised by the test
             self.errors.append(error)
 
     def _stay(self, number: int) -> None:
-        case, events = life(number)
+        case, events, stays = self.lives[number]
         until_s = time.monotonic() + WAIT_S
         while True:
             try:
                 seat = self.line.join(seed=case.seed, stream=case.stream, live=False)
                 break
             except LineFull:
-                self.refused += 1
                 assert time.monotonic() < until_s
                 time.sleep(0.01)
         seat.start(packets_of(case, script_of(case, events)))
         seen: list[Packet] = []
-        while len(seen) < STAYS[number] and (packet := seat.get(WAIT_S)) is not None:
+        while len(seen) < stays and (packet := seat.get(WAIT_S)) is not None:
             seen.append(packet)
         seat.close()
         self.seen[number] = seen
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_eight_streams_that_come_and_go_on_three_seats(ranks: int) -> None:
-    with line_of(dataclasses.replace(CASE, ranks=ranks), seats=3) as line:
-        visitors = Visitors(line)
-        threads = [threading.Thread(target=visitors.bring, args=([n, n + 4],)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(WAIT_S)
-        assert visitors.errors == []
-        assert visitors.refused > 0
+@pytest.mark.parametrize(
+    ("ranks", "streams"),
+    [(3, 4), pytest.param(1, 8, marks=pytest.mark.slow), pytest.param(3, 8, marks=pytest.mark.slow)],
+)
+def test_streams_that_come_and_go_on_fewer_seats(ranks: int, streams: int) -> None:
+    with line_of(dataclasses.replace(CASE, ranks=ranks), seats=streams // 2 - 1) as line:
+        visitors = Visitors(line, [(*life(number), STAYS[number]) for number in range(streams)])
+        visitors.come(streams // 2)
         assert line.load.streams == 0
-    for number, seen in visitors.seen.items():
-        case, events = life(number)
-        alone = played(case, script_of(case, events))
+    for number in range(streams):
+        case, happens = life(number)
+        alone, seen = played(case, script_of(case, happens)), visitors.seen[number]
         assert len(seen) == min(STAYS[number], len(alone))
         assert same(seen, alone[: len(seen)]), f"stream {number} is not what it is alone"
-    assert len(visitors.seen) == len(LIVES)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_sessions_on_a_line_are_what_they_are_alone() -> None:
     engine = video_engine()
 
@@ -130,6 +145,55 @@ def test_sessions_on_a_line_are_what_they_are_alone() -> None:
             together = await asyncio.gather(film(0, line), film(1, line))
         for number, found in enumerate(together):
             assert np.array_equal(found, await film(number, None))
+
+    run(scene())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@settings(max_examples=60)
+@given(
+    ranks=st.integers(1, 3),
+    renoise=st.booleans(),
+    lives=st.lists(st.tuples(events, st.integers(1, 12)), min_size=2, max_size=5),
+)
+def test_whoever_comes_and_goes_is_what_the_oracle_says(
+    ranks: int, renoise: bool, lives: list[tuple[list[Event], int]]
+) -> None:
+    """More streams than seats, each with a script of its own, some of which leave early."""
+    case = dataclasses.replace(CASE, ranks=ranks, renoise=renoise)
+    cases = [dataclasses.replace(case, seed=number, stream=7 * number) for number in range(len(lives))]
+    with line_of(case, seats=2) as line:
+        visitors = Visitors(line, [(one, *life) for one, life in zip(cases, lives, strict=True)])
+        visitors.come(3)
+    for number, (one, (script, stay)) in enumerate(zip(cases, lives, strict=True)):
+        made = one.oracle().film(script_of(one, script))[:stay]
+        seen = visitors.seen[number]
+        assert [(p.chunk, p.epoch) for p in seen] == [(m.chunk, m.epoch) for m in made]
+        for packet, expected in zip(seen, made, strict=True):
+            assert (packet.latent_BCTHW - expected.latent_BCTHW).abs().max() <= LATENT
+
+
+@pytest.mark.heavy
+def test_a_session_on_a_line_is_interrupted_and_goes_on() -> None:
+    engine = video_engine()
+
+    async def scene() -> None:
+        with engine.line(seats=2, num_ranks=2) as line:
+            async with open_video(engine, line=line) as other, open_video(engine, line=line) as session:
+                other.push_audio(tone(1.0), last=True)
+                session.push_audio(np.full(64_000, 0.5, np.float32))
+                shown = await collect(session, 2)
+                interrupted = session.interrupt()
+                assert interrupted.cut_s == interrupted.resumes_s == Fraction(24, 25)
+                session.push_audio(np.full(8_000, 0.25, np.float32))
+                session.finish()
+                shown += await collect(session)
+                assert [s.index for s in await collect(other, 2)] == [0, 12]
+            assert line.load.streams == 0
+        assert [s.index for s in shown] == [0, 12, 24, 36]
+        heard_S = np.concatenate([s.sound_S for s in shown[2:]])
+        assert (np.count_nonzero(heard_S == 0.25), np.count_nonzero(heard_S == 0.5)) == (8_000, 0)
 
     run(scene())
 

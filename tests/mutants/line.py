@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 LINE = "engine/test_a_line_serves_many_streams.py::"
-EIGHT = LINE + "test_eight_streams_that_come_and_go_on_three_seats[3]"
+EIGHT = LINE + "test_streams_that_come_and_go_on_fewer_seats[3-4]"
 ALIKE = LINE + "test_streams_that_always_have_a_chunk_share_alike"
 PAUSED = LINE + "test_a_stream_that_paused_has_saved_nothing_up"
 FILM = LINE + "test_a_film_waits_for_who_keeps_to_the_clock"
