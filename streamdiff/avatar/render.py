@@ -16,7 +16,6 @@ to the host.
 from __future__ import annotations
 
 import functools
-import importlib.resources
 import math
 from dataclasses import dataclass
 
@@ -43,6 +42,7 @@ from streamdiff.avatar.mouth import (
     static_conditions,
 )
 from streamdiff.errors import CheckpointError, InputError
+from streamdiff.packaged import packaged
 
 MAX_TURN = 0.4
 """Radians; beyond, a warp of one picture tears, so that larger turns are eased towards this."""
@@ -77,9 +77,7 @@ def as_motion(motion_AE: Tensor | NDArray[np.float32], spec: KinematicSpec) -> T
 
 @functools.cache
 def _bundled_mouth() -> dict[str, Tensor]:
-    path = importlib.resources.files("streamdiff") / "weights" / "mouth_decoder.safetensors"
-    with importlib.resources.as_file(path) as file:
-        return load_file(file)
+    return load_file(packaged("mouth_decoder.safetensors"))
 
 
 def load_mouth_decoder(device: torch.device | str = "cpu") -> MouthDecoder:

