@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -139,3 +140,21 @@ def test_another_file_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(recogniser, "downloaded", _other_files)
     with pytest.raises(InputError, match="tested"):
         recogniser.fetch_moonshine(tmp_path)
+
+
+LOCK = (Path(__file__).resolve().parents[2] / "launch" / "tested.txt").read_text(encoding="ascii").splitlines()
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_the_lock_names_versions_and_hashes_and_no_place() -> None:
+    assert LOCK[0].startswith("# Made by launch/lock.sh for Python 3.")
+    assert len(LOCK) > 50
+    assert [line for line in LOCK[1:] if not re.fullmatch(r"[a-z0-9.-]+==[^ ]+ --hash=sha256:[0-9a-f]{64}", line)] == []
+
+
+def test_the_lock_has_what_the_project_asks_for() -> None:
+    names = {re.sub(r"[_.]", "-", line.partition("==")[0]) for line in LOCK[1:]}
+    extras = ("avatar", "demo", "encoders", "listen", "think", "serve", "trust")
+    wanted = [*PROJECT["dependencies"], *(one for extra in extras for one in PROJECT["optional-dependencies"][extra])]
+    found = {re.match(r"[A-Za-z0-9._-]+", one)[0].lower() for one in wanted}  # type: ignore[index]
+    assert found - names == {"torch"}, "run launch/lock.sh"
