@@ -32,11 +32,11 @@ _PICTURES, _BUNDLE = "media/test_any_picture_can_be_read.py", "avatar/test_ident
 _SOUND = "media/test_any_voice_can_be_read.py"
 
 SAFEGUARDS = (
-    Safeguard("pickle in a checkpoint", "checkpoint/strict.py", "weights_only=True", "weights_only=False", _CODE),
-    Safeguard("pickle in umT5", "models/text.py", "weights_only=True", "weights_only=False", _CODE),
-    Safeguard("pickle in a .pth", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE),
-    Safeguard("pickle in an .npz", "tensorfile.py", "allow_pickle=False", "allow_pickle=True", _CODE),
-    Safeguard("pickle in speech", "training/data/speech.py", "allow_pickle=False", "allow_pickle=True", _CODE),
+    Safeguard("pickle in a checkpoint", "checkpoint/strict.py", "weights_only=True", "weights_only=False", _CODE, "weights_only"),
+    Safeguard("pickle in umT5", "models/text.py", "weights_only=True", "weights_only=False", _CODE, "weights_only"),
+    Safeguard("pickle in a .pth", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE, "weights_only"),
+    Safeguard("pickle in an .npz", "tensorfile.py", "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles"),
+    Safeguard("pickle in speech", "training/data/speech.py", "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles"),
     Safeguard("the landmarker's hash", "avatar/landmarks.py", "if sha256_of(data) != TASK_SHA256:", "if False:", _TASK),
     Safeguard("its hash in the cache", "avatar/landmarks.py",
               " and sha256_of(place.read_bytes()) == TASK_SHA256", "", _TASK),
@@ -58,7 +58,7 @@ SAFEGUARDS = (
     Safeguard("containers of sound", "media/source.py", '"format_whitelist": ",".join(_CONTAINERS),', "",
               _SOUND, "files_alone or list_of_other"),
     Safeguard("formats of pictures", "media/picture.py", ", formats=FORMATS", "", _PICTURES),
-    Safeguard("SIGTERM", "signals.py", "(signal.SIGINT, signal.SIGTERM)", "(signal.SIGINT,)", _SIGNALS),
+    Safeguard("SIGTERM", "signals.py", "(signal.SIGINT, signal.SIGTERM)", "(signal.SIGINT,)", _SIGNALS, "shielded"),
     Safeguard("a shield", "signals.py", "_state.depth += 1", "pass", _SIGNALS, "shielded"),
     Safeguard("what was lost", "signals.py",
               "signal.pthread_kill(threading.main_thread().ident or 0, number)", "pass", _SIGNALS, "lost"),
