@@ -32,11 +32,11 @@ _PICTURES, _BUNDLE = "media/test_any_picture_can_be_read.py", "avatar/test_ident
 _SOUND = "media/test_any_voice_can_be_read.py"
 
 SAFEGUARDS = (
-    Safeguard("pickle in a checkpoint", "checkpoint/strict.py", "weights_only=True", "weights_only=False", _CODE, "weights_only"),
-    Safeguard("pickle in umT5", "models/text.py", "weights_only=True", "weights_only=False", _CODE, "weights_only"),
-    Safeguard("pickle in a .pth", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE, "weights_only"),
-    Safeguard("pickle in an .npz", "tensorfile.py", "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles"),
-    Safeguard("pickle in speech", "training/data/speech.py", "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles"),
+    *(Safeguard(f"pickle in a {what}", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE,
+                "weights_only", nth)
+      for nth, what in enumerate((".pth", "checkpoint"))),
+    *(Safeguard(f"pickle in {file}", file, "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles")
+      for file in ("tensorfile.py", "training/data/speech.py")),
     Safeguard("the landmarker's hash", "avatar/landmarks.py", "if sha256_of(data) != TASK_SHA256:", "if False:", _TASK),
     Safeguard("its hash in the cache", "avatar/landmarks.py",
               " and sha256_of(place.read_bytes()) == TASK_SHA256", "", _TASK),
