@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from streamdiff.conversation.mouth import Mouth
     from streamdiff.serve.calls import TalkFactory
     from streamdiff.serve.gate import Gate
+    from streamdiff.serve.limits import Limits
     from streamdiff.serve.permits import Permits
     from streamdiff.serve.register import Register
     from streamdiff.serve.worker import Link
@@ -39,6 +40,7 @@ _USE = 0.8
 """Share of a core that sessions may fill; the rest keeps frames in time when all speak at once. Of one core, for Python
 runs one thread at a time: three sessions that asked for 1.4 cores were given 0.9 (perf/bench_serve.py).
 """
+_RATE = 30.0
 _PROBE_TEXT = "How much does it cost to say this sentence, which is neither short nor very long?"
 
 
@@ -96,6 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of URLs, which proxies log, so it is off by default",
     )
     add("--token-key", type=Path, metavar="FILE", help="key that bearer tokens are signed with, 32 bytes or more")
+    add(
+        "--rate",
+        type=float,
+        metavar="N",
+        help="sessions that one user may begin in a minute, and a fourth of those that "
+        "one address may; a photograph counts for five (default: 30 with --token-key, else no limit)",
+    )
+    add("--proxy", action="append", default=[], metavar="ADDRESS", help="of a proxy whose X-Forwarded-For is believed")
     add("--mint", metavar="USER", help="print a token for this user, signed with --token-key, and stop")
     add(
         "--require-consent",
@@ -157,7 +167,7 @@ def _front(args: argparse.Namespace, gate: Gate) -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{port}/\nholds {capacity} sessions in {args.workers} processes: {why}", flush=True)
 
-    front = Front(words, args.workers, gate=gate, per_user=args.per_user, drain_s=args.drain)
+    front = Front(words, args.workers, gate=gate, per_user=args.per_user, limits=_limits(args), drain_s=args.drain)
     return asyncio.run(front.run(args.host, args.port, on_up=up))
 
 
@@ -208,6 +218,7 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
             ice_servers=_ice_servers(args.ice),
             origins=frozenset(args.origin),
             mind="" if args.mind == "none" else args.mind,
+            limits=_limits(args) if link is None else None,  # the process in front has counted already
         )
 
         def up(port: int) -> None:
@@ -283,6 +294,13 @@ def _gate(host: str, key_file: Path | None) -> Gate:
     from streamdiff.serve.tokens import TokenGate
 
     return TokenGate(_key(key_file))
+
+
+def _limits(args: argparse.Namespace) -> Limits | None:
+    from streamdiff.serve.limits import Limits
+
+    rate = _RATE if args.rate is None and args.token_key is not None else args.rate
+    return None if rate is None else Limits(rate, proxies=args.proxy)
 
 
 def _key(file: Path | None) -> bytes:

@@ -26,6 +26,8 @@ from urllib.parse import quote, urlsplit
 from streamdiff.errors import InputError
 from streamdiff.serve.gate import Denied, Gate, bearer, is_loopback
 from streamdiff.serve.head import MAX_HEAD_BYTES, Head, parse_head
+from streamdiff.serve.leases import Refused
+from streamdiff.serve.limits import Limits
 from streamdiff.serve.protocol import Ending
 from streamdiff.serve.shift import Lost, Shift
 from streamdiff.serve.sums import Sums
@@ -40,6 +42,7 @@ _MOST_BODY_READ = 16_384
 """A body of at most this size is searched for a name: an avatar that a user has brought."""
 _MOST_CONNECTIONS = 4_096
 _COPY_BYTES = 65_536
+_FORWARDED = b"x-forwarded-for"
 _KEY_PREFIX = "openai-insecure-api-key."
 _CLOSED = b"\x88\x02\x03\xf3"
 """A WebSocket's close frame: 1011, internal error."""
@@ -53,6 +56,7 @@ class Front:
         count: of workers.
         gate: says who a request is from, to hold users to ``per_user``; workers ask theirs as well.
         per_user: sessions at once of one user, of all workers together; None: no limit.
+        limits: how often somebody may begin a session; None: as often as they like.
         drain_s: how long workers may finish sentences when the server ends.
     """
 
@@ -63,10 +67,11 @@ class Front:
         *,
         gate: Gate,
         per_user: int | None = None,
+        limits: Limits | None = None,
         drain_s: float = 10.0,
     ) -> None:
         self._gate, self._per_user, self._drain_s = gate, per_user, drain_s
-        self._words, self._count = words, count
+        self._words, self._count, self._limits = words, count, limits
         self._host = ""
         self._secret = secrets.token_hex(32)
         self._sums = Sums()
@@ -141,8 +146,9 @@ class Front:
         if head is None or head.path.startswith("/internal") or self._is_bent(head):
             await _say(writer, 400, "bad_request", "this request is not understood")
             return
-        body = await self._small_body(head, reader)
         try:
+            self._limit(head, writer)
+            body = await self._small_body(head, reader)
             if head.method == "GET" and head.path in ("/readyz", "/metrics"):
                 await self._sum_up(head, writer)
                 return
@@ -152,8 +158,19 @@ class Front:
             await self._pass_on(shift, head, body, reader, writer, self._user(head) if begins else "")
         except Lost as lost:
             await _say(writer, lost.status, lost.code, str(lost), lost.ending)
+        except Refused as refused:
+            await _say(writer, refused.status, refused.code, str(refused), retry_after_s=refused.retry_after_s)
         except Denied:
             await _say(writer, 401, "unauthorized", "a valid bearer token is needed")
+
+    def _limit(self, head: Head, writer: asyncio.StreamWriter) -> None:
+        """Raise TooOften where an address or a user asks too often, before a worker hears of it."""
+        if self._limits is not None:
+            peer = writer.get_extra_info("peername")
+            forwarded = next((v.decode("latin-1") for k, v in reversed(head.fields) if k.lower() == _FORWARDED), "")
+            self._limits.knock(head.method, head.path, peer[0] if peer else "", forwarded)
+            if head.path in (*_BEGINS, "/v1/avatars"):
+                self._limits.enter(head.method, head.path, self._user(head))
 
     def _is_bent(self, head: Head) -> bool:
         """Whether a name was made to point at this machine (DNS rebinding)."""
@@ -292,13 +309,15 @@ class _Copying:
                 await sink.drain()
 
 
-async def _say(writer: asyncio.StreamWriter, status: int, code: str, message: str, ending: str = "") -> None:
+async def _say(
+    writer: asyncio.StreamWriter, status: int, code: str, message: str, ending: str = "", retry_after_s: int = 5
+) -> None:
     error = {"code": code, "message": message} | ({"reason": ending} if ending else {})
-    await _reply(writer, status, json.dumps({"error": error}).encode(), "application/json")
+    await _reply(writer, status, json.dumps({"error": error}).encode(), "application/json", retry_after_s)
 
 
-async def _reply(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str) -> None:
-    retry = "Retry-After: 5\r\n" if status in (429, 503) else ""
+async def _reply(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str, retry_after_s: int = 5) -> None:
+    retry = f"Retry-After: {retry_after_s}\r\n" if status in (429, 503) else ""
     head = (
         f"HTTP/1.1 {status} {'OK' if status == 200 else 'Error'}\r\nContent-Type: {kind}\r\n"
         f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\n{retry}Connection: close\r\n\r\n"

@@ -29,7 +29,7 @@ from streamdiff.serve.protocol import Ending
 from streamdiff.serve.realtime_events import MAX_EVENT_BYTES
 from streamdiff.serve.realtime_response import Fields
 from streamdiff.serve.realtime_session import Realtime
-from streamdiff.serve.server import HOUSE, House, admits_itself
+from streamdiff.serve.server import HOUSE, House, admit, admits_itself
 from streamdiff.serve.webrtc import Bucket
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def realtime(app: web.Application) -> None:
 @admits_itself
 async def _connect(request: web.Request) -> web.StreamResponse:
     house, offered = request.app[HOUSE], _protocols(request)
-    guest = house.gate.admit(_token(request, offered))
+    guest = admit(request, _token(request, offered))
     if request.headers.get("Upgrade", "").lower() != "websocket":
         raise web.HTTPUpgradeRequired(reason="This is a WebSocket")
     if offered and PROTOCOL not in offered:

@@ -32,6 +32,7 @@ from streamdiff.serve.calls import Call, Calls
 from streamdiff.serve.cast import MAX_UPLOAD_BYTES, Cast
 from streamdiff.serve.gate import Denied, Gate, Guest, Loopback, bearer, is_loopback
 from streamdiff.serve.leases import Refused
+from streamdiff.serve.limits import Limits, TooOften
 from streamdiff.serve.protocol import Ending
 from streamdiff.serve.webrtc import Peer, Plain, Speak
 from streamdiff.trust.consent import ConsentError
@@ -77,6 +78,8 @@ class House:
     peers: dict[str, list[Peer]] = field(default_factory=dict[str, list[Peer]])
     mind: str = ""
     """Who answers; empty: texts are read aloud."""
+    limits: Limits | None = None
+    """How often somebody may begin a session; None: as often as they like."""
 
     async def begin(self, guest: Guest, *, avatar: str = "", wait_s: float = 0.0) -> Call:
         """Lease and open a session for a guest. Errors as `Calls.open`."""
@@ -136,6 +139,15 @@ def admits_itself(handler: Handler) -> Handler:
     """Mark a handler that takes its token from elsewhere than the Authorization header."""
     handler.admits_itself = True  # type: ignore[attr-defined]
     return handler
+
+
+def admit(request: web.Request, token: str | None) -> Guest:
+    """Who comes with this token. Denied: nobody; TooOften: they do not so soon."""
+    house = request.app[HOUSE]
+    guest = house.gate.admit(token)
+    if house.limits is not None:
+        house.limits.enter(request.method, request.path, guest.user)
+    return guest
 
 
 def guest_of(request: web.Request) -> Guest:
@@ -215,6 +227,8 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
         _check_origin(request)
         response = await handler(request)
     except Refused as error:
+        if isinstance(error, TooOften):
+            request.app[HOUSE].calls.meters.refused.labels(error.code).inc()
         response = _error(error.status, error.code, str(error))
         response.headers["Retry-After"] = str(error.retry_after_s)
     except Denied:
@@ -240,11 +254,14 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
 
 @web.middleware
 async def _admitted(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Ask the gate before anything is read."""
+    """Ask the gate before anything is read, and before that whether this address has asked too often."""
+    if (limits := request.app[HOUSE].limits) is not None:
+        forwarded = ",".join(request.headers.getall("X-Forwarded-For", ()))
+        limits.knock(request.method, request.path, request.remote or "", forwarded)
     route = request.match_info.handler
     is_public = request.path in _PUBLIC or request.path.startswith("/page/")
     if not is_public and not getattr(route, "admits_itself", False):
-        request[GUEST] = request.app[HOUSE].gate.admit(bearer(request.headers.get("Authorization")))
+        request[GUEST] = admit(request, bearer(request.headers.get("Authorization")))
     return await handler(request)
 
 

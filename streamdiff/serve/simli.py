@@ -31,7 +31,7 @@ from streamdiff.serve.calls import Call
 from streamdiff.serve.gate import Denied, Guest, bearer
 from streamdiff.serve.leases import Refused
 from streamdiff.serve.protocol import Ended, Ending, Event, Status
-from streamdiff.serve.server import HOUSE, House, admits_itself
+from streamdiff.serve.server import HOUSE, House, admit, admits_itself
 from streamdiff.serve.webrtc import MAX_SDP_BYTES, Bucket
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ async def _connect(request: web.Request) -> web.StreamResponse:
 
 def _admit(request: web.Request) -> Guest:
     key = request.headers.get("x-simli-api-key") or bearer(request.headers.get("Authorization"))
-    return request.app[HOUSE].gate.admit(key)
+    return admit(request, key)
 
 
 async def _config(request: web.Request) -> Mapping[str, Any]:
