@@ -177,6 +177,7 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
     from streamdiff.serve.cast import Cast
     from streamdiff.serve.leases import Leases, Terms
     from streamdiff.serve.mark import mark_of
+    from streamdiff.serve.media import media
     from streamdiff.serve.realtime import realtime
     from streamdiff.serve.realtime_calls import realtime_calls
     from streamdiff.serve.server import House, application, serve
@@ -230,7 +231,7 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
             print(f"holds {capacity} {'session' if capacity == 1 else 'sessions'}: {why}; {answers}")
             sys.stdout.flush()
 
-        app = application(house, [realtime, realtime_calls, whep, *([simli] if args.simli else [])])
+        app = application(house, [realtime, realtime_calls, whep, media, *([simli] if args.simli else [])])
         if link is None:
             await serve(app, host=args.host, port=args.port, drain_s=args.drain, on_up=up)
         else:

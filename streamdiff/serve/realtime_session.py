@@ -41,6 +41,7 @@ from streamdiff.serve.realtime_events import (
     parse,
 )
 from streamdiff.serve.realtime_response import Fields, Outcome, Response, message_item
+from streamdiff.serve.websocket import CLOSE_CODES
 from streamdiff.voice.resample import Resampler
 
 _ANSWER_S = 120.0
@@ -148,7 +149,7 @@ class Realtime:
         if self._response is not None:
             self._finish("failed", error={"type": "server_error", "code": "session_ended", "message": reason.value})
         self._emit({"type": "streamdiff.session.ended", "reason": reason.value})
-        self._wire.close(_CLOSE_CODES.get(reason, 1001), reason.value)
+        self._wire.close(CLOSE_CODES.get(reason, 1001), reason.value)
         self._microphone.close()
 
     def _obey(self, event: ClientEvent, event_id: str | None) -> None:
@@ -492,9 +493,6 @@ class _Words:
     def is_untold(self) -> bool:
         """Whether there is more to tell."""
         return self.text != self.told and not self.is_over
-
-
-_CLOSE_CODES = {Ending.LEFT: 1000, Ending.FINISHED: 1000, Ending.REVOKED: 1008, Ending.FAILED: 1011}
 
 
 class _Microphone:

@@ -12,8 +12,9 @@ import aiohttp
 import pytest
 
 from streamdiff.serve.protocol import Ending, Say
-from streamdiff.serve.realtime import Outbox, realtime
+from streamdiff.serve.realtime import realtime
 from streamdiff.serve.realtime_events import MAX_EVENT_BYTES
+from streamdiff.serve.websocket import Outbox
 from tests.serve.house import SECRET, Password, Place, play
 
 KEY = f"openai-insecure-api-key.{SECRET}"
@@ -112,18 +113,16 @@ def test_who_says_goodbye_ends_the_session_and_who_is_lost_keeps_it() -> None:
 
 def test_an_outbox_loses_pictures_first_and_gives_a_client_up_when_sound_piles_up() -> None:
     async def main() -> None:
-        outbox = Outbox()
-        picture = {"type": "streamdiff.video.delta", "delta": ""}
-        sound = {"type": "response.output_audio.delta", "delta": ""}
-        assert all(outbox.send(picture) for _ in range(25))
-        assert outbox.send(sound)
-        assert not outbox.send(picture)  # all that waited are forgotten: the next can only be a keyframe
+        outbox = Outbox(sounds_per_s=25)
+        assert all(outbox.put("picture", b"p") for _ in range(25))
+        assert outbox.put("sound", "s")
+        assert not outbox.put("picture", b"p")  # all that waited are forgotten: the next can only be a keyframe
         assert outbox.num_lost == 26
-        assert json.loads(await outbox.next() or "")["type"] == "response.output_audio.delta"
-        assert outbox.send(picture)
-        assert all(outbox.send(sound) for _ in range(125))
+        assert await outbox.next() == "s"
+        assert outbox.put("picture", b"q")
+        assert all(outbox.put("sound", "s") for _ in range(125))
         assert not outbox.is_closing
-        assert not outbox.send(sound)
+        assert not outbox.put("sound", "s")
         assert (outbox.code, outbox.is_slow, await outbox.next()) == (1013, True, None)
 
     asyncio.run(main())

@@ -112,9 +112,9 @@ async def until(claim: object) -> None:
 @pytest.mark.slow
 def test_nobody_else_notices_and_memory_and_descriptors_stay_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     # A slow reader is given up after a second, so that a round takes seconds.
-    monkeypatch.setattr("streamdiff.serve.realtime._MOST", {"picture": 5, "sound": 25, "event": 100})
-    monkeypatch.setattr("streamdiff.serve.realtime._SEND_BUFFER", 8_192)
-    monkeypatch.setattr("streamdiff.serve.realtime._STALL_S", 1.0)
+    monkeypatch.setattr("streamdiff.serve.websocket._MOST_SOUND_S", 1.0)
+    monkeypatch.setattr("streamdiff.serve.websocket._SEND_BUFFER", 8_192)
+    monkeypatch.setattr("streamdiff.serve.websocket._STALL_S", 1.0)
     sizes: list[tuple[int, int, float]] = []
 
     async def scene(place: Place) -> None:
