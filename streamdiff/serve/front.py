@@ -36,6 +36,7 @@ from streamdiff.serve.worker import METERS, SEATS
 logger = logging.getLogger(__name__)
 
 _NAMED = re.compile(rb"w(\d{1,3})g(\d{1,6})\.[A-Za-z0-9_-]{16,64}")
+_SUMMED = ("/readyz", "/metrics", "/v1/info")
 _BEGINS = ("/v1/sessions", "/v1/realtime/calls", "/v1/realtime")
 _HEAD_S, _BODY_S, _REQUEST_S, _CONNECT_S = 10.0, 10.0, 180.0, 5.0
 _MOST_BODY_READ = 16_384
@@ -149,13 +150,17 @@ class Front:
         try:
             self._limit(head, writer)
             body = await self._small_body(head, reader)
-            if head.method == "GET" and head.path in ("/readyz", "/metrics"):
-                await self._sum_up(head, writer)
+            if head.method == "GET" and head.path in _SUMMED and await self._sum_up(head, writer):
                 return
             named = _NAMED.search(head.target.encode("ascii") + b" " + body)
-            shift = await self._free() if named is None else self._of(int(named[1]), int(named[2]))
-            begins = head.path in _BEGINS and _NAMED.search(head.target.encode("ascii")) is None
-            await self._pass_on(shift, head, body, reader, writer, self._user(head) if begins else "")
+            async with contextlib.AsyncExitStack() as stack:
+                shift = await self._free() if named is None else self._of(int(named[1]), int(named[2]))
+                begins = head.path in _BEGINS and _NAMED.search(head.target.encode("ascii")) is None
+                if begins:
+                    shift.num_beginning += 1  # at once: the next request may be chosen for before this one is leased
+                    stack.callback(shift.begun)
+                user = self._user(head) if begins else ""
+                await self._pass_on(shift, head, body, reader, writer, user, stack)
         except Lost as lost:
             await _say(writer, lost.status, lost.code, str(lost), lost.ending)
         except Refused as refused:
@@ -220,51 +225,56 @@ class Front:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         user: str,
+        stack: contextlib.AsyncExitStack,
     ) -> None:
-        """Copy a request to a worker and its answer back; of one user, one session begins at a time."""
-        async with contextlib.AsyncExitStack() as stack:
-            if user and self._per_user is not None:
-                lock = self._beginning.setdefault(user, asyncio.Lock())
-                await asyncio.wait_for(lock.acquire(), _REQUEST_S)
-                stack.callback(self._let_next, user, lock)
-                held = sum(seats["of_user"] for seats in (await self._seats(user)).values())
-                if held >= self._per_user:
-                    why = f"this user holds {held} of {self._per_user} sessions; end one of them first"
-                    raise Lost(why, status=429, code="user_session_limit")
-            if user:
-                shift.num_beginning += 1
-                stack.callback(shift.begun)
-            async with asyncio.timeout(_CONNECT_S):
-                from_worker, to_worker = await shift.connect()
-            try:
-                to_worker.write(head.passed_on() + body)
-                began = stack.pop_all()
-                copying = _Copying(reader, writer, from_worker, to_worker, began)
-                await copying.run(None if head.upgrades else _REQUEST_S)
-                if head.upgrades and copying.is_cut and await shift.is_lost_soon():
-                    writer.write(_CLOSED)
-                    await writer.drain()
-            finally:
-                to_worker.close()
+        """Copy a request to a worker and its answer back; of one user, one session begins at a time.
+
+        ``stack`` is closed when the answer begins: the session, if it was to be, has its seat.
+        """
+        if user and self._per_user is not None:
+            lock = self._beginning.setdefault(user, asyncio.Lock())
+            await asyncio.wait_for(lock.acquire(), _REQUEST_S)
+            stack.callback(self._let_next, user, lock)
+            held = sum(seats["of_user"] for seats in (await self._seats(user)).values())
+            if held >= self._per_user:
+                why = f"this user holds {held} of {self._per_user} sessions; end one of them first"
+                raise Lost(why, status=429, code="user_session_limit")
+        async with asyncio.timeout(_CONNECT_S):
+            from_worker, to_worker = await shift.connect()
+        try:
+            to_worker.write(head.passed_on() + body)
+            copying = _Copying(reader, writer, from_worker, to_worker, stack)
+            await copying.run(None if head.upgrades else _REQUEST_S)
+            if head.upgrades and copying.is_cut and await shift.is_lost_soon():
+                writer.write(_CLOSED)
+                await writer.drain()
+        finally:
+            to_worker.close()
 
     def _let_next(self, user: str, lock: asyncio.Lock) -> None:
         lock.release()
         if not lock.locked() and len(self._beginning) > _MOST_CONNECTIONS:
             self._beginning.pop(user, None)
 
-    async def _sum_up(self, head: Head, writer: asyncio.StreamWriter) -> None:
-        """Answer for all workers."""
-        if head.path == "/readyz":
-            seats = (await self._seats("")).values()
-            total = {name: sum(each[name] for each in seats) for name in ("capacity", "free")}
-            status = {"status": "ready" if seats else "starting", "workers": len(seats)}
-            await _reply(writer, 200 if seats else 503, json.dumps(status | total).encode(), "application/json")
-            return
-        self._gate.admit(bearer(head.get("authorization")))
-        for shift in [shift for shift in self._shifts if shift.is_up]:
-            if answer := await shift.ask(METERS):
-                self._sums.heard(shift.slot, answer.decode())
-        await _reply(writer, 200, self._sums.text(), "text/plain")
+    async def _sum_up(self, head: Head, writer: asyncio.StreamWriter) -> bool:
+        """Answer for all workers; False: one of them had better do it."""
+        if head.path == "/metrics":
+            self._gate.admit(bearer(head.get("authorization")))
+            for shift in [shift for shift in self._shifts if shift.is_up]:
+                if answer := await shift.ask(METERS):
+                    self._sums.heard(shift.slot, answer.decode())
+            await _reply(writer, 200, self._sums.text(), "text/plain")
+            return True
+        seats = await self._seats("")
+        total = {name: sum(each[name] for each in seats.values()) for name in ("capacity", "free")}
+        about: dict[str, object] = {"status": "ready" if seats else "starting", "workers": len(seats)}
+        if head.path == "/v1/info":
+            told = await next(iter(seats)).ask(head.target, head.get("authorization")) if seats else b""
+            if not told:
+                return False
+            about = json.loads(told)
+        await _reply(writer, 200 if seats else 503, json.dumps(about | total).encode(), "application/json")
+        return True
 
 
 class _Copying:

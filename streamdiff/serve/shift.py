@@ -93,16 +93,16 @@ class Shift:
         except OSError:
             raise Lost("the worker that was asked has just ended; ask again", status=503, code="starting") from None
 
-    async def ask(self, target: str) -> bytes:
-        """The body of what it answers to the process in front; empty: it does not answer."""
-        request = (
-            f"GET {target} HTTP/1.1\r\nHost: localhost\r\n{SECRET_FIELD}: {self._secret}\r\nConnection: close\r\n\r\n"
-        )
+    async def ask(self, target: str, authorization: str = "") -> bytes:
+        """The body of what it answers to the process in front; empty: it does not answer, or refuses."""
+        fields = ["Host: localhost", f"{SECRET_FIELD}: {self._secret}", "Connection: close"]
+        fields += [f"Authorization: {authorization}"] if authorization else []
+        request = "\r\n".join([f"GET {target} HTTP/1.1", *fields, "", ""])
         try:
             async with asyncio.timeout(_ASK_S):
                 reader, writer = await self.connect()
                 try:
-                    writer.write(request.encode("ascii"))
+                    writer.write(request.encode("latin-1"))
                     answer = b""
                     while len(answer) < _MOST_ANSWER and (data := await reader.read(65_536)):
                         answer += data

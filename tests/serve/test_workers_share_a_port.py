@@ -97,6 +97,9 @@ def test_a_killed_worker_is_replaced_and_nobody_else_notices(tmp_path: Path) -> 
             ids = [state["id"] for _, state in begun[:4]]
             assert sorted(name.partition(".")[0] for name in ids) == ["w0g1", "w0g1", "w1g1", "w1g1"]
             assert await metric(client, "streamdiff_sessions") == 4
+            async with client.get("/v1/info") as answer:
+                told = await answer.json()
+                assert (told["capacity"], told["free"], told["avatars"]) == (4, 0, ["demo"])
             lost, spared = ([name for name in ids if name.startswith(worker)] for worker in ("w0", "w1"))
             async with watching(client, lost[0]) as hit, watching(client, spared[0]) as other:
                 os.kill(children(process)[0], signal.SIGKILL)
