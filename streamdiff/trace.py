@@ -9,13 +9,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
+import os
+import stat
 import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TextIO
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +64,19 @@ class Recorder:
 
 
 class JsonLines:
-    """One JSON object per span, appended to a file; close it, or use it as a context manager."""
+    """One JSON object per span, appended to a file; close it, or use it as a context manager.
+
+    A disk that takes no more ends the trace, with a warning, and not what is traced. Raises OSError for what is no file.
+    """
 
     def __init__(self, path: str | Path, **labels: int | str) -> None:
-        self._file: TextIO = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
-        self._labels = labels
+        # Without waiting for the reader of a pipe.
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "a trace is written to a file alone", str(path))
+        self._file: TextIO = open(fd, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
+        self._labels, self._is_full = labels, False
         self._lock = threading.Lock()
 
     def record(self, span: Span) -> None:
@@ -70,10 +84,17 @@ class JsonLines:
             {"name": span.name, "start_s": span.start_s, "end_s": span.end_s, **self._labels, **span.labels}
         )
         with self._lock:
-            self._file.write(line + "\n")
+            if self._is_full:
+                return
+            try:
+                self._file.write(line + "\n")
+            except OSError as error:
+                self._is_full = True
+                logger.warning("the trace ends here: %s", error.strerror)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # it was told when it happened
+            self._file.close()
 
     def __enter__(self) -> JsonLines:
         return self

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Make a video of the face in a photograph, saying what the voice says. Alone, or as torchrun --nproc-per-node N "
-    "-m streamdiff generate ... with N from 1 to steps + 1: the bits are the same."
+    "-m streamdiff generate ... with N from 1 to steps + 1: the bits are the same. On several machines all ranks need "
+    "one secret, the content of the file that STREAMDIFF_SECRET_FILE names, and a private network."
 )
 
 

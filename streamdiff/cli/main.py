@@ -7,6 +7,7 @@ Only the module of the command that was asked for is imported, and that imports 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -75,9 +76,17 @@ def parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 def entry() -> NoReturn:
     """The command as a process of its own: a run that a signal has ended waits for no thread."""
-    status = main()
+    try:
+        status = main()
+    except SystemExit as error:  # of argparse: help, or wrong arguments
+        status = error.code if isinstance(error.code, int) else 1
     if status > 128:
         leave_at_once(status)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        say(f"error: standard output takes no more: {error.strerror}; what else was written is whole")
+        leave_at_once(status or 1)
     sys.exit(status)
 
 
@@ -125,6 +134,9 @@ def _ended(error: BaseException, *, verbose: bool) -> int:
             if verbose:
                 logging.getLogger(__name__).error("the error in full", exc_info=error)
             return error.exit_code
+        case OSError() if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            say(f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}; free some space")
+            return 1
         case BrokenPipeError():
             # Whoever read our output has gone; nothing is left to say, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

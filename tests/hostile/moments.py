@@ -101,7 +101,7 @@ class Running:
             assert process.stdout is not None
             process.stdout.readline()
 
-    def wait_for_output(self, folder: Path, *, timeout_s: float = 120.0) -> None:
+    def wait_for_output(self, folder: Path, *, timeout_s: float = 280.0) -> None:
         """Until a chunk of the film, or a checkpoint's log, is there."""
         end_s = time.monotonic() + timeout_s
         film, log = part_of(folder / "film.mp4"), folder / "run" / "log.jsonl"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from streamdiff.errors import InputError
 from streamdiff.media import VideoWriter, contact_sheet
 from streamdiff.output import Output, alone_in, part_of, refuse_overwriting, replacing
+from streamdiff.trace import JsonLines, span
+from tests.generate.processes import environment
 from tests.media.made_files import play
 
 GOOD = {"width": 64, "height": 64, "fps": 25, "rate_hz": 16_000}
@@ -244,3 +248,33 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     for _ in range(2):
         with alone_in(tmp_path / "run", "a run"), pytest.raises(InputError, match="another run is writing a run"):
             alone_in(tmp_path / "run", "a run").__enter__()
+
+
+def test_a_full_disk_ends_a_trace_and_not_what_is_traced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "trace.jsonl"
+    with JsonLines(path) as trace, largest_file(1_000):
+        for _ in range(100):
+            with span(trace, "denoise"):
+                pass
+    lines = path.read_text().splitlines()
+    assert 0 < len(lines) < 20
+    assert all(line.endswith("}") for line in lines)
+    assert len(caplog.messages) == 1
+
+
+def test_a_trace_waits_for_no_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"a file alone|No such device"):
+        JsonLines(tmp_path / "pipe")
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_standard_output_is_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "streamdiff", "avatar", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines() == [
+        "error: standard output takes no more: No space left on device; what else was written is whole"
+    ]

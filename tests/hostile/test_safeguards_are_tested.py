@@ -35,7 +35,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("streamdiff", "tests"):
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     (root / "streamdiff" / "weights").symlink_to(ROOT / "streamdiff" / "weights")
-    for name in ("kernels", "perf", "pyproject.toml"):
+    for name in ("kernels", "launch", "perf", "pyproject.toml"):
         (root / name).symlink_to(ROOT / name)
     return root
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,14 @@ def test_a_stream_runs_to_its_end() -> None:
     done = torchrun(3, culprit=-1)
     assert done.returncode == 0, done.stderr
     assert f"delivered {list(range(12))}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the sockets of a process")
+def test_ranks_listen_to_nobody_outside_their_machine() -> None:
+    done = torchrun(3, culprit=-1)
+    found = re.findall(r"rank (\d) listens at (.*)", done.stdout)
+    assert sorted(found) == [(str(rank), "['127.0.0.1']") for rank in range(3)], done.stdout
 
 
 IN_THE_AGENTS_STORE = ("--in-the-agents-store",)

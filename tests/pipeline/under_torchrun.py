@@ -12,6 +12,7 @@ from streamdiff.errors import RankFailed
 from streamdiff.pipeline.group import Group
 from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.watch import Limits
+from tests.hostile.listeners import listening_at
 from tests.pipeline.faults import Trouble, endless_source, layout, stop_by_exception
 from tests.pipeline.line import SleepingStage
 
@@ -29,6 +30,7 @@ def main(culprit: int) -> None:
             kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
             stage = Trouble(5, kill) if world.rank == culprit else SleepingStage(0.01)
             link = group.link(source=endless_source(12), deliver=lambda packet: delivered.append(packet.chunk))
+            print(f"rank {world.rank} listens at {sorted(set(listening_at()))}", flush=True)
             run_rank(stage, link)
     except RankFailed as error:
         print(f"rank {world.rank} says: {error}", file=sys.stderr, flush=True)
