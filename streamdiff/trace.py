@@ -66,7 +66,7 @@ class Recorder:
 class JsonLines:
     """One JSON object per span, appended to a file; close it, or use it as a context manager.
 
-    A disk that takes no more ends the trace, with a warning, and not what is traced. Raises OSError for what is no file.
+    A disk that takes no more ends the trace, with a warning, not what is traced. Raises OSError for what is no file.
     """
 
     def __init__(self, path: str | Path, **labels: int | str) -> None:

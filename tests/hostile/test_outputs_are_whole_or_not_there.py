@@ -272,7 +272,8 @@ def test_a_trace_waits_for_no_reader(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_standard_output_is_one_line() -> None:
     with Path("/dev/full").open("wb") as full:
-        command = [sys.executable, "-m", "streamdiff", "avatar", "--help"]
+        program = "from streamdiff.cli import main; main.main = lambda: print('made') or 0; main.entry()"
+        command = [sys.executable, "-c", program]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
     assert done.returncode == 1
     assert done.stderr.decode().splitlines() == [
