@@ -274,7 +274,9 @@ def test_a_full_standard_output_is_one_line() -> None:
     with Path("/dev/full").open("wb") as full:
         program = "from streamdiff.cli import main; main.main = lambda: print('made') or 0; main.entry()"
         command = [sys.executable, "-c", program]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=120, check=False)
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment(PYTHONUNBUFFERED=""), timeout=120, check=False
+        )
     assert done.returncode == 1
     assert done.stderr.decode().splitlines() == [
         "error: standard output takes no more: No space left on device; what else was written is whole"
