@@ -50,6 +50,8 @@ class Load:
     """Time in which a live stream shows one chunk."""
     busy_us: tuple[int, ...]
     """Per rank, time that a chunk takes; 0 before the first one."""
+    worst_wait_us: int = 0
+    """Longest that a chunk which might have entered has waited for its turn."""
 
     @property
     def fits(self) -> int:
@@ -249,7 +251,9 @@ class Line:
         self._seats: dict[Seat, bool] = {}
         """Streams on the line -> whether they keep to the clock."""
         self._turns = Turns[Seat](self._period_us)
-        self._offered: dict[Seat, Packet | None] = {}
+        self._offered: dict[Seat, tuple[Packet | None, int]] = {}
+        """What each stream offers, and since when."""
+        self._worst_wait_us = 0
 
         self._working: list[tuple[int, float] | None] = [None] * schedule.num_ranks
         """Per rank, the chunk it works on and since when; each rank's thread has its own entry."""
@@ -290,7 +294,7 @@ class Line:
                 )
             seat = Seat(self, self._free.popleft(), seed=seed, stream=stream, live=live)
             self._seats[seat] = live
-            self._turns.join(seat, self._now_us())
+            self._turns.join(seat, self._now_us(), live=live)
             return seat
 
     def close(self) -> None:
@@ -337,8 +341,9 @@ class Line:
                 seat.check()
             if seat not in self._seats:
                 raise _Fallen
-            self._offered[seat] = packet
-            self._turns.offer(seat, self._now_us())
+            now_us = self._now_us()
+            self._offered[seat] = packet, now_us
+            self._turns.offer(seat, now_us)
             self._wake.notify_all()
 
     def leave(self, seat: Seat) -> None:
@@ -384,6 +389,7 @@ class Line:
             seats=len(self._stages),
             period_us=self._period_us,
             busy_us=tuple(self._busy_us),
+            worst_wait_us=self._worst_wait_us,
         )
 
     def _now_us(self) -> int:
@@ -452,7 +458,10 @@ class Line:
                 self._wake.wait(POLL_S)
             self.check()
             self._wake.notify_all()
-            return seat, self._offered.pop(seat)
+            packet, since_us = self._offered.pop(seat)
+            if packet is not None:
+                self._worst_wait_us = max(self._worst_wait_us, self._now_us() - since_us)
+            return seat, packet
 
 
 def _never() -> Packet | None:

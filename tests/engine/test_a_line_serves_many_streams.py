@@ -207,14 +207,16 @@ class Fake:
         self.takes_s = 0.0
         self.now_s = 0.0
         self.hold: threading.Event | None = None
+        self.entered = threading.Event()
 
     def begin(self, *, seed: int, stream: int) -> None:
         self.began.append((seed, stream))
 
     def step(self, packet: Packet) -> Packet:
-        self.now_s += self.takes_s
+        self.entered.set()
         if self.hold is not None:
             assert self.hold.wait(WAIT_S)
+        self.now_s += self.takes_s
         if packet.chunk == self.breaks_at:
             raise ValueError("a stage broke")
         return packet
@@ -370,6 +372,25 @@ def test_the_first_chunk_of_a_stream_does_not_count_where_there_are_others() -> 
             assert line.load.busy_us == (expected_us,)
 
 
+def test_how_long_a_chunk_waits_for_its_turn_is_told() -> None:
+    stage, offered = Fake(), threading.Event()
+    stage.takes_s, stage.hold = 0.1, threading.Event()
+
+    def watched() -> Iterator[Packet]:
+        for packet in numbered(2):
+            yield packet
+            offered.set()
+
+    with Line(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]] * 2, clock=stage.clock) as line:
+        first = line.join(live=False).start(numbered(1))
+        assert stage.entered.wait(WAIT_S)
+        second = line.join(live=False).start(watched())
+        assert offered.wait(WAIT_S)
+        stage.hold.set()
+        assert (drained(first), drained(second)) == ([0], [0, 1])
+        assert line.load.worst_wait_us == 100_000
+
+
 def test_a_closed_line_says_so() -> None:
     line, _ = fakes(2, 2)
     seat = line.join().start(iter(()))
@@ -494,7 +515,7 @@ def test_a_stream_that_paused_has_saved_nothing_up() -> None:
 
 def test_a_film_waits_for_who_keeps_to_the_clock() -> None:
     turns = Turns[str](100)
-    turns.join("film", 0)
+    turns.join("film", 0, live=False)
     for _ in range(9):
         turns.offer("film", 0)
         assert turns.take() == "film"
@@ -503,6 +524,28 @@ def test_a_film_waits_for_who_keeps_to_the_clock() -> None:
         turns.offer("live", now)
         turns.offer("film", now)
         assert turns.take() == "live"
+
+
+def test_a_film_that_joins_late_or_pauses_shares_with_those_that_are_ahead() -> None:
+    turns = Turns[str](100)
+
+    def enter(count: int, *films: str) -> list[str | None]:
+        taken: list[str | None] = []
+        for _ in range(count):
+            for film in films:
+                turns.offer(film, 50)
+            taken.append(turns.take())
+        return taken
+
+    turns.join("early", 0, live=False)
+    assert enter(9, "early") == ["early"] * 9
+    turns.join("late", 50, live=False)
+    assert sorted(enter(6, "early", "late")) == ["early"] * 3 + ["late"] * 3
+    turns.leave("late")
+    turns.join("third", 50, live=False)
+    enter(2, "third")
+    assert enter(9, "early").count("early") >= 8
+    assert enter(6, "early", "third").count("early") >= 2
 
 
 def test_a_period_is_some_time() -> None:

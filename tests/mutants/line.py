@@ -9,6 +9,7 @@ EIGHT = LINE + "test_streams_that_come_and_go_on_fewer_seats[3-4]"
 ALIKE = LINE + "test_streams_that_always_have_a_chunk_share_alike"
 PAUSED = LINE + "test_a_stream_that_paused_has_saved_nothing_up"
 FILM = LINE + "test_a_film_waits_for_who_keeps_to_the_clock"
+LATE = LINE + "test_a_film_that_joins_late_or_pauses_shares_with_those_that_are_ahead"
 FULL = LINE + "test_a_full_line_answers_at_once_and_says_when_to_ask_again"
 KEEPS_UP = LINE + "test_no_more_live_streams_are_let_in_than_the_slowest_rank_keeps_up_with"
 FIRST = LINE + "test_the_first_chunk_of_a_stream_does_not_count_where_there_are_others"
@@ -16,15 +17,17 @@ ALONE = LINE + "test_a_stream_that_fails_fails_alone_and_its_seat_is_free_again"
 
 TURNS = (
     Mutant("pipeline/turns.py", "first = min(ready,", "first = max(ready,", ALIKE),
-    Mutant("pipeline/turns.py", "self._offered.pop(first) + self._period_us", "self._offered.pop(first)", FILM),
-    Mutant("pipeline/turns.py", "max(due_us, now_us) if stream in self._begun else due_us", "due_us", PAUSED),
-    Mutant("pipeline/turns.py", "max(due_us, now_us) if stream in self._begun else due_us", "now_us", FILM),
+    Mutant("pipeline/turns.py", "deadline_us + self._period_us", "deadline_us", FILM),
+    Mutant("pipeline/turns.py", "            due_us = max(due_us, now_us)\n", "            pass\n", PAUSED),
+    Mutant("pipeline/turns.py", "due_us = max(due_us, now_us)", "due_us = now_us", FILM),
     Mutant(
         "pipeline/turns.py",
-        "if stream in self._begun else due_us",
-        "if stream else due_us",
+        "        if stream in self._begun:\n",
+        "        if stream:\n",
         "docs/test_examples_in_docstrings_run.py::test_doctests_of[streamdiff.pipeline.turns]",
     ),
+    Mutant("pipeline/turns.py", "max(due_us, self._ahead_us) if stream", "due_us if stream", LATE),
+    Mutant("pipeline/turns.py", "if stream in self._films else due_us", "if stream else due_us", FILM),
 )
 
 SEATS = (
@@ -36,6 +39,12 @@ SEATS = (
         LINE + "test_no_more_chunks_are_under_way_than_an_interruption_can_take_back",
     ),
     Mutant("pipeline/line.py", "                self._free.append(seat.number)\n", "                pass\n", FULL),
+    Mutant(
+        "pipeline/line.py",
+        "max(self._worst_wait_us, self._now_us() - since_us)",
+        "max(self._worst_wait_us, since_us)",
+        LINE + "test_how_long_a_chunk_waits_for_its_turn_is_told",
+    ),
     Mutant("pipeline/line.py", "self.streams >= self.seats", "self.streams > self.seats", FULL),
     Mutant("pipeline/line.py", "if live and self.live >= self.fits:", "if self.live >= self.fits:", KEEPS_UP),
     Mutant("pipeline/line.py", "self.live >= self.fits", "self.live > self.fits", KEEPS_UP),
