@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import websockets
 from openai import AsyncOpenAI
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.frames import Close
 
 from streamdiff.conversation.mind import ScriptedMind
 from streamdiff.serve.protocol import Stopped
@@ -251,7 +252,7 @@ def test_all_connections_of_a_session_see_the_response_that_one_of_them_asked_fo
 def test_without_the_token_nothing_is_opened() -> None:
     async def scene(place: Place) -> None:
         for key in ("wrong", SECRET + "x"):
-            with pytest.raises(websockets.exceptions.InvalidStatus, match="401"):
+            with pytest.raises(InvalidStatus, match="401"):
                 async with connect(place, key):
                     pass
         answer = await place.http.get(f"/v1/realtime?api_key={SECRET}&token={SECRET}&authorization=Bearer+{SECRET}")
@@ -263,12 +264,12 @@ def test_without_the_token_nothing_is_opened() -> None:
 
 def test_when_all_seats_are_taken_the_client_is_told_when_to_come_back() -> None:
     async def scene(place: Place) -> None:
-        with pytest.raises(websockets.exceptions.InvalidStatus, match="400"):
+        with pytest.raises(InvalidStatus, match="400"):
             async with connect(place, avatar="nobody"):
                 pass
         async with connect(place) as first:
             await first.recv()
-            with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
+            with pytest.raises(InvalidStatus) as refused:
                 async with connect(place):
                     pass
             assert refused.value.response.status_code == 503
@@ -352,7 +353,7 @@ def test_a_second_connection_joins_the_session_and_a_lost_one_comes_back() -> No
             async with connect(place, call_id=session.id) as back:
                 assert (await back.recv()).session.id == session.id
                 assert place.house.calls.all[0].pump.num_viewers == 1
-        with pytest.raises(websockets.exceptions.InvalidStatus, match="404"):
+        with pytest.raises(InvalidStatus, match="404"):
             async with connect(place, call_id="nothing"):
                 pass
 
@@ -372,9 +373,9 @@ def test_a_session_that_ends_says_why_before_the_connection_does() -> None:
             place.engine.streams[0].fails_with = RuntimeError("broken on purpose")
             events = await until(connection, "streamdiff.session.ended")
             assert events[-1].reason == "failed"
-            with pytest.raises(websockets.exceptions.ConnectionClosedError) as closed:
+            with pytest.raises(ConnectionClosedError) as closed:
                 await connection.recv()
-            assert closed.value.rcvd == websockets.frames.Close(1011, "failed")
+            assert closed.value.rcvd == Close(1011, "failed")
         assert place.house.calls.all == ()
 
     play(scene, realtime)
