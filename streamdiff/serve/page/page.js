@@ -1,4 +1,7 @@
-// The page of `streamdiff serve`: one session, its picture and sound over WebRTC, its messages over a data channel.
+// The page of `streamdiff serve`: one session, its picture and sound over WebRTC, its messages over a data channel; all
+// of it over a WebSocket where WebRTC does not get through.
+
+import { Packets, canWatch } from "./packets.js";
 
 const $ = (id) => document.getElementById(id);
 const face = $("face");
@@ -8,10 +11,12 @@ const STAGES = [
 const KEEP = 24;
 const PROBE_MS = 5;
 const LOUD = 0.01;
+const GIVE_UP_MS = 6000; // WebRTC on a network that lets it through stands after half a second
 
 // For the tests, and for the curious: everything that the page knows.
 const state = (window.streamdiff = {
   session: null, status: "off", ready: null, latencies: [], stats: {}, events: [], connections: 0, sync_ms: null,
+  transport: "webrtc",
 });
 
 let peer = null;
@@ -19,6 +24,9 @@ let channel = null;
 let info = null;
 let micStream = null;
 let audioSender = null;
+let packets = null;
+let packetSink = null;
+let packetTimer = null;
 let audioContext = null;
 let analyser = null;
 let stopping = false;
@@ -44,8 +52,10 @@ async function api(method, path, body, headers = {}) {
 }
 
 function send(message) {
-  if (channel?.readyState !== "open") return false;
-  channel.send(JSON.stringify(message));
+  const text = JSON.stringify(message);
+  if (packets?.isOpen) packets.send(text);
+  else if (channel?.readyState === "open") channel.send(text);
+  else return false;
   return true;
 }
 
@@ -70,8 +80,9 @@ function notice(text) {
 
 function enable(on) {
   for (const id of ["text", "send", "interrupt", "leave"]) $(id).disabled = !on;
-  $("mic").disabled = !on || !state.ready?.hears;
-  $("mic").hidden = on && !state.ready?.hears;
+  const hears = state.ready?.hears && !packets; // the WebSocket carries no microphone
+  $("mic").disabled = !on || !hears;
+  $("mic").hidden = on && !hears;
 }
 
 function caption({ role, text, turn, final }) {
@@ -173,6 +184,7 @@ async function start() {
     await learn();
     const session = await api("POST", "/v1/sessions", { avatar: $("avatar").value });
     state.session = session.id;
+    state.codec = session.codec;
     sessionStorage.setItem("session", session.id);
     attempt = 0;
     await connect();
@@ -228,6 +240,8 @@ async function connect() {
   await mine.setLocalDescription();
   await gathered(mine);
   const answer = await api("POST", `/v1/sessions/${state.session}/offer`, { sdp: mine.localDescription.sdp });
+  clearTimeout(packetTimer);
+  packetTimer = setTimeout(() => mine === peer && mine.connectionState !== "connected" && overSocket(), GIVE_UP_MS);
   await mine.setRemoteDescription({ type: "answer", sdp: answer.sdp });
   if (micStream) await audioSender.replaceTrack(micStream.getAudioTracks()[0]);
 }
@@ -241,21 +255,58 @@ function gathered(pc) {
   });
 }
 
-function tap(stream) {
-  const source = audioContext.createMediaStreamSource(stream);
+function tap(heardAs) {
+  const source = heardAs instanceof MediaStream ? audioContext.createMediaStreamSource(heardAs) : heardAs;
   analyser = audioContext.createAnalyser();
   analyser.fftSize = 256;
   source.connect(analyser);
 }
 
+function stands() {
+  attempt = 0;
+  state.connections += 1;
+  overlay();
+  enable(true);
+  if (!document.activeElement || document.activeElement === document.body) $("text").focus();
+}
+
+// WebRTC does not get through: the same session over a WebSocket, without a microphone.
+function overSocket() {
+  if (!canWatch() || stopping) return stopping ? undefined : lost();
+  clearTimeout(retryTimer);
+  peer?.close();
+  packets?.close();
+  peer = channel = audioSender = null;
+  micOff();
+  state.transport = "websocket";
+  packetSink?.disconnect();
+  packetSink = audioContext.createGain();
+  packetSink.connect(audioContext.destination);
+  tap(packetSink);
+  face.hidden = true;
+  $("picture").hidden = false;
+  before = {};
+  const mine = (packets = new Packets({
+    url: `${location.protocol.replace("http", "ws")}//${location.host}/v1/sessions/${state.session}/media`,
+    token: token(), codec: state.codec, canvas: $("picture"), audio: audioContext, sink: packetSink,
+    onopen: stands,
+    onmessage: (text) => heard(JSON.parse(text)),
+    onclose: () => mine === packets && !stopping && lost(),
+  }));
+}
+
+function mute(on) {
+  face.muted = on;
+  if (packetSink) packetSink.gain.value = on ? 0 : 1;
+}
+
 function changed(connection) {
   if (connection === "connected") {
-    attempt = 0;
-    state.connections += 1;
-    overlay();
+    clearTimeout(packetTimer);
+    stands();
     face.play().catch(() => notice("Press anywhere to hear the sound: the browser waits for that."));
-    enable(true);
-    if (!document.activeElement || document.activeElement === document.body) $("text").focus();
+  } else if (connection === "failed" && !stopping && !state.connections) {
+    overSocket();
   } else if ((connection === "failed" || connection === "disconnected") && !stopping) {
     lost();
   }
@@ -274,8 +325,9 @@ async function again() {
   try {
     info ??= await api("GET", "/v1/info");
     await api("GET", `/v1/sessions/${state.session}`);
+    if (state.transport === "websocket") return overSocket();
     await connect();
-    retryTimer = setTimeout(() => peer.connectionState !== "connected" && lost(), 10_000);
+    retryTimer = setTimeout(() => peer && peer.connectionState !== "connected" && lost(), 10_000);
   } catch (error) {
     if (error.status === 404) ended("gone");
     else if (error.status === 410) ended("failed");
@@ -296,7 +348,10 @@ function ended(reason) {
   clearTimeout(retryTimer);
   sessionStorage.removeItem("session");
   state.session = null;
+  clearTimeout(packetTimer);
   peer?.close();
+  packets?.close();
+  packets = null;
   micOff();
   enable(false);
   show("off", "not connected");
@@ -328,6 +383,7 @@ function heard(event) {
     case "latency": latency(event.stage, event.ms, event.turn); break;
     case "stopped":
       if (event.segment) [...document.querySelectorAll("#captions li.avatar")].at(-1)?.classList.add("cut");
+      packets?.hush();
       unmute();
       break;
     case "problem": notice(event.text); break;
@@ -338,15 +394,15 @@ function heard(event) {
 function unmute() {
   // What is still in the jitter buffer belongs to the interrupted answer.
   clearTimeout(unmuteTimer);
-  unmuteTimer = setTimeout(() => { face.muted = false; }, (state.stats.jitter_buffer_ms ?? 80) + 60);
+  unmuteTimer = setTimeout(() => mute(false), (state.stats.jitter_buffer_ms ?? 80) + 60);
 }
 
 function interrupt() {
   if (!send({ type: "interrupt" })) return;
   const at = performance.now();
   if (state.status === "speaking") {
-    face.muted = true;
-    unmuteTimer = setTimeout(() => { face.muted = false; }, 1500);
+    mute(true);
+    unmuteTimer = setTimeout(() => mute(false), 1500);
     listenFor("silent", at);
   }
 }
@@ -393,7 +449,30 @@ async function devices() {
 
 let before = {};
 
+function measurePackets() {
+  const now = { at: performance.now(), ...packets.stats };
+  if (before.decoded !== undefined) {
+    const seconds = (now.at - before.at) / 1000;
+    state.sync_ms = now.sync_ms;
+    state.stats = {
+      fps: (now.drawn - before.drawn) / seconds, dropped: now.dropped, decoded: now.decoded, keys: now.keys, late: now.late,
+      jitter_buffer_ms: packets.lead_ms, kbps: (8 * (now.bytes - before.bytes)) / seconds / 1000,
+    };
+    send({
+      type: "report", frames_decoded: now.decoded, frames_dropped: now.dropped, key_frames: now.keys,
+      jitter_buffer_ms: packets.lead_ms,
+    });
+    numbers({
+      Picture: `${state.stats.fps.toFixed(1)} frames/s`, Dropped: `${now.dropped} of ${now.decoded}`,
+      "Video − audio": now.sync_ms === null ? "–" : `${now.sync_ms.toFixed(0)} ms`, "Late sound": `${now.late}`,
+      Bitrate: `${state.stats.kbps.toFixed(0)} kbit/s`, Keyframes: `${now.keys}`, Carried: "over a WebSocket",
+    });
+  }
+  before = now;
+}
+
 async function measure() {
+  if (packets?.isOpen) return measurePackets();
   if (peer?.connectionState !== "connected") return;
   const now = { at: performance.now() };
   const playout = {};
