@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import streamdiff_kernels as sk
 from streamdiff_kernels.ops import attention, decoder, products, rotary, rows
@@ -113,10 +116,10 @@ CASES: dict[str, Callable[[str], tuple[Any, ...]]] = {
 
 
 OPS = {
-    name.removeprefix("_"): value
+    name.removeprefix("_"): value.registered
     for module in (attention, decoder, products, rotary, rows)
     for name, value in vars(module).items()
-    if hasattr(value, "_opoverload")
+    if hasattr(value, "registered")
 }
 
 
@@ -134,3 +137,27 @@ def test_opcheck_finds_nothing(name: str, impl: str) -> None:
 
 def test_every_op_of_the_door_is_checked() -> None:
     assert set(OPS) == set(CASES)
+
+
+def test_eager_code_on_a_cpu_goes_without_the_dispatcher_and_gets_the_same_bits() -> None:
+    """Only where nobody watches: a mode, autograd and a tensor without data see one op."""
+    x_BLD, weight_D = torch.randn(1, 4, 8), torch.randn(8)
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        direct = rows.rms_norm(x_BLD, weight_D, impl=sk.Impl.TORCH)
+        with profile(activities=[ProfilerActivity.CPU]) as watched:
+            rows.rms_norm(x_BLD, weight_D, impl=sk.Impl.TORCH)
+        with Watch():
+            dispatched = rows.rms_norm(x_BLD, weight_D, impl=sk.Impl.TORCH)
+        with FakeTensorMode() as mode:
+            empty = rows.rms_norm(mode.from_tensor(x_BLD), mode.from_tensor(weight_D), impl=sk.Impl.TORCH)
+    assert torch.equal(direct, dispatched)
+    assert type(empty) is not torch.Tensor
+    assert seen == ["streamdiff_kernels.rms_norm.default"]
+    assert not [event for event in watched.key_averages() if event.key.startswith("streamdiff_kernels")]

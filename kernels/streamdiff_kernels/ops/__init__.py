@@ -1,7 +1,8 @@
 """The typed door to every op: checks, chooses an implementation, calls it.
 
 Each op is a `torch.library.custom_op` of the namespace ``streamdiff_kernels``, so that
-``torch.compile(fullgraph=True)`` sees one opaque node, and each takes the implementation by name. One that
+``torch.compile(fullgraph=True)`` sees one opaque node; eager code on a CPU calls its body without the dispatcher
+(`door.op`). Each takes the implementation by name. One that
 cannot run is an error, never a quiet fallback. Ops whose name ends in ``_`` write into an argument, as
 `qk_norm_rope_write` writes into the ring. They are for inference: the functions of `reference` are
 differentiable, these are not.

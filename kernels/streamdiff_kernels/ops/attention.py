@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from streamdiff_kernels import reference
 from streamdiff_kernels.attention import Segments, attend_over_segments, host_segments
@@ -21,6 +20,7 @@ from streamdiff_kernels.ops.door import (
     check_ring,
     fast,
     layout,
+    op,
     shapes_of,
 )
 
@@ -160,7 +160,7 @@ def _attend_checked(
     )
 
 
-@custom_op("streamdiff_kernels::attend", mutates_args=())
+@op("attend")
 def _attend(
     q: Tensor,
     q_sink: Tensor | None,

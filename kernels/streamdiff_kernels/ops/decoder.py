@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from streamdiff_kernels import reference
 from streamdiff_kernels.errors import KernelInputError
@@ -12,6 +11,7 @@ from streamdiff_kernels.ops.door import (
     Impl,
     fast,
     layout,
+    op,
     shapes_of,
 )
 
@@ -35,7 +35,7 @@ def rms_norm_silu(
     return _rms_norm_silu(x_BCTHW, weight_C, bias_C, eps, impl.value)
 
 
-@custom_op("streamdiff_kernels::rms_norm_silu", mutates_args=())
+@op("rms_norm_silu")
 def _rms_norm_silu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, impl: str) -> Tensor:
     weight, bias = weight.reshape(-1), None if bias is None else bias.reshape(-1)
     if impl == Impl.REFERENCE:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from enum import StrEnum
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
+from torch.library import custom_op, register_fake
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from streamdiff_kernels import plain
 from streamdiff_kernels.backends import triton_missing
@@ -28,6 +30,37 @@ class Impl(StrEnum):
 E4M3 = torch.float8_e4m3fn
 
 _Shapes = TypeVar("_Shapes", bound=Callable[..., object])
+_Body = TypeVar("_Body", bound=Callable[..., Any])
+
+
+def op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[_Body], _Body]:
+    """Register an op whose first argument is a tensor; ``mutates`` names the arguments that it writes into.
+
+    Eager code on a CPU calls the body itself: the dispatcher takes longer than a small op. It is asked where somebody
+    watches: a compiler, a dispatch mode, autograd, a tensor without data.
+    """
+
+    def register(body: _Body) -> _Body:
+        registered = custom_op(f"streamdiff_kernels::{name}", mutates_args=mutates)(body)
+
+        @functools.wraps(body)
+        def call(*arguments: Any) -> Any:
+            return (registered if _is_watched(arguments[0]) else body)(*arguments)
+
+        call.registered = registered  # type: ignore[attr-defined]
+        return cast("_Body", call)
+
+    return register
+
+
+def _is_watched(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or x.device.type != "cpu"
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def shapes_of(name: str) -> Callable[[_Shapes], _Shapes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from streamdiff_kernels import plain, reference
 from streamdiff_kernels.errors import BackendUnavailable, KernelInputError
@@ -12,6 +11,7 @@ from streamdiff_kernels.ops.door import (
     E4M3,
     Impl,
     layout,
+    op,
     require,
     shapes_of,
 )
@@ -30,7 +30,7 @@ def linear(x_BLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None, *, ge
     return _linear(x_BLD, weight_ED, bias_E, gelu, impl.value)
 
 
-@custom_op("streamdiff_kernels::linear", mutates_args=())
+@op("linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, impl: str) -> Tensor:
     if impl == Impl.REFERENCE:
         return reference.linear(x, weight, bias, gelu=gelu)
@@ -72,7 +72,7 @@ def linear_fp8(
     return _linear_fp8(x8_BLD, x_scale_BL, weight8_ED, weight_scale_E, bias_E, out_dtype, impl.value)
 
 
-@custom_op("streamdiff_kernels::linear_fp8", mutates_args=())
+@op("linear_fp8")
 def _linear_fp8(
     x8: Tensor,
     x_scale: Tensor,

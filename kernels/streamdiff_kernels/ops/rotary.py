@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from streamdiff_kernels import reference
 from streamdiff_kernels.errors import KernelInputError
@@ -16,6 +15,7 @@ from streamdiff_kernels.ops.door import (
     check_ring,
     fast,
     layout,
+    op,
     shapes_of,
 )
 
@@ -28,7 +28,7 @@ def rotate(x_BLNK: Tensor, cos_LR: Tensor, sin_LR: Tensor, *, impl: Impl) -> Ten
     return _rotate(x_BLNK, cos_LR, sin_LR, impl.value)
 
 
-@custom_op("streamdiff_kernels::rotate", mutates_args=())
+@op("rotate")
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, impl: str) -> Tensor:
     if impl == Impl.REFERENCE:
         return reference.rotate(x, cos, sin)
@@ -133,10 +133,7 @@ def _check_projections(
         raise KernelInputError(f"norm weights must be [{D}], got {layout(q_weight_D)} and {layout(k_weight_D)}")
 
 
-@custom_op(
-    "streamdiff_kernels::qk_norm_rope_write",
-    mutates_args=("keys", "values", "key_scale", "value_scale"),
-)
+@op("qk_norm_rope_write", mutates=("keys", "values", "key_scale", "value_scale"))
 def _qk_norm_rope_write(
     q: Tensor,
     k: Tensor,
@@ -231,7 +228,7 @@ def rotate_sink_(
     _rotate_sink(pristine_BGNK, cos_GR, sin_GR, keys_BMNK, key_scale_BMN, first_row, impl.value)
 
 
-@custom_op("streamdiff_kernels::rotate_sink_", mutates_args=("keys", "key_scale"))
+@op("rotate_sink_", mutates=("keys", "key_scale"))
 def _rotate_sink(
     pristine: Tensor,
     cos: Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from streamdiff_kernels import plain, reference
 from streamdiff_kernels.errors import KernelInputError
@@ -15,6 +14,7 @@ from streamdiff_kernels.ops.door import (
     batched_or_none,
     fast,
     layout,
+    op,
     shapes_of,
 )
 
@@ -30,7 +30,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, *, eps: float = 1e-6, impl: Impl) 
     return _rms_norm(x_BLD, weight_D, eps, impl.value)
 
 
-@custom_op("streamdiff_kernels::rms_norm", mutates_args=())
+@op("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str) -> Tensor:
     if impl == Impl.REFERENCE:
         return reference.rms_norm(x, weight, eps)
@@ -72,7 +72,7 @@ def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, *, eps: f
     return _norm_modulate(x_BLD, scale_BTD, shift_BTD, eps, impl.value)
 
 
-@custom_op("streamdiff_kernels::norm_modulate", mutates_args=())
+@op("norm_modulate")
 def _norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str) -> Tensor:
     if impl == Impl.REFERENCE:
         return reference.norm_modulate(x, scale, shift, eps)
@@ -100,7 +100,7 @@ def _check_branch(x: Tensor, y: Tensor) -> None:
         raise KernelInputError(f"a branch must be contiguous and shaped as its stream {layout(x)}, got {layout(y)}")
 
 
-@custom_op("streamdiff_kernels::gate_residual_", mutates_args=("x",))
+@op("gate_residual_", mutates=("x",))
 def _gate_residual(x: Tensor, y: Tensor, gate: Tensor | None, impl: str) -> None:
     if impl == Impl.REFERENCE:
         x.copy_(reference.gate_residual(x, y, gate))
@@ -131,7 +131,7 @@ def gate_residual_norm_modulate_(
     return _gate_residual_norm_modulate(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, eps, impl.value)
 
 
-@custom_op("streamdiff_kernels::gate_residual_norm_modulate_", mutates_args=("x",))
+@op("gate_residual_norm_modulate_", mutates=("x",))
 def _gate_residual_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, impl: str
 ) -> Tensor:
@@ -161,7 +161,7 @@ def quantise_rows(x: Tensor, *, impl: Impl) -> tuple[Tensor, Tensor]:
     return _quantise_rows(x, impl.value)
 
 
-@custom_op("streamdiff_kernels::quantise_rows", mutates_args=())
+@op("quantise_rows")
 def _quantise_rows(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     if impl == Impl.REFERENCE:
         return reference.quantise_rows(x)
@@ -185,7 +185,7 @@ def norm_modulate_fp8(
     return _norm_modulate_fp8(x_BLD, scale_BTD, shift_BTD, eps, impl.value)
 
 
-@custom_op("streamdiff_kernels::norm_modulate_fp8", mutates_args=())
+@op("norm_modulate_fp8")
 def _norm_modulate_fp8(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
     if impl == Impl.REFERENCE:
         return reference.quantise_rows(reference.norm_modulate(reference.wide(x), scale, shift, eps))
@@ -215,7 +215,7 @@ def gate_residual_norm_modulate_fp8_(
     return _gate_residual_norm_modulate_fp8(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, eps, impl.value)
 
 
-@custom_op("streamdiff_kernels::gate_residual_norm_modulate_fp8_", mutates_args=("x",))
+@op("gate_residual_norm_modulate_fp8_", mutates=("x",))
 def _gate_residual_norm_modulate_fp8(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, impl: str
 ) -> tuple[Tensor, Tensor]:
@@ -245,7 +245,7 @@ def gelu_fp8(x_BLF: Tensor, *, impl: Impl) -> tuple[Tensor, Tensor]:
     return _gelu_fp8(x_BLF, impl.value)
 
 
-@custom_op("streamdiff_kernels::gelu_fp8", mutates_args=())
+@op("gelu_fp8")
 def _gelu_fp8(x: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     if impl == Impl.REFERENCE:
         return reference.quantise_rows(reference.gelu_tanh(reference.wide(x)))
