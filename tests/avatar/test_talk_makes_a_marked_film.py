@@ -25,6 +25,7 @@ from streamdiff.cli import talk
 from streamdiff.cli.main import parser
 from streamdiff.errors import ConfigError, InputError, StreamdiffError
 from streamdiff.media import SYNTHETIC_MARK
+from streamdiff.output import Output
 from tests.avatar.tiny_avatar import Bars, Tones, tiny_motion
 
 Run = Callable[[Sequence[str]], int]
@@ -202,7 +203,8 @@ class SavedBundle:
     name, size, sha256 = "somebody", 256, "0" * 64
 
     def save(self, path: Path) -> Path:
-        path.write_text("bundle")
+        with Output(path) as file:
+            file.write_at(0, b"bundle")
         return path
 
 

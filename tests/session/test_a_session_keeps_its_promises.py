@@ -308,13 +308,13 @@ def test_a_rank_that_hangs_fails_the_session_in_time_and_for_good(
 
         built = engine.stage
         monkeypatch.setattr(type(engine), "stage", lambda self, role, **how: Hanging(built(role, **how)))
-        async with open_video(engine, num_ranks=num_ranks, live=True, deadline_s=0.7) as session:
+        async with open_video(engine, num_ranks=num_ranks, live=True, deadline_s=2.5) as session:
             assert len(await collect(session, 2)) == 2
             began_s = time.monotonic()
             for _ in range(3):
                 with pytest.raises(RankFailed, match="rank 0"):
                     await anext(session)
-            assert 0.3 < time.monotonic() - began_s < 5.0
+            assert 0.3 < time.monotonic() - began_s < 12.0
             with pytest.raises(RankFailed):
                 session.push_audio(tone(0.1))
         free.set()

@@ -60,6 +60,6 @@ def test_the_same_script_drives_it(open_face: Callable[..., Opening]) -> None:
         heard_S = np.concatenate([s.sound_S for s in shown if s.segment == 2])
         loudest = 0.9 * session.rate_hz
         assert np.count_nonzero(heard_S) == pytest.approx(loudest, abs=session.rate_hz / 50)
-        assert shown[-1].ends_segment
+        assert [s.ends_segment for s in shown if s.segment == 2][-1]  # idle chunks that were under way may follow
 
     run(scene())
