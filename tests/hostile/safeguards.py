@@ -30,6 +30,10 @@ _NETWORK = "hostile/test_network_strangers_are_not_heard.py"
 _TASK = "hostile/test_the_landmarker_is_known_by_its_hash.py"
 _PICTURES, _BUNDLE = "media/test_any_picture_can_be_read.py", "avatar/test_identity_is_one_verified_file.py"
 _SOUND = "media/test_any_voice_can_be_read.py"
+_CONSENT = "trust/test_a_consent_fits_one_bundle_and_one_time.py"
+_WITHDRAWN = "trust/test_a_withdrawn_consent_ends_a_session.py"
+_AUDIT, _FILM = "trust/test_an_audit_log_shows_what_was_done_to_it.py", "trust/test_a_signed_film_says_who_made_it.py"
+_DOORS = "serve/test_asking_too_often_is_answered_429.py"
 
 SAFEGUARDS = (
     *(Safeguard(f"pickle in a {what}", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE,
@@ -80,4 +84,23 @@ SAFEGUARDS = (
     Safeguard("a private folder", "pipeline/meeting.py", "folder.lstat()", "folder.stat()", _NETWORK, "user_alone"),
     Safeguard("words that a terminal obeys", "facts.py",
               "c if c.isprintable() else repr(c)[1:-1]", "c", _NETWORK, "cannot_be_read"),
+    Safeguard("signatures", "trust/keys.py", ".verify(signature, _to_sign(kind, payload))", "", _CONSENT, "signature"),
+    Safeguard("whom to trust", "trust/consent.py", "if key.raw not in known:", "if False:", _CONSENT, "trusted"),
+    Safeguard("the end of a consent", "trust/consent.py", "if consent.expires <= now:", "if False:",
+              _CONSENT, "expires"),
+    Safeguard("whose consent it is", "trust/consent.py", "if named != sha256:", "if False:", _CONSENT, "expires"),
+    Safeguard("consent at the lease", "serve/calls.py", "await self._permit(self._permits, avatar, user)", "pass",
+              _WITHDRAWN, "nothing_is_allocated"),
+    Safeguard("consent in mid-session", "serve/calls.py", "await self._revoke(self._permits)", "pass",
+              _WITHDRAWN, "withdrawal_ends"),
+    Safeguard("the chain of the audit log", "trust/audit.py", 'if record["prev"] != verdict.head.hash:', "if False:",
+              _AUDIT, "own_hash"),
+    Safeguard("no session unrecorded", "serve/register.py", "raise Unrecorded(why, retry_after_s=30) from error",
+              "del why, error", _AUDIT, "no_session_is_opened"),
+    Safeguard("films that name an address", "trust/credentials.py", '"remote_manifest_fetch": False',
+              '"remote_manifest_fetch": True', _FILM, "network"),
+    Safeguard("a token at every door", "serve/server.py", "if not is_public and not getattr",
+              "if False and not getattr", _DOORS, "no_door"),
+    Safeguard("rates of an address", "serve/limits.py", "self._addresses.take(address, cost)", "pass",
+              _DOORS, "address"),
 )  # fmt: skip
