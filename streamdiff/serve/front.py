@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _NAMED = re.compile(rb"w(\d{1,3})g(\d{1,6})\.[A-Za-z0-9_-]{16,64}")
 _SUMMED = ("/readyz", "/metrics", "/v1/info")
 _BEGINS = ("/v1/sessions", "/v1/realtime/calls", "/v1/realtime")
+_SIMLI = "/compose/token"
 _HEAD_S, _BODY_S, _REQUEST_S, _CONNECT_S = 10.0, 10.0, 180.0, 5.0
 _MOST_BODY_READ = 16_384
 """A body of at most this size is searched for a name: an avatar that a user has brought."""
@@ -176,6 +177,10 @@ class Front:
             self._limits.knock(head.method, head.path, peer[0] if peer else "", forwarded)
             if head.path in (*_BEGINS, "/v1/avatars"):
                 self._limits.enter(head.method, head.path, self._user(head))
+            elif head.path == _SIMLI:
+                with contextlib.suppress(Denied):  # the worker refuses in words that a client of Simli knows
+                    user = self._gate.admit(head.get("x-simli-api-key") or bearer(head.get("authorization"))).user
+                    self._limits.enter(head.method, head.path, user)
 
     def _is_bent(self, head: Head) -> bool:
         """Whether a name was made to point at this machine (DNS rebinding)."""

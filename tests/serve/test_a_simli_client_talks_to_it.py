@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -18,13 +19,16 @@ from streamdiff.avatar.engine import AvatarEngine
 from streamdiff.serve import simli as door
 from streamdiff.serve.calls import Calls
 from streamdiff.serve.cast import Cast
+from streamdiff.serve.front import _NAMED
 from streamdiff.serve.gate import Gate, Loopback
 from streamdiff.serve.leases import Leases, Terms
+from streamdiff.serve.limits import Limits
 from streamdiff.serve.protocol import Ended, Ending, Stopped
 from streamdiff.serve.server import House, application
 from tests.adapters.orange import ORANGE, Orange
 from tests.avatar.tiny_avatar import tiny_motion
 from tests.serve.house import SECRET, Password
+from tests.serve.test_workers_share_a_port import serving
 
 if TYPE_CHECKING:
     from simli import SimliClient
@@ -78,12 +82,20 @@ async def until(holds: Callable[[], bool], what: str) -> None:
     raise AssertionError(f"never: {what}")
 
 
-def play(scene: Callable[[Place], Awaitable[None]], *, gate: Gate | None = None, **terms: float) -> None:
+def play(
+    scene: Callable[[Place], Awaitable[None]],
+    *,
+    gate: Gate | None = None,
+    prefix: str = "",
+    limits: Limits | None = None,
+    **terms: float,
+) -> None:
     async def main() -> None:
         engine = AvatarEngine(Orange(), motion=tiny_motion())
         with Cast({"demo": engine, "other": engine}) as cast:
-            calls = Calls(Leases(Terms(**{"capacity": 2, **terms})), cast.open)  # type: ignore[arg-type]
-            house = House(calls=calls, cast=cast, gate=gate or Password())
+            leases = Leases(Terms(**{"capacity": 2, **terms}), prefix=prefix)  # type: ignore[arg-type]
+            calls = Calls(leases, cast.open)
+            house = House(calls=calls, cast=cast, gate=gate or Password(), limits=limits)
             runner = web.AppRunner(application(house, [door.simli]), access_log=None, shutdown_timeout=2.0)
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -232,6 +244,29 @@ def test_pipecats_own_service_speaks_through_it() -> None:
 
 
 @pytest.mark.slow
+def test_clients_of_several_workers_each_find_their_own(tmp_path: Path) -> None:
+    """`streamdiff serve --simli --workers 2`: a ticket that comes to the wrong process would be none."""
+    from simli import SimliClient, SimliConfig
+
+    async def scene(url: str) -> None:
+        clients = [SimliClient("any", SimliConfig(faceId="demo"), simliURL=url, retry_count=1) for _ in range(4)]
+        listeners = []
+        async with asyncio.timeout(200):
+            for client in clients:
+                await client.start()
+                listeners.append(Listener(client))
+                await client.send(tone(1.0))
+            for listener in listeners:
+                await listener.heard(0.5)
+        for client, listener in zip(clients, listeners, strict=True):
+            await listener.aclose()
+            await client.stop()
+
+    with serving(tmp_path, "--simli", "--ear", "none") as (url, _):
+        asyncio.run(scene(url))
+
+
+@pytest.mark.slow
 def test_a_wrong_key_and_an_unknown_face_are_told_in_the_clients_words() -> None:
     from simli import SimliAPIError, SimliClient, SimliConfig, SimliExceptions
 
@@ -293,6 +328,26 @@ def test_tickets_that_nobody_uses_are_bounded() -> None:
         assert answer.headers["Retry-After"] == "60"
 
     play(scene)
+
+
+def test_a_ticket_names_the_worker_that_gave_it() -> None:
+    async def scene(place: Place) -> None:
+        named = _NAMED.fullmatch((await place.ticket()).encode())
+        assert named is not None
+        assert (named[1], named[2]) == (b"3", b"12")
+
+    play(scene, prefix="w3g12.")
+
+
+def test_tickets_asked_for_too_often_are_refused() -> None:
+    async def scene(place: Place) -> None:
+        for _ in range(2):
+            await place.ticket()
+        headers = {"x-simli-api-key": SECRET}
+        answer = await place.http.post("/compose/token", json={"faceId": "demo"}, headers=headers)
+        assert answer.status == 429
+
+    play(scene, limits=Limits(2))
 
 
 def test_a_full_house_is_told_before_the_websocket() -> None:
