@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from streamdiff.media import VideoWriter, contact_sheet
 from streamdiff.output import Output, alone_in, part_of, refuse_overwriting, replacing
 from streamdiff.trace import JsonLines, span
 from tests.generate.processes import environment
+from tests.hostile.limits import largest_file
 from tests.media.made_files import play
 
 GOOD = {"width": 64, "height": 64, "fps": 25, "rate_hz": 16_000}
@@ -61,16 +60,6 @@ def write_without_room_for_the_end(path: Path) -> None:
         write_chunk(writer)
         with largest_file(part_of(path).stat().st_size):
             writer.close()
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_film_in_progress_plays_and_the_old_one_stays(tmp_path: Path) -> None:

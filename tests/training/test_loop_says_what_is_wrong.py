@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streamdiff.errors import CheckpointError, ConfigError, StreamdiffError
+from streamdiff.errors import CheckpointError, ConfigError, InputError, StreamdiffError
+from streamdiff.output import alone_in
 from streamdiff.training.loop import CHECKPOINT, Part, Plan, Trainer
+from streamdiff.training.recipe import conduct
+from tests.hostile.limits import largest_file
 from tests.training.loop_case import Regression, run
 
 
@@ -37,6 +41,30 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     run(tmp_path, 2)
     with pytest.raises(ConfigError, match="holds a run at step 2; add --resume"):
         run(tmp_path, 2)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    args = argparse.Namespace(out=tmp_path, resume=True)
+    with alone_in(tmp_path, "a run"), pytest.raises(InputError, match="another run is writing a run"):
+        conduct("regression", Regression(), args, Plan(steps=6), facts={}, finish=lambda _: [])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one(tmp_path: Path) -> None:
+    def fall(step: int) -> None:
+        if step == 2:
+            raise RuntimeError("the machine went away")
+
+    with pytest.raises(RuntimeError):
+        run(tmp_path, 6, before=fall)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with largest_file(len(before) // 2), pytest.raises(InputError, match=r"cannot write .*checkpoint"):
+        run(tmp_path, 6, resume=True)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if ".part" in path.name]
+    assert run(tmp_path, 6, resume=True).step == 6
 
 
 def test_a_run_is_resumed_as_it_was_begun(tmp_path: Path) -> None:
