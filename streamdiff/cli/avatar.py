@@ -12,6 +12,7 @@ from streamdiff import signals
 from streamdiff.cli import consent
 from streamdiff.errors import ConfigError
 from streamdiff.facts import printable
+from streamdiff.options import MINUTES, Whole
 from streamdiff.output import refuse_overwriting, replacing
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _add_fit(actions: Any) -> None:
     parser.add_argument("--video", type=Path, required=True, help="one person, mostly facing the camera, speaking")
     parser.add_argument("--out", type=Path, help="the bundle to write (default: CLIP.avatar)")
     parser.add_argument("--size", type=int, choices=(256, 512), default=256, help="pixels along a side")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of training (default: %(default)s)")
+    parser.add_argument("--minutes", type=MINUTES, default=10.0, help="of training (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="of training (default: %(default)s)")
     parser.set_defaults(run=run_fit)
 
@@ -69,7 +70,9 @@ def _add_voice(actions: Any) -> None:
     parser.add_argument("--voices", type=Path, required=True, help="known voices, an .npz of [510, 1, 256] each")
     parser.add_argument("--encoder", type=Path, required=True, help="pretrained.pt of Resemblyzer 0.1.4")
     parser.add_argument("--base", metavar="NAME", help="the voice that gives the prosody (default: the first)")
-    parser.add_argument("--rounds", type=int, default=6, help="of search, 12 sentences each (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=Whole(1, 1000), default=6, help="of search, 12 sentences each (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the voice to write (.npz)")
     parser.set_defaults(run=run_voice)
 
@@ -132,8 +135,6 @@ def run_voice(args: argparse.Namespace) -> int:
     check_suffix(args.out, ".npz")
     refuse_overwriting(args.out, (args.recording, args.voices))
     signals.handle()
-    if args.rounds < 1:
-        raise ConfigError(f"--rounds must be at least 1, got {args.rounds}")
     sound_S = torch.cat([torch.zeros(0), *read_audio(args.recording, RATE_HZ)]).numpy()
     styles_P256, score = fit_voice(
         args.model,
@@ -163,7 +164,8 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def check_suffix(path: Path, suffix: str) -> None:
     if path.suffix != suffix:
-        raise ConfigError(f"{path} must end in {suffix}; try {path.with_suffix(suffix)}")
+        better = path.with_suffix(suffix) if path.name else f"film{suffix}"
+        raise ConfigError(f"{path} must end in {suffix}; try {better}")
 
 
 def _write(text: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.facts import printable
+from streamdiff.options import Number
 
 if TYPE_CHECKING:
     from streamdiff.avatar.bundle import IdentityBundle
@@ -41,7 +42,9 @@ def add_consent_arguments(parser: argparse.ArgumentParser) -> None:
     """What a consent is made of besides key and person."""
     parser.add_argument("--granted-by", default="", metavar="WHO", help="who agrees, if not the person in the picture")
     parser.add_argument("--scope", default="film live", help='for what: "film", "live" (default: "%(default)s")')
-    parser.add_argument("--days", type=float, default=365.0, help="how long it lasts (default: %(default)g)")
+    parser.add_argument(
+        "--days", type=Number(0, 36_525, above=True), default=365.0, help="how long it lasts (default: %(default)g)"
+    )
 
 
 def run_key(args: argparse.Namespace) -> int:

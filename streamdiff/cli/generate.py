@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -19,6 +20,7 @@ from streamdiff.cli.verify import add_sign_argument, sign, signer_from
 from streamdiff.config import sparse
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.models.served.options import Precision, StepOptions
+from streamdiff.options import DAY_S, SECONDS, SEED, THREADS, Number, Whole
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -34,6 +36,9 @@ DESCRIPTION = (
 )
 
 
+_LARGEST_SIDE = 4096
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``streamdiff generate``."""
     add = parser.add_argument
@@ -45,17 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, metavar="DIR", help="folder of weights: Wan2.2-S2V-14B, or a trained codec and DiT")
     add("--lora", type=Path, metavar="FILE", help="liveavatar.safetensors, merged while loading")
     add("--light-decoder", type=Path, metavar="FILE", help="decode with a published taew2_1: rougher, much faster")
-    add("--steps", type=int, help="denoising steps (default: the preset's)")
+    add("--steps", type=Whole(1, 50), help="denoising steps (default: the preset's)")
     add("--sparse", action="store_true", help="see the first, the previous and the own chunk only: weights trained so")
-    add("--seconds", type=float, help="length of the video (default: the voice's)")
+    add("--seconds", type=SECONDS, help="length of the video (default: the voice's)")
     add("--size", metavar="WxH", help="picture size in pixels (default: the preset's)")
-    add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="same seed, same bits (default: %(default)s)")
     add_sign_argument(parser)
     layout = parser.add_argument_group("layout")
     layout.add_argument("--plan", action="store_true", help="print ranks, memory and predicted speed, and stop")
-    layout.add_argument("--ranks", type=int, help="with --plan: for this many ranks")
+    layout.add_argument("--ranks", type=Whole(1, 1024), help="with --plan: for this many ranks")
     layout.add_argument(
-        "--assume", type=float, metavar="TFLOPS", help="with --plan: for GPUs that multiply this fast (H200: about 700)"
+        "--assume",
+        type=Number(0, 1e6, above=True),
+        metavar="TFLOPS",
+        help="with --plan: for GPUs that multiply this fast (H200: about 700)",
     )
     layout.add_argument("--partition", metavar="N,N,...", help="denoising steps of each DiT rank, such as 2,1,1")
     layout.add_argument(
@@ -65,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     machine.add_argument(
         "--threads",
-        type=int,
+        type=THREADS,
         default=1,
         help="CPU threads of a rank; other numbers, other bits (default: %(default)s)",
     )
@@ -85,14 +93,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--deadline",
-        type=float,
+        type=Number(0, DAY_S, above=True),
         default=60.0,
         metavar="S",
         help="a rank silent for S seconds is lost (default: %(default)s)",
     )
     machine.add_argument(
         "--startup",
-        type=float,
+        type=Number(0, DAY_S, above=True),
         metavar="S",
         help="wait S seconds for all ranks to load (default: 1800 with a checkpoint, else 180)",
     )
@@ -103,8 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def job_from(args: argparse.Namespace, world: World | None) -> Job:
     """The job that the command line asks for. Numbers and names are checked before anything slow is imported."""
-    if args.steps is not None and not 1 <= args.steps <= 50:
-        raise ConfigError(f"--steps must lie in 1..50, got {args.steps}; 4 is what the model was made for")
     partition, size = _partition(args.partition), _size(args.size)
     try:
         args.prompt.encode()
@@ -148,8 +154,10 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     width, _, height = text.lower().replace("*", "x").partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
+    if not all(re.fullmatch(r"\d{1,5}", side, flags=re.ASCII) for side in (width, height)):
         raise ConfigError(f"--size must look like 384x704 (width x height), got {text!r}")
+    if max(int(width), int(height)) > _LARGEST_SIDE:
+        raise ConfigError(f"--size is at most {_LARGEST_SIDE} pixels a side, got {text}")
     return int(width), int(height)
 
 
@@ -157,7 +165,7 @@ def _partition(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    if not all(re.fullmatch(r" ?\d{1,3}", part, flags=re.ASCII) for part in parts):
         raise ConfigError(f"--partition must look like 2,1,1, got {text!r}")
     return tuple(int(part) for part in parts)
 
@@ -195,12 +203,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if not 1 <= args.threads <= 1024:
-        raise ConfigError(f"--threads must lie in 1..1024, got {args.threads}; at least 1, at most the cores you have")
-    if args.ranks is not None and (not args.plan or args.ranks < 1):
-        raise ConfigError("--ranks belongs to --plan and counts from 1; to run on more ranks, start them with torchrun")
-    if args.assume is not None and not 0 < args.assume < 1e6:
-        raise ConfigError(f"--assume takes TFLOP/s above 0, got {args.assume}; try 700, as an H200")
+    if args.ranks is not None and not args.plan:
+        raise ConfigError("--ranks belongs to --plan; to run on more ranks, start them with torchrun")
 
 
 def _print_plan(job: Job, num_ranks: int, assumed_tflops: float | None) -> None:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from streamdiff import __version__, signals
 from streamdiff.cli.machine import (
+    alike_on_every_rank,
     end_with_the_launcher,
     leave,
     leave_at_once,
@@ -26,8 +27,9 @@ from streamdiff.cli.machine import (
     say,
     set_environment,
 )
-from streamdiff.errors import RankFailed, StreamdiffError
+from streamdiff.errors import ConfigError, RankFailed, StreamdiffError
 from streamdiff.facts import printable
+from streamdiff.options import Parser
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,7 @@ COMMANDS: Mapping[str, Command] = {
 
 def parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; of ``argv``, only the command that it names gets its options. None: all do."""
-    root = argparse.ArgumentParser(
-        prog="streamdiff", description="Pipeline-parallel streaming diffusion for live avatars."
-    )
+    root = Parser(prog="streamdiff", description="Pipeline-parallel streaming diffusion for live avatars.")
     root.add_argument("--version", action="version", version=f"streamdiff {__version__}")
     root.add_argument("-v", "--verbose", action="store_true", help="log what happens, on stderr")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -97,15 +97,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_standard_streams()
     end_with_the_launcher()
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv).parse_args(argv)
-    args.argv = tuple(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    verbose = False
     try:
+        args = alike_on_every_rank(lambda: parser(argv).parse_args(argv))
+        args.argv = tuple(argv)
+        verbose = args.verbose
+        logging.basicConfig(
+            level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+        )
         status = args.run(args)
     except BaseException as error:  # noqa: BLE001  what is not known is raised again
-        status = _ended(error, verbose=args.verbose)
+        status = _ended(error, verbose=verbose)
     finally:
         signals.done()
     if status == 0 and (number := signals.received()) is not None:
@@ -141,6 +143,12 @@ def _ended(error: BaseException, *, verbose: bool) -> int:
             # Whoever read our output has gone; nothing is left to say, not even at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        case OSError() if error.filename is not None:
+            # A name that is too long, a loop of links: what no reader expects, but the system says which file it is.
+            say(printable(f"error: {error.filename}: {error.strerror}; check the name", 4000))
+            if verbose:
+                logging.getLogger(__name__).error("the error in full", exc_info=error)
+            return ConfigError.exit_code
         case SystemExit():
             return error.code if isinstance(error.code, int) else 1
         case _:

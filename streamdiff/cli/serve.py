@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from streamdiff import signals
 from streamdiff.cli.verify import LOG_SUFFIX
 from streamdiff.errors import BackendError, ConfigError, InputError
+from streamdiff.options import DAY_S, SECONDS, Number, Whole
 
 if TYPE_CHECKING:
     from aiortc import RTCIceServer
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``streamdiff serve``."""
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8100, help="port to listen on, 0: any (default: %(default)s)")
+    add("--port", type=Whole(0, 65_535), default=8100, help="port to listen on, 0: any (default: %(default)s)")
     add(
         "--avatar",
         type=Path,
@@ -77,13 +78,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-photos", action="store_true", help="let nobody bring a photograph of their own")
     seats = parser.add_argument_group("seats")
     add = seats.add_argument
-    add("--capacity", type=int, metavar="N", help="sessions at once (default: what this machine was measured to hold)")
-    add("--per-user", type=int, metavar="N", help="sessions at once of one user (default: no limit)")
-    add("--idle", type=float, default=300.0, metavar="S", help="end a session in which nobody does anything")
-    add("--lifetime", type=float, default=3600.0, metavar="S", help="end a session in any case (default: %(default)s)")
-    add("--linger", type=float, default=30.0, metavar="S", help="wait for a viewer who lost the connection")
-    add("--drain", type=float, default=10.0, metavar="S", help="on SIGTERM, wait for faces to finish a sentence")
-    add("--workers", type=int, default=1, metavar="N", help="processes that share the port, about one per core")
+    add(
+        "--capacity",
+        type=Whole(1, 10_000),
+        metavar="N",
+        help="sessions at once (default: what this machine was measured to hold)",
+    )
+    add("--per-user", type=Whole(1, 10_000), metavar="N", help="sessions at once of one user (default: no limit)")
+    add("--idle", type=SECONDS, default=300.0, metavar="S", help="end a session in which nobody does anything")
+    add(
+        "--lifetime", type=SECONDS, default=3600.0, metavar="S", help="end a session in any case (default: %(default)s)"
+    )
+    add("--linger", type=Number(0, DAY_S), default=30.0, metavar="S", help="wait for a viewer who lost the connection")
+    add(
+        "--drain",
+        type=Number(0, 600),
+        default=10.0,
+        metavar="S",
+        help="on SIGTERM, wait for faces to finish a sentence",
+    )
+    add(
+        "--workers",
+        type=Whole(1, 256),
+        default=1,
+        metavar="N",
+        help="processes that share the port, about one per core",
+    )
     add("--worker-of", help=argparse.SUPPRESS)
     wire = parser.add_argument_group("wire")
     add = wire.add_argument

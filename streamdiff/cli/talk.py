@@ -20,6 +20,7 @@ from streamdiff.cli.avatar import check_suffix
 from streamdiff.cli.verify import add_sign_argument, sign, signer_from
 from streamdiff.errors import ConfigError, InputError
 from streamdiff.facts import printable
+from streamdiff.options import SEED, THREADS
 from streamdiff.output import Output, refuse_overwriting
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--voice", default="heart", help="heart[:pitch=0.8,tract=0.9,speed=1.1] or kokoro:MODEL:VOICES[:NAME]")
     add("--out", type=Path, default=Path("talk.mp4"), help="the MP4 to write (default: %(default)s)")
     add("--size", type=int, choices=(256, 512), default=256, help="pixels along a side, for a photo")
-    add("--seed", type=int, default=0, help="of the motion (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of the motion (default: %(default)s)")
     add(
         "--style",
         default="",
@@ -69,15 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--osc", action="append", dest="rig", type="osc:{}".format, metavar="HOST:PORT", help="as --rig osc:HOST:PORT")
     add("--motion", type=Path, metavar="FILE", help="weights of the motion model (default: those of the package)")
     add("--no-sheet", action="store_true", help="write no contact sheet (a PNG beside the video)")
-    add("--threads", type=int, default=1, help="threads of each stage (default: %(default)s)")
+    add("--threads", type=THREADS, default=1, help="threads of each stage (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """``streamdiff talk``."""
     if args.text is not None and args.audio is not None:
         raise ConfigError("give a text or --audio, not both")
-    if args.threads < 1:
-        raise ConfigError(f"--threads must be at least 1, got {args.threads}")
     check_suffix(args.out, ".mp4")
     _check_outputs(args)
     style, rigs, signer = style_from(args.style), _rigs(args.rig), signer_from(args)

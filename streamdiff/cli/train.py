@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from streamdiff import signals
 from streamdiff.errors import ConfigError
+from streamdiff.options import Parser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +88,6 @@ def run(args: argparse.Namespace) -> int:
     recipe = RECIPES[args.recipe]
     add_arguments, run = recipe.load()
     signals.handle()
-    parser = argparse.ArgumentParser(
-        prog=f"streamdiff train {args.recipe}", description=recipe.help[0].upper() + recipe.help[1:] + "."
-    )
+    parser = Parser(prog=f"streamdiff train {args.recipe}", description=recipe.help[0].upper() + recipe.help[1:] + ".")
     add_arguments(parser)
     return run(parser.parse_args(args.arguments))

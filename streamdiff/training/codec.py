@@ -37,6 +37,7 @@ from streamdiff.errors import ConfigError
 from streamdiff.models import vae
 from streamdiff.models.audio import LogMelFeatures
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, from_rgb8
+from streamdiff.options import Number, Whole
 from streamdiff.output import alone_in
 from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe
@@ -316,8 +317,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train codec``."""
     recipe.add_training_arguments(parser, data="folder of clips (streamdiff train data)", batch=6, lr=4e-4)
     add = parser.add_argument
-    add("--latents", type=int, default=5, help="latent frames of a clip (default: %(default)s)")
-    add("--disturb", type=float, metavar="SIZE",
+    add("--latents", type=Whole(2, 64), default=5, help="latent frames of a clip (default: %(default)s)")
+    add("--disturb", type=Number(0, 10, above=True), metavar="SIZE",
         help="teach the decoder of --init, and it alone, to bear errors of this size in its latents")  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
+from streamdiff.options import WEIGHT, Number, Whole
 from streamdiff.training import distil, forcing, recipe, student
 from streamdiff.training.distil import clip_velocity, conditions, guided
 from streamdiff.training.followed import Followed
@@ -130,9 +131,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     student.add_arguments(parser, lr=1e-4)
     parser.epilog = "--init must be given: the weights of recipe forcing are both teacher and beginning of the student."
     add = parser.add_argument
-    add("--grid", type=int, default=48, metavar="N", help="levels of the teacher's path (default: %(default)s)")
-    add("--guidance", type=float, default=0.0, help="lead the teacher by sound and prompt (default: %(default)s)")
-    add("--average", type=float, default=0.95, help="kept of the running average in a step (default: %(default)s)")
+    add(
+        "--grid",
+        type=Whole(2, 1000),
+        default=48,
+        metavar="N",
+        help="levels of the teacher's path (default: %(default)s)",
+    )
+    add("--guidance", type=WEIGHT, default=0.0, help="lead the teacher by sound and prompt (default: %(default)s)")
+    add(
+        "--average",
+        type=Number(0, 0.999999),
+        default=0.95,
+        help="kept of the running average in a step (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.text import HashedText
+from streamdiff.options import SHARE, WEIGHT, Whole
 from streamdiff.training import recipe, sequence
 from streamdiff.training.codec import attention_map, load_codec
 from streamdiff.training.latents import Batch, LatentClips
@@ -285,15 +286,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``streamdiff train forcing``."""
     recipe.add_training_arguments(parser, data="folder with latents.safetensors", batch=8, lr=1.2e-3)
     add = parser.add_argument
-    add("--chunks", type=int, default=7, help="chunks of a clip (default: %(default)s)")
+    add("--chunks", type=Whole(1, 64), default=7, help="chunks of a clip (default: %(default)s)")
     add("--shared-only", action="store_true", help="one noise level a clip, and see the first and previous chunk only")
-    add("--served", type=float, default=0.15, metavar="SHARE",
+    add("--served", type=SHARE, default=0.15, metavar="SHARE",
         help="noise levels that are the preset's own, not just any (default: %(default)s)")  # fmt: skip
-    add("--portrait", type=float, default=0.0, metavar="WEIGHT",
+    add("--portrait", type=WEIGHT, default=0.0, metavar="WEIGHT",
         help="errors at face and mouth count more: 1 as in the codec's training (default: as anywhere)")  # fmt: skip
-    add("--visible", type=float, default=0.0, metavar="SHARE",
+    add("--visible", type=SHARE, default=0.0, metavar="SHARE",
         help="errors in channels that change pixels more count more: 1 as in pixels (default: alike)")  # fmt: skip
-    add("--held-out", type=int, default=16, metavar="N", help="clips kept to judge by (default: %(default)s)")
+    add(
+        "--held-out",
+        type=Whole(0, 100_000),
+        default=16,
+        metavar="N",
+        help="clips kept to judge by (default: %(default)s)",
+    )
     add("--bf16", action="store_true", help="multiply in bfloat16: about 1.7 times as fast on a CPU that has it")
     add("--recompute", action="store_true", help="keep one layer of activations: less memory, a third more work")
     add("--codec", type=Path, metavar="FILE", help="trained codec; with it, pictures of samples while it runs")

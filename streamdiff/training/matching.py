@@ -29,6 +29,7 @@ from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
+from streamdiff.options import RATE, SHARE, WEIGHT, Number, Whole
 from streamdiff.training import distil, forcing, lora, recipe, sequence, student
 from streamdiff.training.distil import ClipModel, Cut, ScoreLevels, clip_velocity, conditions, guided
 from streamdiff.training.forcing import Draws, ForcingConfig
@@ -241,13 +242,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--teacher", type=Path, required=True, metavar="FILE", help="weights of recipe forcing, which know real clips")
-    add("--critic-lr", type=float, default=1e-4, help="learning rate of the critic (default: %(default)s)")
-    add("--student-every", type=int, default=5, metavar="N", help="steps between two of the student (default: 5)")
-    add("--guidance", type=float, default=1.0, help="lead the teacher by sound and prompt (default: %(default)s)")
-    add("--adaptive-sink", type=float, default=0.0, metavar="SHARE", help="clips with a moment of theirs as sink")
-    add("--regression", type=float, default=0.0, metavar="WEIGHT", help="stay near real clips (default: %(default)s)")
-    add("--average", type=float, default=0.98, help="kept of the running average in a move (default: %(default)s)")
-    add("--lora", type=int, metavar="RANK", help="train adapters of this rank; written as lora.safetensors too")
+    add("--critic-lr", type=RATE, default=1e-4, help="learning rate of the critic (default: %(default)s)")
+    add(
+        "--student-every",
+        type=Whole(1, 10_000),
+        default=5,
+        metavar="N",
+        help="steps between two of the student (default: 5)",
+    )
+    add("--guidance", type=WEIGHT, default=1.0, help="lead the teacher by sound and prompt (default: %(default)s)")
+    add("--adaptive-sink", type=SHARE, default=0.0, metavar="SHARE", help="clips with a moment of theirs as sink")
+    add("--regression", type=WEIGHT, default=0.0, metavar="WEIGHT", help="stay near real clips (default: %(default)s)")
+    add(
+        "--average",
+        type=Number(0, 0.999999),
+        default=0.98,
+        help="kept of the running average in a move (default: %(default)s)",
+    )
+    add(
+        "--lora",
+        type=Whole(1, 4096),
+        metavar="RANK",
+        help="train adapters of this rank; written as lora.safetensors too",
+    )
 
 
 def models(run: StudentRun, args: argparse.Namespace) -> tuple[CausalDiT, CausalDiT, CausalDiT]:

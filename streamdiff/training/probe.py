@@ -33,6 +33,7 @@ from streamdiff.avatar.head3d import HeadModel
 from streamdiff.config import EngineConfig
 from streamdiff.errors import InputError
 from streamdiff.models.vae import from_rgb8, to_rgb8
+from streamdiff.options import Whole
 from streamdiff.output import replacing
 from streamdiff.packaged import FOLDER, packaged
 from streamdiff.training.codec import Codec, load_codec
@@ -305,7 +306,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--head", type=Path, required=True, metavar="FILE", help="ict_facekit.npz, the head that the clips show")
     add("--codec", type=Path, metavar="FILE", help="show half of the frames as this codec does")
-    add("--coded-clips", type=int, default=120, metavar="N", help="clips to send through the codec (default: 120)")
+    add(
+        "--coded-clips",
+        type=Whole(0, 1_000_000),
+        default=120,
+        metavar="N",
+        help="clips to send through the codec (default: 120)",
+    )
     add("--held", type=Path, metavar="DIR", help="clips to judge by, drawn with --first 1000000")
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from streamdiff import checkpoint, presets
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.options import BATCH, RATE, SEED, STEPS, THREADS, duration_s
 from streamdiff.output import alone_in
 from streamdiff.tensorfile import save_tensors
 from streamdiff.training.loop import Plan, Task, Trainer
@@ -44,14 +45,19 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, batch: int, lr: float,
     """Options of every recipe that learns: how long, how fast, where to."""
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the run: checkpoint, log, curves, weights")
-    add("--budget", metavar="TIME", help="how long to train, such as 10min or 2h; the learning rate is planned by it")
-    add("--steps", type=int, metavar="N", help="how many steps to train, instead of --budget")
-    add("--batch", type=int, default=batch, metavar="N", help=f"{of} in a step (default: %(default)s)")
-    add("--lr", type=float, default=lr, help="highest learning rate (default: %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same bits (default: %(default)s)")
+    add(
+        "--budget",
+        type=duration_s,
+        metavar="TIME",
+        help="how long to train, such as 10min or 2h; the learning rate is planned by it",
+    )
+    add("--steps", type=STEPS, metavar="N", help="how many steps to train, instead of --budget")
+    add("--batch", type=BATCH, default=batch, metavar="N", help=f"{of} in a step (default: %(default)s)")
+    add("--lr", type=RATE, default=lr, help="highest learning rate (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="same seed, same bits (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    add("--threads", type=int, default=1, help="CPU threads; other numbers, other bits (default: %(default)s)")
+    add("--threads", type=THREADS, default=1, help="CPU threads; other numbers, other bits (default: %(default)s)")
 
 
 def preset_of(args: argparse.Namespace) -> EngineConfig:
@@ -66,10 +72,6 @@ def set_machine(args: argparse.Namespace) -> None:
         raise ConfigError(f"--device must be cpu, cuda or cuda:N, got {args.device!r}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda, but torch finds no CUDA device; use --device cpu")
-    if not 1 <= args.threads <= 1024:
-        raise ConfigError(f"--threads must lie in 1..1024, got {args.threads}; at least 1, at most the cores you have")
-    if args.batch < 1 or args.lr <= 0:
-        raise ConfigError(f"--batch must be at least 1 and --lr above 0, got {args.batch} and {args.lr}")
     torch.set_num_threads(args.threads)
     _keep_memory()
 
@@ -91,27 +93,13 @@ def _keep_memory() -> None:
         libc.mallopt(option, value)
 
 
-def duration_s(text: str) -> float:
-    """Seconds in a duration.
-
-    >>> duration_s("10min"), duration_s("1.5h"), duration_s("90s")
-    (600.0, 5400.0, 90.0)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text.strip(), flags=re.ASCII)
-    if match is None or float(match[1]) == 0:
-        raise ConfigError(f"--budget looks like 10min, 2h or 90s, got {text!r}")
-    return float(match[1]) * {"s": 1.0, "min": 60.0, "h": 3600.0}[match[2]]
-
-
 def plan_of(args: argparse.Namespace, *, budget: str = "40min", warmup_steps: int = 100) -> Plan:
     """How long to train; ``budget`` where neither --budget nor --steps says it."""
     if args.steps is not None and args.budget is not None:
         raise ConfigError("--steps and --budget both say how long to train; give one of them")
     if args.steps is not None:
-        if args.steps < 1:
-            raise ConfigError(f"--steps must be at least 1, got {args.steps}")
         return Plan(steps=args.steps, warmup_steps=warmup_steps)
-    return Plan(budget_s=duration_s(args.budget or budget), warmup_steps=warmup_steps)
+    return Plan(budget_s=duration_s(budget) if args.budget is None else args.budget, warmup_steps=warmup_steps)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -16,6 +16,7 @@ from streamdiff.config import EngineConfig, sparse
 from streamdiff.errors import ConfigError
 from streamdiff.models.dit import CausalDiT
 from streamdiff.models.text import HashedText
+from streamdiff.options import Whole
 from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe, samples, sequence
 from streamdiff.training.codec import load_codec
@@ -29,12 +30,28 @@ def add_arguments(parser: argparse.ArgumentParser, *, lr: float) -> None:
     """Options of every recipe that makes a student."""
     recipe.add_training_arguments(parser, data="folder with latents.safetensors", batch=8, lr=lr)
     add = parser.add_argument
-    add("--chunks", type=int, default=7, help="chunks of a clip (default: %(default)s)")
-    add("--frames-per-chunk", type=int, metavar="T", help="latent frames of a chunk, 1..7 (default: the preset's)")
-    add("--levels", type=int, metavar="N", help="denoising steps of the student, shift 3 (default: the preset's steps)")
+    add("--chunks", type=Whole(1, 64), default=7, help="chunks of a clip (default: %(default)s)")
+    add(
+        "--frames-per-chunk",
+        type=Whole(1, 7),
+        metavar="T",
+        help="latent frames of a chunk, 1..7 (default: the preset's)",
+    )
+    add(
+        "--levels",
+        type=Whole(1, 50),
+        metavar="N",
+        help="denoising steps of the student, shift 3 (default: the preset's steps)",
+    )
     add("--renoise", action=argparse.BooleanOptionalAction, help="the student's sampler (default: the preset's)")
     add("--sparse", action="store_true", help="the student sees the first, the previous and its own chunk")
-    add("--held-out", type=int, default=16, metavar="N", help="clips never trained on (default: %(default)s)")
+    add(
+        "--held-out",
+        type=Whole(0, 100_000),
+        default=16,
+        metavar="N",
+        help="clips never trained on (default: %(default)s)",
+    )
     add("--bf16", action="store_true", help="multiply in bfloat16: about 1.7 times as fast on a CPU that has it")
     add("--recompute", action="store_true", help="keep one layer of activations: less memory, a third more work")
     add("--codec", type=Path, metavar="FILE", help="trained codec; with it, pictures of samples while it runs")

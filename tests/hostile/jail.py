@@ -39,6 +39,7 @@ _WARM = (
     ["generate", "--seconds", "0.1", "--out", "generate.mp4"],
     ["talk", "Hello.", "--out", "talk.mp4", "--no-sheet"],
     ["avatar", "inspect", "nothing.avatar"],
+    ["serve", "--mint", "somebody", "--token-key", "nothing"],
     ["train", "motion", "--help"],
     ["train", "forcing", "--help"],
     ["train", "data", "--help"],

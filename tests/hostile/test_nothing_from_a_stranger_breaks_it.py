@@ -15,7 +15,7 @@ import pytest
 from tests.hostile.case import Case, run
 from tests.hostile.jail import Jail
 
-KINDS = {"pictures": 250, "sounds": 400, "weights": 260}
+KINDS = {"pictures": 250, "sounds": 400, "weights": 260, "options": 500}
 """What strangers give, and how many cases of it there are at least."""
 
 

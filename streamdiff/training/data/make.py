@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from streamdiff.avatar.head3d import HeadModel
 from streamdiff.errors import ConfigError
+from streamdiff.options import SEED, Whole, part
 from streamdiff.training.data.clip import PROMPTS, ClipSource
 from streamdiff.training.data.drawn import DrawnClips
 from streamdiff.training.data.recorded import RecordedClips
@@ -28,18 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the videos show; once for all, or once for each (default: a person who talks)")  # fmt: skip
     add("--speech", type=Path, nargs="*", default=(), metavar="FILE",
         help="recordings to speak from as well: sound files, or facegood_audio2rig.npz")  # fmt: skip
-    add("--clips", type=int, default=960, help="how many clips of 3.9 s to draw (default: %(default)s)")
-    add("--size", type=int, default=128, help="pixels along a side (default: %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same clips (default: %(default)s)")
-    add("--first", type=int, default=0, help="number of the first motion; take a far one for clips to judge by")
-    add("--part", default="0/1", metavar="K/N", help="write every N-th shard beginning with the K-th (default: all)")
+    add(
+        "--clips", type=Whole(1, 10_000_000), default=960, help="how many clips of 3.9 s to draw (default: %(default)s)"
+    )
+    add("--size", type=Whole(16, 1024), default=128, help="pixels along a side (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="same seed, same clips (default: %(default)s)")
+    add(
+        "--first",
+        type=Whole(0, 2**31),
+        default=0,
+        help="number of the first motion; take a far one for clips to judge by",
+    )
+    add(
+        "--part",
+        type=part,
+        default=(0, 1),
+        metavar="K/N",
+        help="write every N-th shard beginning with the K-th (default: all)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Clips to disk, drawn or cut from videos; started again, it goes on."""
-    index, _, parts = str(args.part).partition("/")
-    if not (index.isdigit() and parts.isdigit() and int(index) < int(parts)):
-        raise ConfigError(f"--part is K/N with K below N, got {args.part}; for two processes give 0/2 and 1/2")
     if (args.head is None) == (args.video is None):
         raise ConfigError("say where clips come from: --head ict_facekit.npz draws them, --video FILE... cuts videos")
     if args.prompt and not args.video:
@@ -53,6 +64,6 @@ def run(args: argparse.Namespace) -> int:
         source = DrawnClips(
             HeadModel.load(args.head), voices, count=args.clips, size=args.size, seed=args.seed, first=args.first
         )
-    with tqdm(total=len(source) // int(parts), unit="clip", disable=None) as bar:
-        write_shards(source, args.out, part=(int(index), int(parts)), progress=bar.update)
+    with tqdm(total=len(source) // args.part[1], unit="clip", disable=None) as bar:
+        write_shards(source, args.out, part=args.part, progress=bar.update)
     return 0
