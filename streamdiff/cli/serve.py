@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token-key", type=Path, metavar="FILE", help="key that bearer tokens are signed with, 32 bytes or more")
     add(
         "--rate",
-        type=float,
+        type=Number(0, 1e6, above=True),
         metavar="N",
         help="sessions that one user may begin in a minute, and a fourth of those that "
         "one address may; a photograph counts for five (default: 30 with --token-key, else no limit)",
