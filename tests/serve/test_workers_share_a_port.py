@@ -173,7 +173,7 @@ def test_limits_and_tokens_hold_for_all_workers_together(tmp_path: Path) -> None
     ("options", "why"),
     [
         (["--capacity", "1"], "without a seat"),
-        (["--workers", "0"], "--workers must lie"),
+        (["--workers", "0"], "--workers: must be a whole number"),
         (["--mark", "\n"], "a mark is"),
     ],
 )

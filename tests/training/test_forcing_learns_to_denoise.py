@@ -203,12 +203,12 @@ def test_the_command_trains_stops_and_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "0"], "--steps: must be a whole number in 1.."),
         (["--steps", "5", "--budget", "1min"], "give one of them"),
-        (["--budget", "soon"], "--budget looks like 10min, 2h or 90s, got 'soon'"),
+        (["--budget", "soon"], "--budget: must look like 10min, 2h or 90s, from 1s to 8784h, got 'soon'"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N"),
-        (["--threads", "0"], "--threads must lie in"),
-        (["--batch", "0"], "--batch must be at least 1"),
+        (["--threads", "0"], "--threads: must be a whole number in 1..1024"),
+        (["--batch", "0"], "--batch: must be a whole number in 1.."),
         (["--init", "nowhere.safetensors"], "nowhere.safetensors is not there"),
         (["--data", "nowhere"], "latents.safetensors is not there"),
         (["--steps", "1", "--chunks", "9"], "at most --chunks 4"),

@@ -51,7 +51,7 @@ def test_the_table_needs_no_torch() -> None:
 def test_motion_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["train", "motion", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main([*common, "--speech-minutes", "0"]) == 2
-    assert "--speech-minutes lies above 0" in capsys.readouterr().err
+    assert "--speech-minutes: must be a positive number" in capsys.readouterr().err
     mouth = ["train", "mouth", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--steps", "1"]
     assert main(mouth) == 2
     assert "give --head ict_facekit.npz" in capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_the_commands_make_a_key_a_consent_and_a_signature(tmp_path: Path, capsy
     assert (told[0]["subject"], told[0]["scope"], told[0]["key_name"]) == ("Ann Lee", "live", "Ann")
     for days in ("0", "nan", "1e9"):
         assert main(["avatar", "consent", bundle, "--key", key, "--subject", "x", "--days", days]) == 2
-        assert "--days must lie in" in capsys.readouterr().err
+        assert "--days: must be" in capsys.readouterr().err
     assert main(["avatar", "create", "--photo", "x.jpg", "--consent", "Ann"]) == 2
     assert "--consent needs --key" in capsys.readouterr().err
 
