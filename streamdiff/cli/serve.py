@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from streamdiff.avatar.engine import AvatarEngine
     from streamdiff.conversation.mind import Mind
     from streamdiff.conversation.mouth import Mouth
-    from streamdiff.serve.calls import TalkFactory
+    from streamdiff.serve.calls import Call, TalkFactory
     from streamdiff.serve.gate import Gate
     from streamdiff.serve.limits import Limits
     from streamdiff.serve.permits import Permits
@@ -135,6 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--withdrawn", type=Path, metavar="FILE", help="list of withdrawn consents and users; read again as it changes")
     add("--audit", type=Path, metavar="FILE", help="record who saw whom in a hash-chained log, FILE.jsonl")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="one trace per turn, OpenTelemetry's JSON lines; with --workers a file for each, FILE-0, FILE-1",
+    )
     add("--log", choices=("text", "json"), default="text", help="how to write the log (default: %(default)s)")
 
 
@@ -230,6 +236,7 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
             permits=permits,
             register=_register(args, engines),
             mark=args.mark,
+            watch=_turns(args.trace, link),
         )
         house = House(
             calls=calls,
@@ -290,6 +297,15 @@ def _register(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> 
     except AuditError as error:
         raise InputError(str(error)) from error
     return Register(log, {name: "" if e.bundle is None else e.bundle.sha256 for name, e in engines.items()})
+
+
+def _turns(file: Path | None, link: Link | None) -> Callable[[Call], None] | None:
+    if file is None:
+        return None
+    from streamdiff.serve.turns import Turns
+
+    own = file if link is None else file.with_name(f"{file.stem}-{link.slot}{file.suffix}")
+    return Turns(own).watch
 
 
 def _check(args: argparse.Namespace) -> None:

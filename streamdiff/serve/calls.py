@@ -321,6 +321,7 @@ class Calls:
         permits: whom may be shown to whom; None: everybody.
         register: where sessions are recorded; None: nowhere.
         mark: words on every frame of every session; empty: none.
+        watch: told of every call that begins; None: nobody.
         executor: threads that encode; None: two of its own.
     """
 
@@ -335,9 +336,10 @@ class Calls:
         permits: Permits | None = None,
         register: Register | None = None,
         mark: str = "",
+        watch: Callable[[Call], None] | None = None,
         executor: Executor | None = None,
     ) -> None:
-        self._permits, self._register, self._mark = permits, register, mark
+        self._permits, self._register, self._mark, self._watch = permits, register, mark, watch
         self.leases, self.meters = leases, meters or Meters()
         self.meters.capacity.set(leases.terms.capacity)
         self._opener, self._talk = opener, talk
@@ -452,6 +454,8 @@ class Calls:
             if self._talk is not None:
                 call.talk = self._talk(call)
             self._closers[call.id] = stack.pop_all()
+        if self._watch is not None:
+            self._watch(call)
         self._calls[call.id] = call
         self._tasks[call.id] = task = asyncio.create_task(pump.run())
         task.add_done_callback(lambda _: self._end_soon(call, Ending.FINISHED))
