@@ -21,11 +21,11 @@ class NoServer(StreamdiffError, ConnectionError):  # noqa: N818  it says what ha
 
 
 class Denied(StreamdiffError, PermissionError):  # noqa: N818
-    """The server wants a valid token."""
+    """The server wants a valid token, or may not show this face."""
 
 
 class Busy(StreamdiffError, RuntimeError):  # noqa: N818
-    """No seat is free, or this user holds as many as one may. ``retry_after_s``: seconds after which to ask again."""
+    """No seat is free, or this user holds too many or asks too often. ``retry_after_s``: seconds to wait."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
@@ -75,10 +75,12 @@ async def dial(
 def _refusal(status: int, headers: Mapping[str, str], where: str) -> StreamdiffError:
     if status == 401:
         return Denied("the server wants a valid token: connect(url, token=...); `streamdiff serve --mint` makes one")
+    if status == 403:
+        return Denied("the server may not show this face to you: no consent, or it does not answer to this address")
     if status in (429, 503):
         after = headers.get("Retry-After", "")
         after_s = int(after) if after.isdecimal() and len(after) < 6 else 10
-        what = "this user holds as many sessions as one may" if status == 429 else "all sessions are taken"
+        what = "this user has too many sessions, or asks too often" if status == 429 else "all sessions are taken"
         return Busy(f"{what}; ask again in {after_s} s", retry_after_s=after_s)
     if status == 400:
         return InputError(f"the server has no such avatar for you: {where}")

@@ -344,6 +344,38 @@ def test_a_server_that_is_none_is_an_error_and_not_a_hang(event: str) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+@pytest.mark.parametrize(
+    ("status", "after", "kind", "says"),
+    [
+        (403, "", client.Denied, "no consent"),
+        (429, "7", client.Busy, "too often; ask again in 7 s"),
+        (503, "soon", client.Busy, "taken; ask again in 10 s"),
+        (503, "9" * 30, client.Busy, "ask again in 10 s"),
+        (500, "", client.NoServer, "HTTP 500"),
+        (200, "", client.NoServer, "HTTP 200"),
+    ],
+)
+def test_a_refusal_is_an_error_of_its_kind(status: int, after: str, kind: type[Exception], says: str) -> None:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        del request
+        return web.Response(status=status, headers={"Retry-After": after} if after else {})
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/v1/realtime", refuse)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            with pytest.raises(kind, match=says):
+                async with client.connect(f"http://127.0.0.1:{runner.addresses[0][1]}"):
+                    pass
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_the_address_holds_what_was_asked_for_and_no_token() -> None:
     assert (
         address("https://a.example/base/", avatar="x y", call_id="") == "https://a.example/base/v1/realtime?avatar=x+y"

@@ -17,6 +17,7 @@ from streamdiff.serve.cast import Cast
 from streamdiff.serve.gate import Denied, Gate, Loopback
 from streamdiff.serve.leases import Leases, Terms
 from streamdiff.serve.limits import Limits, Rates, TooOften, _network
+from streamdiff.serve.media import media
 from streamdiff.serve.realtime import realtime
 from streamdiff.serve.realtime_calls import realtime_calls
 from streamdiff.serve.server import House, application
@@ -53,7 +54,7 @@ def visit(
         with Cast({"demo": engine}, load=lambda _: engine) as cast:
             calls = Calls(Leases(Terms(capacity=8)), cast.open)
             house = House(calls=calls, cast=cast, gate=gate or Loopback(), limits=limits)
-            app = application(house, [realtime, realtime_calls, whep, simli])
+            app = application(house, [realtime, realtime_calls, whep, media, simli])
             async with calls, TestClient(TestServer(app)) as client:
                 await asyncio.wait_for(scene(client, house), 60)
                 await house.aclose()

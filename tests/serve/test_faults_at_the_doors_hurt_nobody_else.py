@@ -137,9 +137,10 @@ def test_nobody_else_notices_and_memory_and_descriptors_stay_flat(monkeypatch: p
         assert neighbour.indices == list(range(first, last + 1))
         assert last > 25 * ROUNDS
         count = place.house.calls.meters.registry.get_sample_value
-        ended = {why: count("streamdiff_sessions_ended_total", {"reason": why}) for why in ("gone", "idle")}
-        # Three vanish, one does not read, three say nothing.
-        assert ended == {"gone": 4 * ROUNDS, "idle": 3 * ROUNDS}
+        ended = {why: count("streamdiff_sessions_ended_total", {"reason": why}) or 0 for why in ("gone", "idle")}
+        # Three vanish, one does not read (on a busy machine it is idle before it is given up), three say nothing.
+        assert sum(ended.values()) == 7 * ROUNDS
+        assert ended["gone"] >= 3 * ROUNDS
 
     play(scene, realtime, terms={"capacity": 4, "idle_s": 6.0, "linger_s": 1.0}, side=64)
     (files, tasks, size_mb), later = sizes[0], sizes[1:]
