@@ -224,6 +224,51 @@ def test_a_session_ends_for_the_reasons_that_the_client_knows() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["drained", "failed"])
+def test_a_session_that_the_server_ends_says_why(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(place: Place) -> None:
+        async with place.client() as client:
+            assert client.Connection is not None
+            connection = client.Connection
+            if how == "drained":
+                await place.house.calls.drain(0.0)
+            else:
+                monkeypatch.setattr(Orange, "render", broken)
+            await until(lambda: connection.stopped, "the server ends it")
+            assert client.stopReason == how.upper()
+        await place.empty()
+        assert [str(event.reason) for event in place.told(Ended)] == [how]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the renderer broke")
+
+    play(scene)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_messages_end_nothing() -> None:
+    generator = np.random.default_rng(0)
+    prefixes = [b"", b"SKIP", b"PLAY_IMMEDIATE", b"CAM_", b"BG_", b"DONE!", b"{", b"\x00\x01"]
+
+    async def scene(place: Place) -> None:
+        async with place.client() as client:
+            assert client.Connection is not None
+            for _ in range(1_000):
+                data = prefixes[generator.integers(len(prefixes))] + generator.bytes(int(generator.integers(0, 60)))
+                is_text = bool(generator.integers(2))
+                await client.Connection.wsConnection.send(data.decode("latin-1") if is_text else data)
+            await client.clearBuffer()
+            listener = Listener(client)
+            await client.send(tone(0.6))
+            await listener.heard(0.3)
+            await listener.aclose()
+        await place.empty()
+        assert place.told(Ended)[-1].reason is Ending.LEFT
+
+    play(scene)
+
+
+@pytest.mark.slow
 def test_pipecats_own_service_speaks_through_it() -> None:
     from pipecat.frames.frames import TTSAudioRawFrame, TTSStoppedFrame
     from pipecat.services.simli.video import SimliVideoService
