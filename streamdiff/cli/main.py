@@ -115,9 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return leave(status) if status else 0
 
 
+def _notes(error: BaseException | None) -> list[str]:
+    """What was noted about an error and those that it came from: where the film is."""
+    notes: list[str] = []
+    while error is not None:
+        notes += [note for note in getattr(error, "__notes__", []) if note not in notes]
+        error = error.__cause__
+    return notes
+
+
 def _ended(error: BaseException, *, verbose: bool) -> int:
     """Say why a command has ended; its exit status."""
-    notes = getattr(error, "__notes__", [])
+    notes = _notes(error)
     number = signals.received()
     was_told = number is not None and not (isinstance(error, RankFailed) and not error.was_stopped)
     match error:
