@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -25,6 +26,7 @@ from streamdiff.client.frames import Frames
 from streamdiff.client.opening import address
 from streamdiff.conversation.mind import ScriptedMind
 from streamdiff.errors import InputError, SessionClosed, Unsupported
+from streamdiff.serve.encoder import Codec, VideoEncoder
 from streamdiff.serve.protocol import Ending, Stopped
 from streamdiff.serve.realtime import realtime
 from streamdiff.serve.talk import talking
@@ -295,6 +297,18 @@ def test_a_picture_that_was_lost_keeps_its_sound() -> None:
             assert all(s.item_id for s in shown[3:5])
 
     play(scene, realtime)
+
+
+@pytest.mark.parametrize("codec", ["vp8", "h264"])
+def test_every_picture_is_decoded_as_it_comes(codec: Codec) -> None:
+    encoder, frames = VideoEncoder(64, 48, FPS, codec=codec), Frames(64, 48, FPS)
+    for index in range(12):
+        frame_HWC = np.full((48, 64, 3), 20 * index, np.uint8)
+        picture = encoder.encode(frame_HWC, index, key=index == 0)
+        delta = base64.b64encode(picture.data).decode()
+        (shown,) = frames.picture({"frame": index, "pts_s": index / FPS, "codec": codec, "delta": delta})
+        assert shown.index == index
+        assert abs(shown.frame_HWC.mean() - 20 * index) < 8
 
 
 @pytest.mark.parametrize(
