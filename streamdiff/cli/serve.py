@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -227,7 +228,10 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
 
     takes_photos = not args.no_photos and args.require_consent is None  # a photograph brings no signed record
     prefix = "" if link is None else link.prefix
-    with Cast(engines, load=load if takes_photos else None, prefix=prefix) as cast:
+    with (
+        Cast(engines, load=load if takes_photos else None, prefix=prefix) as cast,
+        _turns(args.trace, link) as watch,
+    ):
         calls = Calls(
             Leases(terms, prefix=prefix),
             cast.open,
@@ -236,7 +240,7 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
             permits=permits,
             register=_register(args, engines),
             mark=args.mark,
-            watch=_turns(args.trace, link),
+            watch=watch,
         )
         house = House(
             calls=calls,
@@ -299,13 +303,17 @@ def _register(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> 
     return Register(log, {name: "" if e.bundle is None else e.bundle.sha256 for name, e in engines.items()})
 
 
-def _turns(file: Path | None, link: Link | None) -> Callable[[Call], None] | None:
+@contextlib.contextmanager
+def _turns(file: Path | None, link: Link | None) -> Generator[Callable[[Call], None] | None]:
+    """Who is told of every call, to trace it."""
     if file is None:
-        return None
+        yield None
+        return
     from streamdiff.serve.turns import Turns
 
     own = file if link is None else file.with_name(f"{file.stem}-{link.slot}{file.suffix}")
-    return Turns(own).watch
+    with contextlib.closing(Turns(own)) as turns:
+        yield turns.watch
 
 
 def _check(args: argparse.Namespace) -> None:
