@@ -492,9 +492,10 @@ class Calls:
 
     async def _revoke(self, permits: Permits) -> None:
         """End calls whose consent does not hold any more."""
-        await asyncio.to_thread(permits.reread)
+        asked = {(call.avatar, call.lease.user) for call in self.all}
+        doubts = await asyncio.to_thread(permits.doubts, asked)
         for call in self.all:
-            if why := permits.why_not(call.avatar, call.lease.user):
+            if why := doubts.get((call.avatar, call.lease.user)):
                 logger.info("session %s: %s", call.log_id, why)
                 self._end_soon(call, Ending.REVOKED)
 

@@ -6,7 +6,7 @@ Asked when a session is leased, and again and again while it runs: a consent tha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,6 +61,11 @@ class Permits:
             raise ConsentError("nobody can be shown: what was withdrawn cannot be read")
         if why := self.why_not(avatar, user):
             raise ConsentError(why)
+
+    def doubts(self, shown: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """Read the list; then which of these, avatar and user, may not go on, and why. For a thread: it verifies."""
+        self.reread()
+        return {each: why for each in shown if (why := self.why_not(*each))}
 
     def reread(self) -> None:
         """Read the list of withdrawals. One that cannot be read leaves the last one standing."""

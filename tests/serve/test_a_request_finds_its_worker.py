@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from streamdiff.serve.front import _NAMED
@@ -45,6 +47,30 @@ def test_a_request_is_passed_on_for_one_answer() -> None:
 )
 def test_what_two_servers_might_read_differently_is_refused(data: bytes) -> None:
     assert parse_head(data) is None
+
+
+@settings(max_examples=60)
+@given(
+    st.one_of(
+        st.binary(max_size=300),
+        st.lists(
+            st.sampled_from([b"GET", b" ", b"/a", b"HTTP/1.1", b"\r\n", b"A:", b"b", b"\n", b"\x00", b"\xff", b":"]),
+            max_size=30,
+        ).map(b"".join),
+        st.lists(st.tuples(st.from_regex(rb"[A-Za-z-]{1,8}", fullmatch=True), st.binary(max_size=12)), max_size=6).map(
+            lambda fields: b"GET /a HTTP/1.1\r\n" + b"".join(k + b": " + v + b"\r\n" for k, v in fields)
+        ),
+    )
+)
+def test_what_is_passed_on_reads_as_what_came(data: bytes) -> None:
+    head = parse_head(data + b"\r\n")
+    if head is not None:
+        again = parse_head(head.passed_on())
+        assert again is not None
+        assert (again.method, again.target) == (head.method, head.target)
+        hop = (b"connection", b"keep-alive", b"proxy-connection")
+        assert again.fields[:-1] == tuple((k, v) for k, v in head.fields if k.lower() not in hop)
+        assert head.passed_on().count(b"\r\n") == len(again.fields) + 2
 
 
 @pytest.mark.parametrize(
