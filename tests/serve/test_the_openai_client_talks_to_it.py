@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.frames import Close
 
 from streamdiff.conversation.mind import ScriptedMind
-from streamdiff.serve.protocol import Stopped
+from streamdiff.serve.protocol import Caption, Status, Stopped
 from streamdiff.serve.realtime import realtime
 from streamdiff.serve.realtime_session import Realtime
 from streamdiff.serve.talk import talking
@@ -245,6 +245,26 @@ def test_all_connections_of_a_session_see_the_response_that_one_of_them_asked_fo
         assert errors == [[], ["conversation_already_has_active_response"]]
         for realtime_ in (one, two):
             realtime_.close()
+
+    play(scene, realtime)
+
+
+def test_words_that_come_late_belong_to_no_later_response() -> None:
+    async def scene(place: Place) -> None:
+        call, paper = await place.house.calls.open("local"), Paper()
+        face = Realtime(call, paper)
+        face.start()
+        for turn, text in ((1, "one"), (2, "two"), (1, "one, and what nobody heard"), (3, "three")):
+            if turn == 3:
+                call.emit(Status("thinking"))
+            call.emit(Caption("avatar", text, turn))
+            face._finish("completed")
+        words: dict[str, str] = {}
+        for event in paper.events:
+            if event["type"] == "response.output_audio_transcript.delta":
+                words[event["response_id"]] = words.get(event["response_id"], "") + event["delta"]
+        assert list(words.values()) == ["one", "two", "three"]
+        face.close()
 
     play(scene, realtime)
 
