@@ -97,7 +97,7 @@ class Front:
                 server = await asyncio.start_server(self._on_connection, host, port, limit=MAX_HEAD_BYTES, backlog=512)
             except OSError as error:
                 raise InputError(f"cannot listen on {host}:{port}: {error.strerror}; try another --port") from error
-            async with server:
+            try:
                 status = await self._start(stop)
                 if status is None:
                     if on_up is not None:
@@ -105,6 +105,9 @@ class Front:
                         on_up(server.sockets[0].getsockname()[1], seats, self._shifts[0].why)
                     await stop.wait()
                 await asyncio.gather(*(shift.end(self._drain_s) for shift in self._shifts))
+            finally:
+                # Not waited for: since Python 3.12 that takes until the last client has read its last byte.
+                server.close()
                 for task in tuple(self._connections):
                     task.cancel()
         return status or 0
