@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import json
 import sys
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         writer = stack.enter_context(
             VideoWriter(args.out, width=size, height=size, fps=FPS, rate_hz=RATE_HZ, metadata=tags)
         )
-        text = sys.stdin if args.text == "-" else _TEXT if args.text is None else args.text
+        text = written(sys.stdin) if args.text == "-" else _TEXT if args.text is None else args.text
         said = _film(args, stream, writer, text, sound, rigs, stack)
     took_s = time.monotonic() - began_s
     sign(signer, args.out)
@@ -152,6 +153,35 @@ def _film(
         contact_sheet(sheet.frames_THWC(), path, columns=_SHEET_COLUMNS)
         print(f"{path}: contact sheet")
     return said
+
+
+_PIECE, _WORDLESS = 4096, 200_000
+
+
+def written(stream: TextIO) -> Iterator[str]:
+    """What is being written to a stream, as it comes and not line by line; bytes that are no UTF-8 become U+FFFD.
+
+    Raises:
+        InputError: 200,000 characters without a letter or a digit.
+    """
+    wordless: int | None = 0
+    for piece in _pieces(stream):
+        if wordless is not None:
+            wordless = None if any(map(str.isalnum, piece)) else wordless + len(piece)
+        if wordless is not None and wordless > _WORDLESS:
+            raise InputError(f"standard input begins with {_WORDLESS} characters that are no words; give some text")
+        yield piece
+
+
+def _pieces(stream: TextIO) -> Iterator[str]:
+    raw = getattr(stream, "buffer", None)
+    if raw is None:
+        yield from iter(lambda: stream.read(_PIECE), "")
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while piece := raw.read1(_PIECE):
+        yield decoder.decode(piece)
+    yield decoder.decode(b"", final=True)
 
 
 def style_from(text: str) -> dict[str, float]:

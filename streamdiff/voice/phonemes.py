@@ -85,7 +85,8 @@ class Reader:
         return "".join(c for c in read if c in self.vocabulary)
 
 
-_LONG_NUMBER = re.compile(r"\d{13,}")
+# With commas as well: the rules stop at numbers that no word names.
+_LONG_NUMBER = re.compile(r"\d{13,}|\d(?:,?\d){18,}")
 
 
 _MAX_RUN, _MAX_WORD = 8, 60
@@ -104,7 +105,7 @@ def _in_pieces(match: re.Match[str]) -> str:
 
 
 def _in_threes(match: re.Match[str]) -> str:
-    digits = match.group()
+    digits = match.group().replace(",", "")
     return " ".join(digits[i : i + 3] for i in range(0, len(digits), 3))
 
 

@@ -63,8 +63,8 @@ class Ending:
 
     @property
     def lines(self) -> list[str]:
-        """What standard error says, line by line."""
-        return [line for line in self.err.splitlines() if line.strip()]
+        """What standard error says, line by line, beside the log."""
+        return [line for line in self.err.splitlines() if line.strip() and not line.startswith("WARNING ")]
 
     def fault(self) -> str:
         """What no input may do to a command, or nothing: a traceback, a hang, much time or memory, many words."""
