@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -118,7 +118,7 @@ def _film(
     args: argparse.Namespace,
     stream: AvatarStream,
     writer: VideoWriter,
-    text: str | TextIO,
+    text: str | Iterable[str],
     sound: Iterator[Tensor] | None,
     rigs: Sequence[tuple[str, tuple[str, int]]],
     stack: ExitStack,
