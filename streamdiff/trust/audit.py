@@ -36,7 +36,7 @@ MAX_BYTES = 16 << 20
 KEPT = 8
 _MOST_LINE = 16_384
 _MOST_VALUE = 300
-_LOCK_S = 5.0
+_LOCK_S = 15.0
 
 
 class AuditError(StreamdiffError, OSError):
