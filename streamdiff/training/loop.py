@@ -28,16 +28,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from streamdiff.checkpoint import check_names_and_shapes
 from streamdiff.errors import CheckpointError, ConfigError, StreamdiffError
+from streamdiff.facts import Facts, parse_json, printable
 from streamdiff.output import make_folder
-from streamdiff.tensorfile import save_tensors
+from streamdiff.tensorfile import is_finite, listed, save_tensors
 from streamdiff.training.history import Log, draw_curves
 
 logger = logging.getLogger(__name__)
@@ -209,12 +210,31 @@ class _Learner:
         check_names_and_shapes(
             {n: tuple(t.shape) for n, t in own.items()}, {n: tuple(t.shape) for n, t in fixed.items()}, what=what
         )
+        self._check_optimiser({n: t for n, t in tensors.items() if n not in fixed}, what=what)
+        if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+            raise CheckpointError(f"{what} holds NaN or infinity ({listed(broken)}); begin anew, or from an older one")
         for name, target in own.items():
             target.copy_(tensors[name])
         for name, p in self.parameters.items():
             if f"step/{name}" in tensors:
                 self.optimiser.state[p] = {key: tensors[f"{key}/{name}"].to(p.device) for key in optimiser_keys}
         self.updates = updates
+
+    def _check_optimiser(self, moments: Mapping[str, Tensor], *, what: str) -> None:
+        """Raise `CheckpointError` unless each parameter has all of an optimiser's moments, or none of them."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, p in self.parameters.items():
+            if any(f"{key}/{name}" in moments for key in ("step", "exp_avg", "exp_avg_sq")):
+                expected |= {
+                    f"step/{name}": (),
+                    f"exp_avg/{name}": tuple(p.shape),
+                    f"exp_avg_sq/{name}": tuple(p.shape),
+                }
+        check_names_and_shapes(expected, {n: tuple(t.shape) for n, t in moments.items()}, what=what)
+        negative = [n for n, t in moments.items() if not n.startswith("exp_avg/") and t.numel() and float(t.min()) < 0]
+        other = [n for n, t in moments.items() if not t.is_floating_point()]
+        if negative or other:
+            raise CheckpointError(f"{what} holds no moments of an optimiser ({listed(negative + other)}); begin anew")
 
 
 class Trainer:
@@ -370,23 +390,23 @@ class Trainer:
 
     def _restore(self, resume: bool) -> None:
         about, tensors = _read(self.checkpoint)
-        step = int(about["step"])
+        step, total, spent_s, updates, facts = _told(about, self.checkpoint)
         if not resume:
             raise ConfigError(
                 f"{self.folder} holds a run at step {step}; add --resume to go on, or choose another --out"
             )
-        total = int(about["total"]) if about["total"] else None
-        self._check_same_run(json.loads(about["facts"]), total)
-        updates = json.loads(about["updates"])
+        self._check_same_run(facts, total)
         if updates.keys() != self._learners.keys():
             raise CheckpointError(
                 f"{self.checkpoint} holds {sorted(updates)} but {sorted(self._learners)} learn here; it is of another "
                 "recipe"
             )
+        if strange := [name for name in tensors if name.partition("/")[0] not in self._learners]:
+            raise CheckpointError(f"{self.checkpoint} holds tensors of nothing that learns here ({listed(strange)})")
         for name, learner in self._learners.items():
             own = {n.split("/", 1)[1]: t for n, t in tensors.items() if n.split("/", 1)[0] == name}
             learner.restore(own, updates[name], what=f"{self.checkpoint} ({name})")
-        self.step, self.spent_s = step, float(about["spent_s"])
+        self.step, self.spent_s = step, spent_s
         self.total = total if total is not None else self.total
 
     def _check_same_run(self, facts: Mapping[str, str], total: int | None) -> None:
@@ -413,11 +433,43 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}); remove it to begin anew") from error
+    except Exception as error:
+        # A stranger's bytes may fail anywhere inside the reader.
+        raise CheckpointError(f"cannot read {path} ({printable(error)}); remove it to begin anew") from error
     if about.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of a run; choose another folder")
     return about, tensors
+
+
+_MOST_STEPS = 10**9
+
+
+def _told(about: Mapping[str, str], path: Path) -> tuple[int, int | None, float, dict[str, int], dict[str, str]]:
+    """Steps done and planned, seconds spent, updates by part, facts of the run. Raises CheckpointError."""
+
+    def fail(why: str) -> NoReturn:
+        raise CheckpointError(f"{path} does not say how far its run is: {why}; remove it to begin anew")
+
+    try:
+        numbers = {
+            name: parse_json(about[name]) for name in ("step", "total", "spent_s") if about[name] or name != "total"
+        }
+        tables = {name: parse_json(about[name]) for name in ("updates", "facts")}
+    except KeyError as error:
+        fail(f"{error} is missing")
+    except ValueError as error:
+        fail(printable(error))
+    told = Facts(numbers, fail)
+    updates, facts = (Facts(table, fail, f"{name}.") for name, table in tables.items())
+    step = told.whole("step", 0, _MOST_STEPS)
+    total = told.whole("total", max(1, step), _MOST_STEPS) if "total" in numbers else None
+    return (
+        step,
+        total,
+        told.number("spent_s", 0, 1e10),
+        {name: updates.whole(name, 0, step) for name in updates.names},
+        {name: facts.words(name, 10_000) for name in facts.names},
+    )
 
 
 @contextlib.contextmanager

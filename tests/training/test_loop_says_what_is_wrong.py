@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from streamdiff.errors import CheckpointError, ConfigError, InputError, StreamdiffError
 from streamdiff.output import alone_in
@@ -102,3 +104,71 @@ def test_a_plan_or_a_part_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to learn"):
         Trainer(task, Path("never made"), Plan(steps=1))
     assert not Path("never made").exists()
+
+
+def _changed(path: Path, about: Mapping[str, str], tensors: Mapping[str, Tensor | None]) -> None:
+    """The checkpoint with other facts and tensors; None takes one away."""
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata() or {}
+    found = {**load_file(path), **tensors}
+    save_file({n: t for n, t in found.items() if t is not None}, path, metadata={**told, **about})
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ({"step": "-1"}, "step must be a number in 0"),
+        ({"step": "1e9"}, "step must be a whole number"),
+        ({"step": "9" * 30}, "step must be a number"),
+        ({"step": "3"}, "total must be a number in 3"),
+        ({"step": "true"}, "step must be a number"),
+        ({"step": "NaN"}, "NaN is no number"),
+        ({"step": "two"}, "does not say how far"),
+        ({"step": ""}, "does not say how far"),
+        ({"total": "-4"}, "total must be a number"),
+        ({"total": "99999999999"}, "total must be a number"),
+        ({"spent_s": "-1"}, "spent_s must be a number"),
+        ({"spent_s": "1e999"}, "spent_s must be a number"),
+        ({"updates": "[]"}, "updates is no table"),
+        ({"updates": '{"often": -1, "seldom": 1}'}, "updates.often must be a number in 0..2"),
+        ({"updates": '{"often": 3, "seldom": 1}'}, "updates.often must be a number in 0..2"),
+        ({"updates": '{"often": 2}'}, "is of another recipe"),
+        ({"facts": "7"}, "facts is no table"),
+        ({"facts": '{"seed": 1}'}, "facts.seed must be a text"),
+        ({"facts": "[" * 100_000}, "nested too deep"),
+        ({"format": "2"}, "is no checkpoint of a run"),
+    ],
+)
+def test_a_checkpoint_that_says_nonsense_of_itself(tmp_path: Path, about: dict[str, str], says: str) -> None:
+    run(tmp_path, 2)
+    _changed(tmp_path / CHECKPOINT, about, {})
+    with pytest.raises(CheckpointError, match=says) as caught:
+        run(tmp_path, 2, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"often/weight/0.weight": torch.full((8, 4), torch.nan)}, "NaN or infinity .*weight/0.weight"),
+        ({"often/average/0.weight": torch.full((8, 4), torch.inf)}, "NaN or infinity .*average/0.weight"),
+        ({"often/exp_avg/0.weight": torch.full((8, 4), torch.nan)}, "NaN or infinity .*exp_avg/0.weight"),
+        ({"often/exp_avg_sq/0.weight": torch.full((8, 4), -1.0)}, "no moments .*exp_avg_sq/0.weight"),
+        ({"often/step/0.weight": torch.tensor(-5.0)}, "no moments .*step/0.weight"),
+        ({"often/step/0.weight": torch.tensor(5)}, "no moments .*step/0.weight"),
+        ({"often/exp_avg/0.weight": None}, "1 missing: exp_avg/0.weight"),
+        ({"often/exp_avg/0.weight": torch.zeros(3)}, "1 misshapen: exp_avg/0.weight"),
+        ({"often/exp_avg/9.weight": torch.zeros(3)}, "1 unexpected: exp_avg/9.weight"),
+        ({"often/weight/0.weight": None}, "1 missing: weight/0.weight"),
+        ({"often/stranger": torch.zeros(1)}, "1 unexpected: stranger"),
+        ({"stranger": torch.zeros(1)}, "nothing that learns here .stranger"),
+        ({"": torch.zeros(1)}, "nothing that learns here"),
+    ],
+)
+def test_a_checkpoint_with_other_tensors(tmp_path: Path, tensors: dict[str, Tensor | None], says: str) -> None:
+    run(tmp_path, 2)
+    _changed(tmp_path / CHECKPOINT, {}, {})
+    assert run(tmp_path, 2, resume=True).step == 2, "written again as it was, it is resumed"
+    _changed(tmp_path / CHECKPOINT, {}, tensors)
+    with pytest.raises(CheckpointError, match=says):
+        run(tmp_path, 2, resume=True)
