@@ -33,7 +33,7 @@ _BASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("train", "data"): ("--head", "nothing.npz", "--out", "out"),
 }  # fmt: skip
 _FILES: Mapping[str, Content] = {"key": b"k" * 40}
-_PER_OPTION = 4
+_PER_OPTION = 2
 WORKERS = {("doctor",), ("train", "motion"), ("train", "motion-consistency"), ("train", "rig"), ("train", "mouth")}
 """Commands that begin to work whatever folder they are given; their numbers are those of the others."""
 

@@ -98,7 +98,7 @@ def _sounds() -> Iterator[tuple[str, str, Content, Wants, float]]:
         for kept in _FRACTIONS:
             cut = long[: int(len(long) * kept)]
             yield f"{suffix}, the first {kept:.0%}", suffix, cut, Wants.EITHER, 4.0 * kept + _SLACK_S
-        for seed in range(10):
+        for seed in range(5):
             yield f"{suffix}, mutation {seed}", suffix, mutated(whole, f"{suffix} {seed}"), Wants.EITHER, 20 * SECONDS
     for name, (suffix, content) in _liars().items():
         yield name, suffix, content, Wants.MADE, SECONDS + _SLACK_S

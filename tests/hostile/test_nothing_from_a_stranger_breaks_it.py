@@ -20,7 +20,7 @@ from tests.hostile import texts
 from tests.hostile.case import Case, run
 from tests.hostile.jail import Jail
 
-KINDS = {"pictures": 250, "sounds": 400, "weights": 260, "options": 500, "texts": 20}
+KINDS = {"pictures": 250, "sounds": 350, "weights": 260, "options": 450, "texts": 20}
 """What strangers give, and how many cases of it there are at least."""
 
 

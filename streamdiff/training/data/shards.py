@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from streamdiff.errors import InputError
+from streamdiff.facts import parse_json
 from streamdiff.tensorfile import save_tensors
 from streamdiff.training.data.clip import TRUTH, Clip, ClipSource
 from streamdiff.training.data.drawn import DrawnClips
@@ -82,8 +83,11 @@ class Shards:
             try:
                 with safe_open(path, "pt") as file:
                     shape = file.get_slice("frames").get_shape()
-                    self._prompts.append(json.loads((file.metadata() or {})["prompts"]))
-            except (SafetensorError, OSError, KeyError) as error:
+                    prompts = parse_json((file.metadata() or {})["prompts"])
+                    if len(shape) != 5 or not isinstance(prompts, list) or len(prompts) != shape[0]:
+                        raise ValueError("it has no prompt for each of its clips")
+                    self._prompts.append(list(map(str, prompts)))
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
                 raise InputError(f"{path} is not a shard of clips ({error}); remove it and make it anew") from error
             self.num_frames, self.size = int(shape[1]), int(shape[2])
             self._places += [(number, i) for i in range(shape[0])]
