@@ -30,8 +30,13 @@ def part_of(path: str | Path) -> Path:
 
     >>> part_of("out/film.mp4").as_posix()
     'out/film.part.mp4'
+
+    Raises:
+        InputError: no name of a file, such as an empty one.
     """
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{str(path)!r} is no name of a file to write; give one")
     return path.with_name(f"{path.stem}.part{path.suffix}")
 
 
