@@ -201,7 +201,7 @@ def test_a_cut_off_file_gives_what_it_has(tmp_path: Path) -> None:
 )
 def test_a_list_of_other_files_is_not_read(tmp_path: Path, text: str, suffix: str) -> None:
     write_sound(tmp_path / "voice.wav", tone(0.5, 16_000), 16_000)
-    (tmp_path / f"list{suffix}").write_text(text.format(voice=tmp_path / "voice.wav"))
+    (tmp_path / f"list{suffix}").write_text(text.format(voice="voice.wav"))
     with pytest.raises(InputError, match="not a sound or video file"):
         read_audio(tmp_path / f"list{suffix}")
 
