@@ -18,5 +18,5 @@ export OMP_NUM_THREADS=1 PATH="$venv/bin:$PATH"
 poe check
 if [ $# -gt 0 ]; then
     shift # the option; what is left are paths, or nothing: all
-    pytest -m "slow and not long and not gpu and not multigpu" --no-other-skips --durations=15 "$@"
+    pytest -n 2 --dist loadfile -m "slow and not long and not gpu and not multigpu" --no-other-skips --durations=15 "$@"
 fi
