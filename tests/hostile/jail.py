@@ -132,8 +132,10 @@ def _serve() -> int:
                 requests.close()
                 answers.close()
                 _leave(_command(asked, streams))
-            answers.write(json.dumps(_ending(child, streams)).encode() + b"\n")
-            answers.flush()
+            ending = _ending(child, streams)
+        # Only now: whoever asked may remove the folder at once.
+        answers.write(json.dumps(ending).encode() + b"\n")
+        answers.flush()
     return 0
 
 

@@ -185,6 +185,8 @@ def test_who_finds_no_seat_is_told_when_to_come_again(reader: str) -> None:
         page.evaluate(
             "async (ids) => { for (const id of ids) await fetch(`/v1/sessions/${id}`, {method: 'DELETE'}); }", ids
         )
+        # A seat is free when its session has been closed, a moment after it was given up.
+        until(page, "(async () => (await (await fetch('/readyz')).json()).free === 2)()")
         page.click("#start")
         until(page, "streamdiff.connections > 0")
         page.click("#leave")
