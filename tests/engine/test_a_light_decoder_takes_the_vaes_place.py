@@ -45,5 +45,5 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     torch.save({"decoder.1.weight": torch.zeros(3)}, path)
     with pytest.raises(CheckpointError, match="missing"):
         Engine(small_config(1), weights=Weights(light_decoder=path)).decoder()
-    with pytest.raises(CheckpointError, match="there is no file"):
+    with pytest.raises(CheckpointError, match="there is no such file"):
         Engine(small_config(1), weights=Weights(light_decoder=tmp_path / "none.pth")).decoder()

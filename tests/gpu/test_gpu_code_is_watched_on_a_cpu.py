@@ -161,7 +161,10 @@ def library(gpu: RecordingDevice, monkeypatch: pytest.MonkeyPatch) -> None:
 
     nccl = made("nccl")
     nccl.Options = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setattr(dist, "ProcessGroupGloo", made("gloo"))
+    gloo = made("gloo")
+    gloo._Options = SimpleNamespace  # type: ignore[attr-defined]
+    gloo.create_default_device = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(dist, "ProcessGroupGloo", gloo)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
 
 

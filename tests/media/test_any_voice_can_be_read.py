@@ -252,4 +252,4 @@ def test_what_a_container_claims_is_not_believed(tmp_path: Path, caplog: pytest.
     assert not caplog.messages
     assert len(_read(path)) == 8_000
     (message,) = caplog.messages  # a long name is shortened
-    assert message.endswith("voice.flac holds 0.50 s of sound, not the 4.295e+06 s that it claims")
+    assert message.endswith(" holds 0.50 s of sound, not the 4.295e+06 s that it claims")

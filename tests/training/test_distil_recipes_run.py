@@ -243,9 +243,9 @@ def test_wrong_calls_get_one_line(data: Path, weights: Path, tmp_path: Path) -> 
         train("consistency", *common)
     with pytest.raises(InputError, match="is not there"):
         train("distil", *common, "--teacher", tmp_path / "nowhere.safetensors")
-    with pytest.raises(ConfigError, match="guidance >= 0"):
+    with pytest.raises(ConfigError, match="--guidance: must be a number"):
         train("distil", *common, "--teacher", weights, "--guidance", -1)
-    with pytest.raises(ConfigError, match="--chunks counts the chunks"):
+    with pytest.raises(ConfigError, match="--chunks: must be a whole number"):
         train("distil", *common, "--teacher", weights, "--chunks", 0)
     with pytest.raises(InputError, match="at most --chunks 3"):
         train("distil", *common, "--teacher", weights, "--chunks", 9)
