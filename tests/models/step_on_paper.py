@@ -78,7 +78,7 @@ def packet(config: EngineConfig, chunk: int) -> Packet:
         motion = torch.zeros(1, 16, config.motion_latents, h, w) if config.motion_latents else None
         commands = (
             SetReference(torch.zeros(1, 16, 1, h, w), motion),
-            SwitchPrompt(torch.zeros(1, 7, config.dit.text_dim)),
+            SwitchPrompt(torch.zeros(1, 60, config.dit.text_dim)),
         )
     return Packet(
         chunk=chunk,

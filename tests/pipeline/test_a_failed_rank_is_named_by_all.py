@@ -127,7 +127,7 @@ def test_a_rank_that_leaves_the_group_early() -> None:
     assert_all_name(run_ranks(faults.leave_early, 3, 1), 1, "left")
 
 
-@pytest.mark.slow
+@pytest.mark.long  # on a busy machine a rank once ended without a word; the cause is not known
 def test_a_rank_that_fails_while_loading() -> None:
     head, culprit, tail = run_ranks(faults.load_with_trouble, 3, 1, "raises", 60.0, timeout_s=20)
     assert_all_name([head, tail], 1, "failed: ValueError: boom")
