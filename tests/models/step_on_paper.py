@@ -69,7 +69,7 @@ def stage_on_paper(config: EngineConfig, options: StepOptions, steps: Sequence[i
 
 
 def packet(config: EngineConfig, chunk: int) -> Packet:
-    """Chunk 0 brings the reference and the prompt."""
+    """Chunk 0 brings the reference and a prompt that is as long as a folded one may be."""
     h, w = config.latent_hw
     audio = config.dit.audio
     assert audio is not None
@@ -78,7 +78,7 @@ def packet(config: EngineConfig, chunk: int) -> Packet:
         motion = torch.zeros(1, 16, config.motion_latents, h, w) if config.motion_latents else None
         commands = (
             SetReference(torch.zeros(1, 16, 1, h, w), motion),
-            SwitchPrompt(torch.zeros(1, 60, config.dit.text_dim)),
+            SwitchPrompt(torch.zeros(1, min(60, config.dit.text_len - 1), config.dit.text_dim)),
         )
     return Packet(
         chunk=chunk,
