@@ -36,8 +36,7 @@ def cases_of(kind: str) -> Iterator[Case]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-# Texts: on a busy machine a case once took 56 s for which the cause is not known.
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.long) if k == "texts" else k for k in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_is_refused_in_one_line_or_something_sensible_comes_of_it(kind: str, jail: Jail, tmp_path: Path) -> None:
     names: set[str] = set()
     faults: list[str] = []
