@@ -53,6 +53,11 @@ def received() -> int | None:
     return _state.number
 
 
+def handles() -> bool:
+    """Whether SIGINT is obeyed as above; otherwise the program that imports this does as it likes."""
+    return signal.getsignal(signal.SIGINT) is _on_signal
+
+
 def handle() -> None:
     """From here on signals are obeyed as above. Elsewhere than in the main thread they are somebody else's business."""
     if threading.current_thread() is not threading.main_thread():
@@ -80,7 +85,7 @@ def done() -> None:
     """The command has ended: a signal that was obeyed is obeyed, and others do what they always do."""
     if _state.number is not None:
         _state.is_over = True
-    elif threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _on_signal:
+    elif threading.current_thread() is threading.main_thread() and handles():
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -110,7 +115,8 @@ class shielded:  # noqa: N801  reads as contextlib's
 def interrupt_main() -> bool:
     """Raise KeyboardInterrupt in the main thread, from another one, as Ctrl-C would; whether that is possible.
 
-    It is no signal from outside: `received` stays as it is.
+    It is no signal from outside: `received` stays as it is. Where signals are handled here it may be called again: what
+    is on its way already is not disturbed.
     """
     handler = signal.getsignal(signal.SIGINT)
     if handler is _on_signal:
@@ -127,6 +133,8 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
         return
     if number == signal.SIGINT and _state.is_inner:
         _state.is_inner = False
+        if _comes_from_a_signal(sys.exc_info()[1]):
+            return
         raise KeyboardInterrupt
     if _state.number is None:
         _state.number = number

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -41,6 +42,10 @@ _SETTLE_S = 0.3
 """A lost connection may be the echo of an older failure, whose verdict is on its way."""
 _LINGER_S = 2.0
 """How long the host of the store stays after the end for a rank that has not read the verdict."""
+_INTERRUPT_S = 0.25
+"""From the failure to the interrupt of a busy main thread, and from one that was lost to the next."""
+_STUCK_S = 3.0
+"""How long a busy main thread may at least take to hear of the failure; other work may keep the machine from it."""
 _CLEANUP_S = 20.0
 """How long a rank that knows of the failure may take to close its files."""
 
@@ -464,8 +469,8 @@ class Watch:
         """Time only, no store: finds a store that does not answer, and a main thread that does not leave."""
         nap_s = POLL_S
         idle_s = fallen_s = 0.0
+        next_s = _INTERRUPT_S
         rounds = -1
-        interrupted = False
         while not self._stop.wait(nap_s):
             if self._failure is None:
                 # Naps are counted, not read off the clock: a process that was itself stopped has not waited.
@@ -478,16 +483,17 @@ class Watch:
             if self._noticed:
                 if fallen_s > _CLEANUP_S:
                     self._abort("cannot close its files")
-            elif fallen_s > 5 * nap_s and not interrupted:
-                interrupted = True
-                self._interrupt()
-            elif fallen_s > max(1.0, self._limits.deadline_s / 4):
+            elif fallen_s > max(_STUCK_S, self._limits.deadline_s / 4):
                 self._abort("is stuck")
+            elif fallen_s > next_s:
+                next_s += _INTERRUPT_S if self._interrupt() else math.inf
 
-    def _interrupt(self) -> None:
-        """Raise KeyboardInterrupt in a busy main thread, so that its files are closed on the way out."""
-        if self._owner is threading.main_thread():
-            signals.interrupt_main()
+    def _interrupt(self) -> bool:
+        """Raise KeyboardInterrupt in a busy main thread, so that its files are closed on the way out.
+
+        Returns whether it may be raised again: finalisers and callbacks of libraries lose exceptions.
+        """
+        return self._owner is threading.main_thread() and signals.interrupt_main() and signals.handles()
 
     def _abort(self, why: str) -> None:
         error = self.error()

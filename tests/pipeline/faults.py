@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from streamdiff import signals
 from streamdiff.errors import RankFailed
 from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.packet import Packet, RefreshSink, ReturnLatent
@@ -78,6 +80,14 @@ def boom() -> None:
 
 
 def hang() -> None:
+    time.sleep(1000)
+
+
+def hang_and_lose_an_interrupt() -> None:
+    """As in a callback of a library, which drops what is raised in it."""
+    signals.handle()
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(1000)
     time.sleep(1000)
 
 

@@ -6,6 +6,7 @@ browser's own statistics say is believed; its screen is kept as a picture (`STRE
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,10 +59,19 @@ def serving(folder: Path, *options: str) -> Generator[tuple[str, subprocess.Pope
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server that reads aloud what is typed."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(tmp_path_factory.mktemp("reader"), "--mind", "none") as (url, _):
         yield url
+
+
+@pytest.fixture
+def reader(server: str) -> str:
+    """A server that reads aloud what is typed, with both of its seats free: a page that only closed may come back."""
+    until_s = time.monotonic() + 120
+    while json.loads(urllib.request.urlopen(f"{server}readyz", timeout=10).read())["free"] != 2:
+        assert time.monotonic() < until_s, "a seat was not given up"
+        time.sleep(0.1)
+    return server
 
 
 @contextmanager
@@ -74,8 +85,17 @@ def page_of(url: str, *flags: str, **options: Any) -> Generator[Any]:
         page.on("console", lambda m: errors.append(m.text) if "Content Security" in m.text else None)
         page.goto(url)
         yield page
+        leave(page)
         browser.close()
     assert errors == []
+
+
+def leave(page: Any) -> None:
+    """Give up the seat, which is otherwise held for a while for one who comes back."""
+    page.evaluate(
+        """async () => streamdiff.session &&
+        await fetch(`/v1/sessions/${streamdiff.session}`, {method: "DELETE"}).catch(() => {})"""
+    )
 
 
 def until(page: Any, expression: str, timeout_s: float = 40.0) -> Any:
@@ -159,7 +179,6 @@ def test_typed_text_is_heard_and_a_stop_silences_it(reader: str) -> None:
         assert not page.evaluate("document.getElementById('face').muted && streamdiff.status !== 'idle'")
 
 
-@pytest.mark.long  # passes on a quiet machine; connecting anew timed out in two of five runs beside other work
 def test_a_reload_keeps_the_session(reader: str) -> None:
     with page_of(reader) as page:
         start(page)
@@ -173,7 +192,6 @@ def test_a_reload_keeps_the_session(reader: str) -> None:
         until(page, "document.getElementById('overlay-title').textContent === 'The session has ended'")
 
 
-@pytest.mark.long  # on a busy machine the seats were not free again within 40 s; the cause is not known
 def test_who_finds_no_seat_is_told_when_to_come_again(reader: str) -> None:
     with page_of(reader) as page:
         ids = page.evaluate(
