@@ -49,6 +49,10 @@ def _start(process: multiprocessing.process.BaseProcess) -> None:
     _started(process)
 
 
+# What a script starts in the background inherits that SIGINT is ignored, and so would all processes of the tests.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _started = multiprocessing.process.BaseProcess.start
 multiprocessing.process.BaseProcess.start = _start  # a process of a fork server raises no audit event
 sys.addaudithook(_on_audit)

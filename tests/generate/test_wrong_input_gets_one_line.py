@@ -163,7 +163,7 @@ def test_the_wrong_checkpoint(inputs: dict[str, str], tmp_path: Path, capsys: py
     assert "missing" in line
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_too_many_ranks(inputs: dict[str, str]) -> None:
     ranks = Ranks.start(1, [part for pair in inputs.items() for part in pair], world_size=9)
     ((status, stderr),) = ranks.end([0], within_s=120).values()

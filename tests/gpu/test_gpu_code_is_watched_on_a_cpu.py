@@ -112,7 +112,7 @@ def decode_on(gpu: RecordingDevice) -> list[Tensor | None]:
     return frames
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_decoding_stage_is_clean_and_its_frames_are_pinned(gpu: RecordingDevice) -> None:
     frames = decode_on(gpu)
     assert gpu.findings == []

@@ -101,6 +101,7 @@ def test_a_stage_that_raises() -> None:
         assert "!5" in outcome.error, "the schedule is printed with the cell marked"
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs() -> None:
     """It is in Python, so it can be interrupted, and its own process ends in order as well."""
     assert_all_name(run_ranks(faults.stream_with_trouble, 3, 2, faults.hang, 2.0), 2, "working for 2.")

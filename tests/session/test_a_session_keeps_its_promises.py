@@ -192,7 +192,7 @@ def test_no_silence_is_put_into_running_speech(jitter_s: float) -> None:
     run(scene())
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_sound_that_stops_is_a_pause_and_not_many_holes() -> None:
     async def scene() -> None:
         async with open_video(live=True) as session:
@@ -325,7 +325,7 @@ def test_a_rank_that_hangs_fails_the_session_in_time_and_for_good(
         free.set()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_face_lives_on_at_any_rate_of_interruptions() -> None:
     async def scene() -> None:
         async with open_video(live=True, num_ranks=2) as session:

@@ -145,7 +145,7 @@ def test_loss_falls_in_both_recipes(dataset: Dataset, tmp_path: Path) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_commands_make_performances_once_and_write_models_that_load(tmp_path: Path) -> None:
     common = ["--data", str(tmp_path / "speech"), "--speech-minutes", "0.5", "--held-out-minutes", "0", "--batch", "4"]
     flow = ["train", "motion", *common, "--steps", "1", "--out", str(tmp_path / "flow")]
