@@ -7,6 +7,7 @@ is the share of the words, at the speed at which this voice has spoken so far.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from bisect import bisect_right
@@ -19,10 +20,12 @@ import numpy as np
 
 from streamdiff.errors import InputError
 from streamdiff.voice.open import open_voice
+from streamdiff.voice.speaker import without_lead
 from streamdiff.voice.speech import SpeechChunk, Synthesizer
 from streamdiff.voice.text import sentences
 
 _REMEMBERED = 64
+_LEAD_S = 0.010
 _LETTERS_PER_S = 15.0
 """Of English read aloud, spaces included; what is assumed before a voice has said anything."""
 
@@ -69,6 +72,8 @@ class ProportionalMouth:
 class TimedVoice:
     """A `Synthesizer` that says what another one says, and a `Mouth` that knows when.
 
+    An utterance begins with at most 10 ms of silence: an answer is heard 20 ms earlier than in a film.
+
     Args:
         voice: the voice proper; give this object to the engine in its place.
     """
@@ -97,7 +102,8 @@ class TimedVoice:
         for sentence in sentences(text):
             timed = _Sentence(sentence, at_s)
             try:
-                for chunk in self._voice.speak(sentence, segment=segment):
+                for part in self._voice.speak(sentence, segment=segment):
+                    chunk = part if at_s else _prompt(part)
                     if len(chunk.samples_S):
                         phonemes = chunk.phonemes or ()
                         timed.ends_s += [at_s + p.end_s for p in phonemes if p.symbol.isalpha()]
@@ -147,6 +153,13 @@ def open_mouth(name: str = "heart") -> TimedVoice:
         ConfigError, InputError, BackendError: as `open_voice`.
     """
     return TimedVoice(open_voice(name))
+
+
+def _prompt(chunk: SpeechChunk) -> SpeechChunk:
+    """The first chunk of an utterance, with little silence before its first sound."""
+    samples_S, phonemes = without_lead(chunk.samples_S, list(chunk.phonemes or ()), chunk.rate_hz, _LEAD_S)
+    timed = None if chunk.phonemes is None else tuple(phonemes)
+    return dataclasses.replace(chunk, samples_S=samples_S, phonemes=timed)
 
 
 def _places(timeline: list[_Sentence], text: str) -> list[int] | None:

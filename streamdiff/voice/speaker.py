@@ -21,14 +21,16 @@ logger = logging.getLogger(__name__)
 _LEAD_S = 0.03
 
 
-def without_lead(samples_S: Floats, phonemes: list[Phoneme], rate_hz: int) -> tuple[Floats, list[Phoneme]]:
-    """Trim leading silence to 30 ms."""
+def without_lead(
+    samples_S: Floats, phonemes: list[Phoneme], rate_hz: int, lead_s: float = _LEAD_S
+) -> tuple[Floats, list[Phoneme]]:
+    """Trim leading silence, 30 ms unless otherwise asked for."""
     window = rate_hz // 200
     first_end = int(phonemes[0].end_s * rate_hz) if phonemes else len(samples_S)
     loud_B = np.abs(samples_S[: len(samples_S) // window * window]).reshape(-1, window).max(axis=1)
     threshold = 0.02 * float(loud_B.max(initial=0.0))
     onset = min(int(np.argmax(loud_B > threshold)) * window, first_end)
-    cut = max(0, onset - int(_LEAD_S * rate_hz))
+    cut = max(0, onset - int(lead_s * rate_hz))
     cut_s = cut / rate_hz
     moved = [Phoneme(p.symbol, max(0.0, p.start_s - cut_s), max(0.0, p.end_s - cut_s)) for p in phonemes]
     return samples_S[cut:], moved

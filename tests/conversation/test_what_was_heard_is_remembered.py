@@ -60,6 +60,29 @@ def test_words_are_heard_by_the_times_of_the_voice(timed: bool, played_s: float,
         assert TEXT[:letters] == (heard if played_s != 1.55 else "Good morning to")
 
 
+class BreathingVoice:
+    """Takes a breath of 30 ms, as voices do, before each of its sentences."""
+
+    rate_hz = 1000
+
+    def speak(self, text: str | Iterable[str], *, segment: int = 0) -> Iterator[SpeechChunk]:
+        del text
+        breath_S, word_S = np.zeros(30, np.float32), np.ones(200, np.float32)
+        phonemes = (Phoneme("", 0.0, 0.03), Phoneme("a", 0.03, 0.23))
+        yield SpeechChunk(np.concatenate([breath_S, word_S]), 1000, phonemes, segment)
+        yield SpeechChunk(np.zeros(0, np.float32), 1000, (), segment, last=True)
+
+
+def test_an_answer_begins_without_the_breath_that_a_film_begins_with() -> None:
+    first, second, end = TimedVoice(BreathingVoice()).speak("One. Two.")
+    assert np.array_equal(first.samples_S, np.repeat(np.array([0, 1], np.float32), [10, 200]))
+    assert first.phonemes is not None
+    assert [p.symbol for p in first.phonemes] == ["", "a"]
+    assert np.allclose([(p.start_s, p.end_s) for p in first.phonemes], [(0.0, 0.01), (0.01, 0.21)])
+    assert len(second.samples_S) == 230
+    assert end.last
+
+
 def test_streams_that_share_a_voice_do_not_mix_their_words() -> None:
     voice = TimedVoice(SlowVoice())
     _spoken(voice, TEXT, 1)
