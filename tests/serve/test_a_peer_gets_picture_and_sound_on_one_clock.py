@@ -10,14 +10,16 @@ from collections.abc import Awaitable, Callable
 from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
 import pytest
-from aiortc import RTCPeerConnection, RTCSessionDescription
+from aiortc import MediaStreamTrack, RTCPeerConnection, RTCSessionDescription
+from aiortc.rtp import RtpPacket
 
-from streamdiff.serve.calls import Call, Calls
+from streamdiff.serve.calls import Call, Calls, Reader
 from streamdiff.serve.leases import Leases, Terms
 from streamdiff.serve.protocol import Caption, Ended, Ending, Say, render
-from streamdiff.serve.webrtc import Bucket, Peer
+from streamdiff.serve.webrtc import AsItComes, Bucket, Peer
 from tests.serve.scripted import Stage
 
 
@@ -127,6 +129,69 @@ def test_a_request_for_a_keyframe_is_heard() -> None:
         await peer.aclose()
 
     meet(scene)
+
+
+class ThreeBlocks(MediaStreamTrack):
+    """A microphone that falls silent after 60 ms."""
+
+    kind = "audio"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num = 0
+
+    async def recv(self) -> Any:
+        if self._num == 3:
+            await asyncio.Event().wait()
+        frame = av.AudioFrame.from_ndarray(np.full((1, 960), 9_000, np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 48_000, 960 * self._num, Fraction(1, 48_000)
+        self._num += 1
+        return frame
+
+
+class Listener(Reader):
+    """Counts the seconds that it hears."""
+
+    hears = True
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.heard_s = 0.0
+        self.heard = asyncio.Event()
+
+    def hear(self, samples_S: Any, rate_hz: int) -> None:
+        self.heard_s += len(samples_S) / rate_hz
+        if self.heard_s >= 0.04:
+            self.heard.set()
+
+
+def test_a_microphone_is_heard_before_more_of_it_comes() -> None:
+    async def scene(calls: Calls, call: Call) -> None:
+        listener = call.talk = Listener(call)
+        far, peer = Far(), Peer(call)
+        far.pc.addTrack(ThreeBlocks())
+        await far.join(peer)
+        async with asyncio.timeout(20):
+            await listener.heard.wait()
+        await far.pc.close()
+        await peer.aclose()
+
+    meet(scene)
+
+
+def test_a_packet_that_was_overtaken_is_dropped_and_a_new_count_is_followed() -> None:
+    buffer = AsItComes()
+
+    def add(number: int) -> bool:
+        packet = RtpPacket(sequence_number=number, timestamp=number * 960)
+        packet._data = b"opus"  # type: ignore[attr-defined]
+        key_wanted, frame = buffer.add(packet)
+        assert not key_wanted
+        assert frame is None or (frame.data, frame.timestamp) == (b"opus", number * 960)
+        return frame is not None
+
+    assert [add(number) for number in (65_534, 0, 65_535, 0, 1)] == [True, True, False, False, True]
+    assert [add(number) for number in (40_000, 39_990, 39_000, 39_001)] == [True, False, True, True]
 
 
 def test_a_flood_of_messages_is_not_read() -> None:
