@@ -12,6 +12,7 @@ A call outlives its viewers: one that lost its connection attaches again, with t
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import logging
@@ -30,6 +31,8 @@ from streamdiff.serve.leases import Lease, Leases, Refused
 from streamdiff.serve.metrics import Meters
 from streamdiff.serve.permits import Permits
 from streamdiff.serve.protocol import (
+    APPEND_HZ,
+    Append,
     Bye,
     Caption,
     Command,
@@ -139,6 +142,8 @@ class Call:
         self.log_id = _log_id(lease)
         """What the logs call it: the id itself opens the session."""
         self.talk: Talk = Reader(self)
+        self.is_recorded = False
+        """Whether a `record.Recorder` films it."""
         self.wants_end: Ending | None = None
         """Set when the client said goodbye; `Calls` ends the call then."""
         self._leases = leases
@@ -158,7 +163,15 @@ class Call:
         height, width = self.session.size
         can = tuple(sorted(self.session.can))
         return Ready(
-            self.id, self.session.fps, self.session.rate_hz, width, height, can, self.talk.hears, self.talk.mind
+            self.id,
+            self.session.fps,
+            self.session.rate_hz,
+            width,
+            height,
+            can,
+            self.talk.hears,
+            self.talk.mind,
+            self.is_recorded,
         )
 
     def subscribe(self, listener: Listener) -> None:
@@ -253,7 +266,7 @@ class Call:
         self._listeners.clear()
 
     def _obey(self, command: Command) -> None:
-        if not isinstance(command, Report):
+        if not isinstance(command, Report | Append):
             self.touch()
         match command:
             case Say(text):
@@ -267,6 +280,8 @@ class Call:
                 self._prompt(text)
             case Report():
                 self._report(command)
+            case Append(audio):
+                self.hear(_samples(audio), APPEND_HZ)
             case Bye():
                 self.wants_end = Ending.LEFT
 
@@ -512,6 +527,15 @@ class Calls:
             await asyncio.to_thread(register.ended, _log_id(lease), reason, lasted_s)
         except AuditError as error:
             logger.error("session %s: its end is not recorded: %s", _log_id(lease), error)
+
+
+def _samples(audio: str) -> NDArray[np.float32]:
+    """The sound in an `Append`, -1..1. InputError: there is none."""
+    try:
+        samples_S = np.frombuffer(base64.b64decode(audio, validate=True), "<i2")
+    except ValueError:
+        raise InputError("audio must be base64 of little-endian int16 samples") from None
+    return samples_S.astype(np.float32) / 32_768
 
 
 def _log_id(lease: Lease) -> str:

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeAlias
 from streamdiff.errors import InputError
 
 MAX_MESSAGE_BYTES = 16_384
+APPEND_HZ = 24_000
 MAX_TEXT = 4_000
 """Characters of one text to say."""
 
@@ -90,13 +91,21 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Append:
+    """Sound of a microphone that no WebRTC carries."""
+
+    audio: str
+    """Base64 of little-endian int16 samples, mono, `APPEND_HZ`; 20 ms is a good length."""
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     """End the session."""
 
 
 Doing: TypeAlias = Literal["idle", "listening", "thinking", "speaking"]
 
-Command: TypeAlias = Say | Interrupt | Listen | Prompt | Report | Bye
+Command: TypeAlias = Say | Interrupt | Listen | Prompt | Report | Append | Bye
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,8 @@ class Ready:
     """Whether a microphone is understood."""
     mind: str = ""
     """Who answers; empty: texts are spoken as they are."""
+    recorded: bool = False
+    """Whether what is shown is kept in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +196,7 @@ _COMMANDS: dict[str, type[Command]] = {
     "listen": Listen,
     "prompt": Prompt,
     "report": Report,
+    "input_audio_buffer.append": Append,
     "bye": Bye,
 }
 _NAMES: dict[type[Any], str] = {

@@ -64,6 +64,7 @@ _HEADERS = {
 _PAGE = {
     "page.js": "text/javascript",
     "packets.js": "text/javascript",
+    "mic.js": "text/javascript",
     "page.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

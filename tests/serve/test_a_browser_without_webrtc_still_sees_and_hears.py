@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serve.test_a_browser_talks_to_it import SENTENCE, page_of, pytestmark, say, screen, serving, until
+from tests.serve.test_a_browser_talks_to_it import QUESTION, SENTENCE, page_of, pytestmark, say, screen, serving, until
 
 __all__ = ["pytestmark"]
 
@@ -89,3 +91,22 @@ def test_webrtc_is_taken_where_it_works(reader: str) -> None:
         page.wait_for_timeout(7_000)  # longer than the page waits before it gives WebRTC up
         assert page.evaluate("streamdiff.transport") == "webrtc"
         assert page.evaluate("document.getElementById('picture').hidden")
+
+
+def test_a_question_by_microphone_gets_through_without_webrtc(tmp_path: Path) -> None:
+    pytest.importorskip("silero_vad", reason="no ear is installed: pip install 'streamdiff[listen]'")
+    wav = tmp_path / "question.wav"
+    subprocess.run([sys.executable, "-c", QUESTION, str(wav)], check=True, timeout=120)
+    with serving(tmp_path) as (url, _), page_of(url, f"--use-file-for-fake-audio-capture={wav}%noloop") as page:
+        block_udp(page)
+        page.click("#start")
+        until(page, "streamdiff.connections > 0 && streamdiff.ready", 60.0)
+        assert page.evaluate("streamdiff.transport") == "websocket"
+        page.click("#mic")
+        until(page, "streamdiff.events.some(e => e.type === 'caption' && e.role === 'user' && e.final)", 60.0)
+        asked = page.evaluate("streamdiff.events.filter(e => e.type === 'caption' && e.role === 'user').at(-1).text")
+        assert "weather" in asked.lower()
+        until(page, "streamdiff.status === 'speaking'", 20.0)
+        page.click("#mic")
+        until(page, "document.getElementById('mic').getAttribute('aria-pressed') === 'false'")
+        page.click("#leave")

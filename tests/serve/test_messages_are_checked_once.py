@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 
 from streamdiff.errors import InputError
 from streamdiff.serve import protocol
-from streamdiff.serve.protocol import Bye, Ended, Ending, Interrupt, Listen, Prompt, Ready, Report, Say, parse, render
+from streamdiff.serve.protocol import (
+    Append,
+    Bye,
+    Ended,
+    Ending,
+    Interrupt,
+    Listen,
+    Prompt,
+    Ready,
+    Report,
+    Say,
+    parse,
+    render,
+)
 
 COMMANDS = [
     Say("Hello, wörld."),
@@ -19,6 +32,7 @@ COMMANDS = [
     Listen(True),
     Prompt("a person smiles"),
     Report(frames_decoded=250, jitter_buffer_ms=61.5),
+    Append("AAD//w=="),
     Bye(),
 ]
 
@@ -74,7 +88,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = ["text", "heard_s", "listening", "freezes", "round_trip_ms", "more"]
+FIELDS = ["text", "heard_s", "listening", "freezes", "round_trip_ms", "audio", "more"]
+KINDS = ["say", "interrupt", "listen", "prompt", "report", "input_audio_buffer.append", "bye", "x"]
 
 
 @pytest.mark.heavy
@@ -84,7 +99,7 @@ FIELDS = ["text", "heard_s", "listening", "freezes", "round_trip_ms", "more"]
     | st.text(max_size=200)
     | JSON.map(json.dumps)
     | st.fixed_dictionaries(
-        {"type": st.sampled_from(["say", "interrupt", "listen", "prompt", "report", "bye", "x"])},
+        {"type": st.sampled_from(KINDS)},
         optional=dict.fromkeys(FIELDS, JSON),
     ).map(json.dumps)
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import struct
 from typing import Any
@@ -12,8 +13,9 @@ import av
 import numpy as np
 import pytest
 
+from streamdiff.serve.calls import Call, Reader
 from streamdiff.serve.media import media
-from streamdiff.serve.protocol import Ending, Say, render
+from streamdiff.serve.protocol import Append, Ending, Say, render
 from tests.serve.house import SECRET, Password, Place, play
 from tests.serve.scripted import FPS
 
@@ -63,6 +65,45 @@ def test_packets_decode_and_lie_on_one_clock_and_messages_go_both_ways() -> None
         assert abs(bright[-1] - loud[-1]) <= 60_000
 
     play(scene, media, gate=Password(), side=64)
+
+
+class Listener(Reader):
+    """Keeps what it hears."""
+
+    hears = True
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.heard: list[tuple[Any, int]] = []
+
+    def hear(self, samples_S: Any, rate_hz: int) -> None:
+        self.heard.append((samples_S, rate_hz))
+
+
+def test_a_microphone_is_carried_as_text_and_what_is_no_sound_is_told() -> None:
+    async def scene(place: Place) -> None:
+        call = await place.house.calls.open("ann")
+        listener = call.talk = Listener(call)
+        spoken_S = np.arange(-480, 480, 2, dtype="<i2") * 60
+        bad = ("@@@@", base64.b64encode(b"odd").decode(), "AAD/")
+        async with place.http.ws_connect(f"/v1/sessions/{call.id}/media", protocols=("streamdiff", KEY)) as socket:
+            for audio in (*bad, base64.b64encode(spoken_S.tobytes()).decode()):
+                await socket.send_str(render(Append(audio)))
+            problems: list[dict[str, Any]] = []
+            async with asyncio.timeout(20):
+                while len(problems) < len(bad) or not listener.heard:
+                    message = await socket.receive()
+                    if (
+                        message.type is aiohttp.WSMsgType.TEXT
+                        and (event := json.loads(message.data))["type"] == "problem"
+                    ):
+                        problems.append(event)
+        assert {problem["text"] for problem in problems} == {"audio must be base64 of little-endian int16 samples"}
+        [(samples_S, rate_hz)] = listener.heard
+        assert rate_hz == 24_000
+        assert np.array_equal(samples_S * 32_768, spoken_S)
+
+    play(scene, media, gate=Password())
 
 
 def test_only_the_owner_of_a_session_gets_its_packets_and_only_messages_are_read() -> None:

@@ -7,6 +7,7 @@ const LEAD_S = 0.15;
 const SLACK_S = 0.01;
 const JUMP_S = 2;
 const MOST_PICTURES = 50;
+const MOST_UNSENT = 65_536; // bytes: a microphone that is seconds late is of no use
 const PICTURE = 0, KEYFRAME = 1, SOUND = 2, HEADER_BYTES = 16;
 const CODECS = { vp8: "vp8", h264: "avc1.42E01F" };
 
@@ -45,6 +46,13 @@ export class Packets {
   get lead_ms() { return 1000 * LEAD_S; }
 
   send(text) { this.socket.send(text); }
+
+  // 16-bit samples of the microphone, mono, 24 kHz.
+  append(samples) {
+    if (!this.isOpen || this.socket.bufferedAmount > MOST_UNSENT) return;
+    const bytes = new Uint8Array(samples.buffer, samples.byteOffset, samples.byteLength);
+    this.send(JSON.stringify({ type: "input_audio_buffer.append", audio: btoa(String.fromCharCode(...bytes)) }));
+  }
 
   // Forget sound that waits: an interrupted answer.
   hush() {

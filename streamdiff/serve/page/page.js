@@ -11,12 +11,13 @@ const STAGES = [
 const KEEP = 24;
 const PROBE_MS = 5;
 const LOUD = 0.01;
+const MOST_MUTED_MS = 1000;
 const GIVE_UP_MS = 6000; // WebRTC on a network that lets it through stands after half a second
 
 // For the tests, and for the curious: everything that the page knows.
 const state = (window.streamdiff = {
   session: null, status: "off", ready: null, latencies: [], stats: {}, events: [], connections: 0, sync_ms: null,
-  transport: "webrtc",
+  transport: "webrtc", loud,
 });
 
 let peer = null;
@@ -27,6 +28,7 @@ let audioSender = null;
 let packets = null;
 let packetSink = null;
 let packetTimer = null;
+let micContext = null; // where WebRTC does not carry the microphone
 let audioContext = null;
 let analyser = null;
 let stopping = false;
@@ -80,7 +82,7 @@ function notice(text) {
 
 function enable(on) {
   for (const id of ["text", "send", "interrupt", "leave"]) $(id).disabled = !on;
-  const hears = state.ready?.hears && !packets; // the WebSocket carries no microphone
+  const hears = state.ready?.hears;
   $("mic").disabled = !on || !hears;
   $("mic").hidden = on && !hears;
 }
@@ -149,20 +151,27 @@ function redraw() {
   }
 }
 
+const samples = new Float32Array(256);
+
+function arrives() {
+  analyser?.getFloatTimeDomainData(samples);
+  return samples.some((x) => Math.abs(x) > LOUD);
+}
+
+// Whether the face is heard now: what arrives is loud, and not muted.
+function loud() { return !face.muted && arrives(); }
+
 let probe = null;
 
 function listenFor(what, sinceMs) {
   clearInterval(probe);
-  if (!analyser) return;
-  const samples = new Float32Array(256);
   let quietSince = null;
   probe = setInterval(() => {
-    analyser.getFloatTimeDomainData(samples);
-    const loud = samples.some((x) => Math.abs(x) > LOUD); // a pause between two words is shorter than 400 ms
+    const isLoud = loud(); // a pause between two words is shorter than 400 ms
     const now = performance.now();
-    if (what === "audible" && loud) finish(now);
+    if (what === "audible" && isLoud) finish(now);
     if (what === "silent") {
-      quietSince = loud ? null : quietSince ?? now;
+      quietSince = isLoud ? null : quietSince ?? now;
       if (quietSince !== null && now - quietSince > 400) finish(quietSince);
     }
     if (now - sinceMs > 10_000) clearInterval(probe);
@@ -233,6 +242,7 @@ async function connect() {
   channel.onmessage = ({ data }) => heard(JSON.parse(data));
   mine.ontrack = ({ track, streams, receiver }) => {
     if ("jitterBufferTarget" in receiver) receiver.jitterBufferTarget = 0;
+    else receiver.playoutDelayHint = 0; // its name before 2024
     if (face.srcObject !== streams[0]) face.srcObject = streams[0];
     if (track.kind === "audio") tap(streams[0]);
   };
@@ -267,17 +277,17 @@ function stands() {
   state.connections += 1;
   overlay();
   enable(true);
+  if (packets && micStream) carry();
   if (!document.activeElement || document.activeElement === document.body) $("text").focus();
 }
 
-// WebRTC does not get through: the same session over a WebSocket, without a microphone.
+// WebRTC does not get through: the same session over a WebSocket.
 function overSocket() {
   if (!canWatch() || stopping) return stopping ? undefined : lost();
   clearTimeout(retryTimer);
   peer?.close();
   packets?.close();
   peer = channel = audioSender = null;
-  micOff();
   state.transport = "websocket";
   packetSink?.disconnect();
   packetSink = audioContext.createGain();
@@ -365,6 +375,7 @@ async function leave() {
 }
 
 let unmuteTimer = null;
+let userSpeaks = false;
 
 function heard(event) {
   state.events.push(event);
@@ -372,8 +383,10 @@ function heard(event) {
   switch (event.type) {
     case "ready":
       state.ready = event;
+      $("recorded").hidden = !event.recorded;
       enable(true);
       break;
+    case "hearing": userSpeaks = event.speaking; break;
     case "status":
       show(event.state);
       if (event.state !== "speaking") unmute();
@@ -382,19 +395,30 @@ function heard(event) {
     case "caption": caption(event); break;
     case "latency": latency(event.stage, event.ms, event.turn); break;
     case "stopped":
-      if (event.segment) [...document.querySelectorAll("#captions li.avatar")].at(-1)?.classList.add("cut");
+      if (event.segment) {
+        [...document.querySelectorAll("#captions li.avatar")].at(-1)?.classList.add("cut");
+        mute(true); // whoever spoke: what has left the server is not worth hearing any more
+      }
       packets?.hush();
       unmute();
       break;
-    case "problem": notice(event.text); break;
+    case "problem":
+      notice(event.text);
+      if (event.code === "recording") $("recorded").hidden = true;
+      break;
     case "ended": ended(event.reason); break;
   }
 }
 
 function unmute() {
-  // What is still in the jitter buffer belongs to the interrupted answer.
+  // What is still in the jitter buffer belongs to the interrupted answer. While the user speaks nothing else is there.
+  const latest = performance.now() + MOST_MUTED_MS;
+  const settle = () => {
+    if (userSpeaks && arrives() && performance.now() < latest) unmuteTimer = setTimeout(settle, PROBE_MS);
+    else mute(false);
+  };
   clearTimeout(unmuteTimer);
-  unmuteTimer = setTimeout(() => mute(false), (state.stats.jitter_buffer_ms ?? 80) + 60);
+  unmuteTimer = setTimeout(settle, (state.stats.jitter_buffer_ms ?? 80) + 60);
 }
 
 function interrupt() {
@@ -424,13 +448,33 @@ async function micOn() {
   }
   notice();
   $("mic").setAttribute("aria-pressed", "true");
+  if (packets) await carry();
   await audioSender?.replaceTrack(micStream.getAudioTracks()[0]);
   await devices();
+}
+
+// Sends the microphone over the WebSocket: 16-bit samples at 24 kHz, as the server's own doors take them.
+async function carry() {
+  if (micContext) return;
+  const context = (micContext = new AudioContext({ sampleRate: 24000 }));
+  const mine = micStream;
+  try {
+    await context.audioWorklet.addModule("/page/mic.js");
+    if (mine !== micStream) return; // switched off meanwhile
+    const node = new AudioWorkletNode(context, "mic", { numberOfOutputs: 0 });
+    node.port.onmessage = ({ data }) => packets?.append(data);
+    context.createMediaStreamSource(mine).connect(node);
+  } catch (error) {
+    micOff();
+    notice(`The microphone cannot be carried over this connection: ${error.message}. Type instead.`);
+  }
 }
 
 function micOff() {
   micStream?.getTracks().forEach((track) => track.stop());
   micStream = null;
+  micContext?.close();
+  micContext = null;
   $("mic").setAttribute("aria-pressed", "false");
   audioSender?.replaceTrack(null).catch(() => {});
 }
