@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamdiff import signals
-from streamdiff.cli.verify import LOG_SUFFIX
+from streamdiff.cli.verify import LOG_SUFFIX, add_sign_argument, sign, signer_from
 from streamdiff.errors import BackendError, ConfigError, InputError
 from streamdiff.options import DAY_S, SECONDS, Number, Whole
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from streamdiff.conversation.mind import Mind
     from streamdiff.conversation.mouth import Mouth
     from streamdiff.serve.calls import Call, TalkFactory
+    from streamdiff.serve.cast import Cast
     from streamdiff.serve.gate import Gate
     from streamdiff.serve.limits import Limits
     from streamdiff.serve.permits import Permits
@@ -142,6 +143,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="one trace per turn, OpenTelemetry's JSON lines; with --workers a file for each, FILE-0, FILE-1",
     )
+    add(
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what every session shows, with its sound, as a film in this folder; the page says so. Not of "
+        "photographs that users bring. 1 GiB of the disk is left free",
+    )
+    add_sign_argument(parser, "with --record, sign every film")
     add("--log", choices=("text", "json"), default="text", help="how to write the log (default: %(default)s)")
 
 
@@ -230,7 +239,8 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
     prefix = "" if link is None else link.prefix
     with (
         Cast(engines, load=load if takes_photos else None, prefix=prefix) as cast,
-        _turns(args.trace, link) as watch,
+        _turns(args.trace, link) as traced,
+        _films(args, cast) as filmed,
     ):
         calls = Calls(
             Leases(terms, prefix=prefix),
@@ -240,7 +250,7 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
             permits=permits,
             register=_register(args, engines),
             mark=args.mark,
-            watch=watch,
+            watch=_both(traced, filmed),
         )
         house = House(
             calls=calls,
@@ -280,7 +290,8 @@ def _permits(args: argparse.Namespace, engines: Mapping[str, AvatarEngine]) -> P
     trusted = None if args.require_consent is None else read_public_keys(args.require_consent)
     bundles = {name: engine.bundle for name, engine in engines.items()}
     signed = {name: Signed(b.sha256, b.statements) for name, b in bundles.items() if b is not None}
-    permits = Permits(signed, trusted=trusted, withdrawn=args.withdrawn)
+    scopes = ("live",) if args.record is None else ("live", "film")
+    permits = Permits(signed, trusted=trusted, scopes=scopes, withdrawn=args.withdrawn)
     for name in engines:
         permits.check(name, "")
     return permits
@@ -316,7 +327,35 @@ def _turns(file: Path | None, link: Link | None) -> Generator[Callable[[Call], N
         yield turns.watch
 
 
+@contextlib.contextmanager
+def _films(args: argparse.Namespace, cast: Cast) -> Generator[Callable[[Call], None] | None]:
+    """Who is told of every call, to film it. Photographs that users bring are promised to be forgotten."""
+    if args.record is None:
+        yield None
+        return
+    from streamdiff.serve.record import Recorder
+
+    signer = signer_from(args)
+
+    def finish(film: Path) -> None:
+        sign(signer, film)
+
+    with Recorder(args.record, may=lambda avatar: cast.owner(avatar) is None, finish=finish) as recorder:
+        yield recorder.watch
+
+
+def _both(*watches: Callable[[Call], None] | None) -> Callable[[Call], None]:
+    def watch(call: Call) -> None:
+        for each in watches:
+            if each is not None:
+                each(call)
+
+    return watch
+
+
 def _check(args: argparse.Namespace) -> None:
+    if args.sign is not None and args.record is None:
+        raise ConfigError("--sign signs films, and without --record FOLDER there are none")
     if not 0 <= args.port < 65_536:
         raise ConfigError(f"--port must lie in 0..65535, got {args.port}")
     if not 1 <= args.workers <= 256:

@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", metavar="N:HASH", help="of an audit log: the head that was kept elsewhere")
 
 
-def add_sign_argument(parser: argparse.ArgumentParser) -> None:
+def add_sign_argument(parser: argparse.ArgumentParser, what: str = "sign the finished film") -> None:
     """The option that signs a film."""
     parser.add_argument(
         "--sign",
         type=Path,
         nargs=2,
         metavar=("CERT", "KEY"),
-        help="sign the finished film (C2PA) with this certificate chain and private key, PEM",
+        help=f"{what} (C2PA) with this certificate chain and private key, PEM",
     )
 
 

@@ -32,6 +32,7 @@ class Permits:
     Args:
         avatars: the server's own, by name; the first is shown unless another is asked for.
         trusted: keys whose consents count; None: no consent is asked for.
+        scopes: what a consent must be for (`trust.consent.SCOPES`); films beside conversations where sessions are kept.
         withdrawn: a list that is read again and again (`trust.consent`); None: nothing can be withdrawn. Replace it by
             renaming a new one into its place: of a list that is half written, half is obeyed.
         clock: what time it is.
@@ -42,10 +43,11 @@ class Permits:
         avatars: Mapping[str, Signed],
         *,
         trusted: Sequence[PublicKey] | None = None,
+        scopes: Sequence[str] = ("live",),
         withdrawn: Path | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._clock = clock
+        self._clock, self._scopes = clock, tuple(scopes)
         self._avatars, self._trusted, self._path = dict(avatars), trusted, withdrawn
         self._withdrawn = Withdrawn()
         self._unread = ""
@@ -93,14 +95,15 @@ class Permits:
         if signed is None:
             return "this server shows nobody without a signed record of consent"
         try:
-            check_consent(
-                signed.statements,
-                signed.sha256,
-                trusted=self._trusted,
-                scope="live",
-                withdrawn=self._withdrawn,
-                now=self._clock(),
-            )
+            for scope in self._scopes:
+                check_consent(
+                    signed.statements,
+                    signed.sha256,
+                    trusted=self._trusted,
+                    scope=scope,
+                    withdrawn=self._withdrawn,
+                    now=self._clock(),
+                )
         except InputError as error:
             return f"{name[:40]} may not be shown: {error}"
         return ""

@@ -168,3 +168,17 @@ def test_a_server_says_at_the_start_whom_it_may_not_show(tmp_path: Path, capsys:
     options = ["--avatar", str(bundle), "--mind", "none", "--capacity", "1"]
     assert command(["serve", *options, "--require-consent", str(tmp_path / "k.pub")]) == 2
     assert "a may not be shown: it holds no record of consent" in capsys.readouterr().err
+
+
+def test_where_sessions_are_filmed_a_consent_must_be_for_films_too(key: SigningKey) -> None:
+    avatars = {
+        "ann": signed(key, ANN),
+        "bob": signed(key, BOB, scope="film live"),
+        "eve": signed(key, ANN, scope="film"),
+    }
+    permits = Permits(avatars, trusted=[key.public], scopes=("live", "film"))
+    permits.check("bob", "guest")
+    with pytest.raises(ConsentError, match="not for film"):
+        permits.check("ann", "guest")
+    with pytest.raises(ConsentError, match="not for live"):
+        permits.check("eve", "guest")
