@@ -535,7 +535,7 @@ def _samples(audio: str) -> NDArray[np.float32]:
         samples_S = np.frombuffer(base64.b64decode(audio, validate=True), "<i2")
     except ValueError:
         raise InputError("audio must be base64 of little-endian int16 samples") from None
-    return samples_S.astype(np.float32) / 32_768
+    return samples_S.astype(np.float32) / np.float32(32_768)
 
 
 def _log_id(lease: Lease) -> str:
