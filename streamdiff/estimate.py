@@ -232,12 +232,17 @@ def describe(schedule: Schedule, found: Forecast, engine: Engine, *, device: str
     bytes_per_value = _bytes_per_value(device)
     step = cost.step_flops(config)
     audio = "with audio" if config.dit.audio else "no audio"
+    kept = cost.snapshot_bytes(
+        config, bytes_per_value=bytes_per_value, eight_bit_history=engine.options.history is Precision.FP8
+    )
     lines = [
         f"{config.name}: {cost.dit_parameters(config.dit) / 1e9:.3f} B parameters ({audio}), "
         f"{config.width}x{config.height} at {config.fps} fps, chunks of {config.video_frames_per_chunk} frames "
         f"({config.chunk_s:.2f} s), {config.num_steps} steps",
         f"one step of one chunk: {step.total / 1e12:.3g} TFLOP over {config.chunk_tokens} tokens; "
         f"a hop carries {hop_kib(config):.0f} KiB",
+        f"a line of processes that heals copies {_size(kept)} to the host per chunk and step, "
+        f"{_size(round(kept / config.chunk_s))}/s for a live stream (off: heals=False)",
         "",
         f"{'rank':<6}{'does':<28}{'s/chunk':>9}{'busy':>7}{'memory':>11}{'weights':>11}{'history':>11}",
     ]

@@ -20,7 +20,8 @@ positions, so a chunk attends to one dense prefix of that buffer: no concatenati
 What is where is decided with integers in `Ring` (`ring`); `StepMemory` (`step`) moves the tensors.
 """
 
+from streamdiff.memory.kept import Kept
 from streamdiff.memory.ring import Restore, Ring, Slot, sink_lead
 from streamdiff.memory.step import LayerMemory, SinkMemory, StepMemory
 
-__all__ = ["LayerMemory", "Restore", "Ring", "SinkMemory", "Slot", "StepMemory", "sink_lead"]
+__all__ = ["Kept", "LayerMemory", "Restore", "Ring", "SinkMemory", "Slot", "StepMemory", "sink_lead"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streamdiff import rng
@@ -119,6 +120,15 @@ class Ring:
         self._spilled = {spill: c for spill, c in self._spilled.items() if c < chunk}
         self.latest = chunk - 1
         return [Restore(chunk=c, slot=self.slot_of(c), spill=where[c]) for c in lost]
+
+    @property
+    def whereabouts(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Slot -> chunk that is there, and spill slot -> chunk kept there."""
+        return dict(self._held), dict(self._spilled)
+
+    def resume(self, latest: int, held: Mapping[int, int], spilled: Mapping[int, int]) -> None:
+        """Stand where another ring of this shape stood."""
+        self.latest, self._held, self._spilled = latest, dict(held), dict(spilled)
 
     def clear(self) -> None:
         self.latest = -1

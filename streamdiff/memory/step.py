@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from streamdiff.errors import MemoryOrderError
+from streamdiff.memory.kept import Kept
 from streamdiff.memory.ring import Ring, Slot
 from streamdiff.rope import Rotation
 from streamdiff_kernels import Impl, quantise_rows, rotate_sink_
@@ -129,6 +130,9 @@ class StepMemory:
         self._first_keys_ZBLNK = like.new_zeros((Z, B, chunk_tokens if keeps_first else 0, N, K))
         """Keys of the first chunk as they were written, at their first positions."""
         self._knows_first = False
+        self._writes = 0
+        self._written: dict[int, int] = {}
+        """Chunk -> which write its keys and values are, counted; a chunk that is made anew is written anew."""
         self._spills = [ring.new_zeros((slack_chunks, Z, B, chunk_tokens, *ring.shape[3:])) for ring in self._rings]
 
     @property
@@ -187,6 +191,10 @@ class StepMemory:
         """Make room for a chunk; what it displaces goes to the spill. See `Ring.admit` for the order asked for."""
         slot = self.ring.admit(chunk)
         self._knows_first = self._knows_first and chunk > 0
+        self._writes += 1
+        held, spilled = self.ring.whereabouts
+        remembered = {*held.values(), *spilled.values()}
+        self._written = {c: n for c, n in self._written.items() if c in remembered} | {chunk: self._writes}
         if slot.evicted is not None and self.ring.slack:
             spill, rows = slot.evicted % self.ring.slack, self._rows(slot.index)
             for ring, kept in zip(self._rings, self._spills, strict=True):
@@ -239,6 +247,40 @@ class StepMemory:
             rows = self._rows(restore.slot)
             for ring, kept in zip(self._rings, self._spills, strict=True):
                 ring[:, :, rows].copy_(kept[restore.spill])
+
+    def kept(self) -> Kept:
+        """All that it must be told to go on from here, but for the sink; see `Kept`.
+
+        Keys and values of a chunk are written once. A first chunk that is kept is turned in the ring later on, so it is
+        to be copied before the chunk after it comes.
+        """
+        held, spilled = self.ring.whereabouts
+        tensors: dict[str, Tensor] = {}
+        for i, (ring, spill) in enumerate(zip(self._rings, self._spills, strict=True)):
+            tensors |= {f"{self._written[c]}/{i}": spill[place] for place, c in spilled.items()}
+            tensors |= {f"{self._written[c]}/{i}": ring[:, :, self._rows(slot)] for slot, c in held.items()}
+        facts = {
+            "latest": self.ring.latest,
+            "held": list(held.items()),
+            "spilled": list(spilled.items()),
+            "written": list(self._written.items()),
+            "writes": self._writes,
+        }
+        return Kept(facts, tensors)
+
+    def resume(self, kept: Kept) -> None:
+        """Stand where `kept` was taken. The sink is not in it: `take_sink` after its prompt and reference are known."""
+        facts = kept.facts
+        held, spilled = dict(facts["held"]), dict(facts["spilled"])
+        self.ring.resume(facts["latest"], held, spilled)
+        self._written, self._writes, self._knows_first = dict(facts["written"]), facts["writes"], False
+        for i, (ring, spill) in enumerate(zip(self._rings, self._spills, strict=True)):
+            for slot, chunk in held.items():
+                ring[:, :, self._rows(slot)].copy_(kept.tensors[f"{self._written[chunk]}/{i}"])
+            for place, chunk in spilled.items():
+                spill[place].copy_(kept.tensors[f"{self._written[chunk]}/{i}"])
+        filled = min(self.ring.latest + 1, self.ring.window)
+        self._point(self.ring.slot_of(self.ring.latest) if filled else 0, filled)
 
     def clear(self) -> None:
         """Forget every chunk; the sink stays."""

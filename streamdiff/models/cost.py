@@ -185,6 +185,16 @@ def _saved_by_eight_bits(config: DiTConfig, bytes_per_value: int, kept_layers: i
     return values * (bytes_per_value - 1) - rows * 4
 
 
+def snapshot_bytes(config: EngineConfig, *, bytes_per_value: int, eight_bit_history: bool = False) -> int:
+    """What a line that heals copies to the host for one chunk and one step: the chunk's keys and values, once.
+
+    The 14B preset at 704x384 in bfloat16: 2.42 GiB, in eight bits half of that and a scale per token and head.
+    """
+    dit = config.dit
+    per_token = dit.dim + 4 * dit.num_heads if eight_bit_history else dit.dim * bytes_per_value
+    return 2 * dit.num_layers * config.chunk_tokens * per_token
+
+
 def hop_bytes(config: EngineConfig) -> int:
     """What moves from rank to rank for one chunk: the latent and the sound's hidden states, float32."""
     h, w = config.latent_hw

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamdiff.config import EngineConfig
 from streamdiff.errors import MemoryOrderError
+from streamdiff.memory import Kept
 from streamdiff.models.served.decoder import ServedDecoder
 from streamdiff.models.vae import DecoderState, VideoDecoder, to_rgb8
 from streamdiff.pipeline.device import on_device
@@ -39,9 +40,37 @@ class DecodeStage:
         self._way_out: torch.cuda.Stream | None = None
         self._before: dict[int, DecoderState] = {}
         """Chunk -> what the decoder remembered before it, for the chunks that can be taken back, and for the next."""
+        self._states = 0
+        self._numbers: dict[int, int] = {}
+        """Chunk -> number of that state, by which it is kept."""
 
     def begin(self, *, seed: int, stream: int) -> None:
         """See `SeatedStage`; a decoder draws no noise, and `SetReference` primes it."""
+
+    def kept(self) -> Kept:
+        """See `KeptStage`. A state is written once, and there is a new one after every chunk."""
+        tensors: dict[str, Tensor] = {}
+        for chunk, state in self._before.items():
+            tensors |= {f"{self._numbers[chunk]}/{i}": past for i, past in enumerate(state.pasts)}
+        before = [[c, self._numbers[c], s.num_latents, len(s.pasts)] for c, s in self._before.items()]
+        return Kept({"before": before, "states": self._states}, tensors)
+
+    def resume(self, kept: Kept) -> None:
+        """See `KeptStage`."""
+        before: list[list[int]] = kept.facts["before"]
+        self._states = kept.facts["states"]
+        self._numbers = {chunk: number for chunk, number, _, _ in before}
+        self._before = {
+            chunk: DecoderState(
+                num_latents, tuple(kept.tensors[f"{number}/{i}"].to(self._device) for i in range(num_pasts))
+            )
+            for chunk, number, num_latents, num_pasts in before
+        }
+
+    def _remember(self, chunk: int, state: DecoderState) -> None:
+        self._states += 1
+        self._before[chunk] = state
+        self._numbers = {c: n for c, n in self._numbers.items() if c in self._before} | {chunk: self._states}
 
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
@@ -67,7 +96,7 @@ class DecodeStage:
         with span(self._observer, "decode", chunk=packet.chunk, epoch=packet.epoch):
             frames_BCTHW, after = self._decoder.decode(packet.latent_BCTHW, state)
             frames_THWC = self._leave(to_rgb8(frames_BCTHW)[0])
-        self._before[packet.chunk + 1] = after
+        self._remember(packet.chunk + 1, after)
         self._before.pop(packet.chunk - self._slack - 1, None)
         return replace(packet, frames_THWC=frames_THWC)
 
@@ -101,4 +130,5 @@ class DecodeStage:
         if latents is None:
             latents = reference.reference_BCTHW.expand(-1, -1, PRIMING_LATENTS, -1, -1)
         _, state = self._decoder.decode(latents[:, :, :PRIMING_LATENTS], None)
-        self._before = {chunk: state}
+        self._before = {}
+        self._remember(chunk, state)

@@ -14,7 +14,7 @@ from torch import Tensor
 from streamdiff import flow
 from streamdiff.config import EngineConfig
 from streamdiff.errors import StreamdiffError
-from streamdiff.memory import SinkMemory, StepMemory
+from streamdiff.memory import Kept, SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
 from streamdiff.models.served.cross import ServedText
@@ -78,6 +78,8 @@ class DenoiseStage:
         self._reference: SetReference | None = None
         self._prompt: SwitchPrompt | None = None
         self._text: ServedText | None = None
+        self._told = [0, 0]
+        """Number of the reference that counts, and of the prompt: each is told once."""
         self._options = options = StepOptions() if options is None else options
         with torch.inference_mode():
             self._weights = ServedWeights(dit, options) if weights is None else weights.apart()
@@ -190,6 +192,41 @@ class DenoiseStage:
         """Serve another stream from now on; see `SeatedStage`."""
         self._seed, self._stream = seed, stream
 
+    def kept(self) -> Kept:
+        """See `KeptStage`. The sink and the prompt's keys are not in it: they follow from reference and prompt."""
+        reference, text = self._told
+        tensors: dict[str, Tensor] = {}
+        if self._reference is not None:
+            tensors[f"reference{reference}"] = self._reference.reference_BCTHW
+            if self._reference.motion_BCTHW is not None:
+                # It comes with a stream and stays, while the reference may be refreshed; it is small.
+                tensors[f"motion{reference}"] = self._reference.motion_BCTHW
+        if self._prompt is not None:
+            tensors[f"prompt{text}"] = self._prompt.text_BPC
+        steps = [step.memory.kept() for step in self._steps]
+        for number, step in enumerate(steps):
+            tensors |= step.within(f"step{number}")
+        key = [self._seed, self._stream]
+        return Kept({"key": key, "told": list(self._told), "steps": [dict(step.facts) for step in steps]}, tensors)
+
+    @torch.inference_mode()
+    def resume(self, kept: Kept) -> None:
+        """See `KeptStage`."""
+        facts, tensors = kept.facts, kept.tensors
+        (self._seed, self._stream), self._told = facts["key"], list(facts["told"])
+        reference, text = self._told
+        self._reference = self._prompt = self._text = None
+        with on_device(self._dit.device):
+            if (latent_BCTHW := tensors.get(f"reference{reference}")) is not None:
+                self._reference = SetReference(latent_BCTHW, tensors.get(f"motion{reference}"))
+            if (text_BPC := tensors.get(f"prompt{text}")) is not None:
+                self._prompt = SwitchPrompt(text_BPC)
+                self._text = self._weights.text_condition(text_BPC)
+            for number, step in enumerate(self._steps):
+                step.memory.resume(kept.part(f"step{number}", facts["steps"][number]))
+            if self._reference is not None and self._prompt is not None:
+                self._prefill(self._reference, self._prompt)
+
     @torch.inference_mode()
     def step(self, packet: Packet) -> Packet:
         with on_device(self._dit.device):
@@ -245,11 +282,13 @@ class DenoiseStage:
             match command:
                 case SetReference():
                     self._reference = command
+                    self._told[0] += 1
                     for step in self._steps:
                         step.memory.clear()
                     stale_sink = True
                 case SwitchPrompt():
                     self._prompt = command
+                    self._told[1] += 1
                     self._text = self._weights.text_condition(command.text_BPC)
                     stale_sink = True
                 case RefreshSink():
@@ -259,6 +298,7 @@ class DenoiseStage:
                             "but its latent did not come along"
                         )
                     self._reference = replace(self._reference, reference_BCTHW=command.latent_BCTHW)
+                    self._told[0] += 1
                     stale_sink = True
                 case Rewind():
                     for step in self._steps:

@@ -1,31 +1,31 @@
-"""A line of ranks that many streams share: threads of this process, loaded once, that outlive their streams.
+"""A line of ranks that many streams share: loaded once, they outlive their streams.
 
-A rank holds *seats*: for each stream that may be on the line at once, the stages that remember it (sink, histories,
-keys of the prompt, decoder state), made when the line is made, at addresses that stay. A stream that joins takes a free
-seat on every rank and gives it back when it leaves; its first packet carries `SetReference`, which clears what was
-there.
+Ranks are threads of this process (`thread_line`) or processes of their own (`process_line`). A rank holds *seats*:
+for each stream that may be on the line at once, the stages that remember it (sink, histories, keys of the prompt,
+decoder state), made when the line is made, at addresses that stay. A stream that joins takes a free seat on every rank
+and gives it back when it leaves; its first packet carries `SetReference`, which clears what was there.
 
-Packets of all streams pass the ranks in one order, which rank 0 decides (`turns`). Everything that a chunk depends on
-comes with its packet or lies in its seat, so a stream's bits do not depend on who else is on the line. Nobody waits for
-anybody's consumer: a stream has a fixed number of chunks under way, and what leaves the last rank waits for its own
-reader. An error of one stream's source or stage ends that stream; a rank that hangs ends them all.
+Packets of all streams pass the ranks in one order, which is decided where they enter (`turns`). Everything that a
+chunk depends on comes with its packet or lies in its seat, so a stream's bits do not depend on who else is on the
+line. Nobody waits for anybody's consumer: a stream has a fixed number of chunks under way, and what leaves the last
+rank waits for its own reader. An error of one stream's source or stage ends that stream and no other.
 """
 
 from __future__ import annotations
 
+import abc
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
 from streamdiff.config import EngineConfig
-from streamdiff.errors import LineFull, RankFailed, ScheduleError, SessionClosed
-from streamdiff.pipeline.link import POLL_S, LineLink, Mailbox, Returned
+from streamdiff.errors import LineFull, ScheduleError, SessionClosed
+from streamdiff.pipeline.link import POLL_S, LineLink
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.schedule import QUEUE_DEPTH, Schedule, chunks_under_way, render_around
-from streamdiff.pipeline.stage import SeatedStage
+from streamdiff.pipeline.schedule import Schedule, chunks_under_way
 from streamdiff.pipeline.turns import Turns
 
 STOP_S = 10.0
@@ -34,8 +34,8 @@ _SMOOTHING = 8
 """Chunks over which the time of a rank is averaged."""
 
 
-class _Fallen(Exception):  # noqa: N818  not an error
-    """Ends a wait of a line or of a stream that is over; never leaves this module."""
+class Fallen(Exception):  # noqa: N818  not an error
+    """Ends a wait of a line or of a stream that is over; never leaves the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,7 @@ class Seat:
     def check(self) -> None:
         """Returns while the stream is on the line."""
         if self._left:
-            raise _Fallen
+            raise Fallen
         self._line.check()
 
     def deliver(self, packet: Packet) -> None:
@@ -194,7 +194,7 @@ class Seat:
                 self._line.offer(self, packet)
                 if packet is None:
                     return
-        except _Fallen:
+        except Fallen:
             pass
         except BaseException as error:  # noqa: BLE001  raised where the packets are taken
             self.fail(error)
@@ -212,14 +212,13 @@ class Seat:
                 self._lock.wait(POLL_S)
 
 
-class Line:
-    """Ranks of this process that many streams share.
+class Line(abc.ABC):
+    """Ranks that many streams share: who is on the line, and whose chunk enters next.
 
     Args:
         config: of every stream.
         schedule: which rank does what.
-        seats: for each stream that may be on the line at once, one stage per rank.
-        deadline_s: a rank may work this long on one chunk.
+        seats: streams that may be on the line at once.
         clock: seconds, rising.
     """
 
@@ -227,27 +226,23 @@ class Line:
         self,
         config: EngineConfig,
         schedule: Schedule,
-        seats: Sequence[Sequence[SeatedStage]],
+        seats: int,
         *,
-        deadline_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not seats or any(len(stages) != schedule.num_ranks for stages in seats):
-            raise ScheduleError(
-                f"a line of {schedule.num_ranks} ranks needs at least one seat of as many stages, "
-                f"got {[len(stages) for stages in seats]}"
-            )
+        if seats < 1:
+            raise ScheduleError(f"a line needs a seat for at least one stream, got seats={seats}")
         self.config, self.schedule = config, schedule
         self.depth = chunks_under_way(schedule.num_ranks)
         """Chunks that a stream has under way at most, from its source to its reader."""
-        self._stages, self._deadline_s, self._clock = [tuple(stages) for stages in seats], deadline_s, clock
+        self._num_seats, self._clock = seats, clock
         self._period_us = round(config.chunk_s * 1e6)
         self._stopped = threading.Event()
 
         self._wake = threading.Condition()
         # Everything from here to the blank line is guarded by this one condition.
         self._error: BaseException | None = None
-        self._free = deque(range(len(seats)))
+        self._free = deque(range(seats))
         self._seats: dict[Seat, bool] = {}
         """Streams on the line -> whether they keep to the clock."""
         self._turns = Turns[Seat](self._period_us)
@@ -255,17 +250,21 @@ class Line:
         """What each stream offers, and since when."""
         self._worst_wait_us = 0
 
-        self._working: list[tuple[int, float] | None] = [None] * schedule.num_ranks
-        """Per rank, the chunk it works on and since when; each rank's thread has its own entry."""
         self._busy_us = [0] * schedule.num_ranks
+        """Per rank, time that a chunk takes."""
         self._timed = [False] * schedule.num_ranks
-        self._edges = [Mailbox[tuple[Seat, Packet | None]](QUEUE_DEPTH, self.check) for _ in schedule.forward_edges]
-        self._threads = [
-            threading.Thread(target=self._run, args=(rank,), name=f"line-rank{rank}", daemon=True)
-            for rank in range(schedule.num_ranks)
-        ]
-        for thread in self._threads:
-            thread.start()
+
+    @abc.abstractmethod
+    def links(self, seat: Seat, source: Iterator[Packet]) -> tuple[LineLink, ...]:
+        """One link per rank for one stream: its own ends and its own way back, over what all share."""
+
+    @abc.abstractmethod
+    def check_ranks(self) -> None:
+        """Raise what made the line fall, or makes it fall now."""
+
+    @abc.abstractmethod
+    def _end_ranks(self) -> None:
+        """End every rank of a line that has fallen; waits for a bounded time. Idempotent."""
 
     @property
     def load(self) -> Load:
@@ -300,10 +299,7 @@ class Line:
     def close(self) -> None:
         """End every stream and every rank; waits for a bounded time. Idempotent."""
         self._fall(None)
-        hung = isinstance(self._error, RankFailed)
-        end_s = time.monotonic() + (0.0 if hung else STOP_S)
-        for thread in self._threads:
-            thread.join(max(0.0, end_s - time.monotonic()))
+        self._end_ranks()
 
     def __enter__(self) -> Line:
         return self
@@ -313,26 +309,6 @@ class Line:
     ) -> None:
         self.close()
 
-    def links(self, seat: Seat, source: Iterator[Packet]) -> tuple[LineLink, ...]:
-        """One link per rank for one stream: its own ends and its own way back, over the edges that all share."""
-        last, last_dit = self.schedule.num_ranks - 1, self.schedule.last_dit_rank
-        returned = Returned(seat.check)
-
-        def outlet(rank: int) -> Callable[[Packet | None], None]:
-            return lambda packet: self._edges[rank].put((seat, packet))
-
-        return tuple(
-            LineLink(
-                inlet=_never if rank > 0 else None,
-                source=source if rank == 0 else None,
-                outlet=outlet(rank) if rank < last else None,
-                deliver=seat.deliver if rank == last else None,
-                give_back=returned.put if rank == last_dit else None,
-                returned=returned if rank == 0 else None,
-            )
-            for rank in range(self.schedule.num_ranks)
-        )
-
     def offer(self, seat: Seat, packet: Packet | None) -> None:
         """Let a stream's next packet enter when its turn comes; waits until the one before has entered."""
         with self._wake:
@@ -340,7 +316,7 @@ class Line:
                 self._wake.wait(POLL_S)
                 seat.check()
             if seat not in self._seats:
-                raise _Fallen
+                raise Fallen
             now_us = self._now_us()
             self._offered[seat] = packet, now_us
             self._turns.offer(seat, now_us)
@@ -358,23 +334,7 @@ class Line:
     def check(self) -> None:
         """Returns while the line stands."""
         if self._stopped.is_set():
-            raise _Fallen
-
-    def check_ranks(self) -> None:
-        """Raise what made the line fall; RankFailed for a rank that works for longer than its deadline."""
-        with self._wake:
-            self._check_open()
-        for rank, working in enumerate(self._working):
-            if working is None or self._clock() - working[1] <= self._deadline_s:
-                continue
-            error = RankFailed(
-                f"rank {rank} has been working (chunk {working[0]}) for more than {self._deadline_s:g} s; "
-                f"find what it waits for, or raise the deadline\n"
-                f"{render_around(self.schedule, rank, max(0, working[0]))}",
-                rank=rank,
-            )
-            self._fall(error)
-            raise error
+            raise Fallen
 
     def _check_open(self) -> None:
         if self._error is not None:
@@ -386,7 +346,7 @@ class Line:
         return Load(
             streams=len(self._seats),
             live=sum(self._seats.values()),
-            seats=len(self._stages),
+            seats=self._num_seats,
             period_us=self._period_us,
             busy_us=tuple(self._busy_us),
             worst_wait_us=self._worst_wait_us,
@@ -404,41 +364,6 @@ class Line:
             self._wake.notify_all()
         for seat in seats:
             seat.wake()
-
-    def _run(self, rank: int) -> None:
-        """The body of a rank's thread."""
-        try:
-            while True:
-                seat, packet = self._next() if rank == 0 else self._edges[rank - 1].get()
-                self._work(rank, seat, packet)
-        except _Fallen:
-            pass
-        except BaseException as error:  # noqa: BLE001  raised where packets are taken
-            self._fall(error)
-
-    def _work(self, rank: int, seat: Seat, packet: Packet | None) -> None:
-        if packet is None:
-            seat.hand_on(rank, None)
-        elif not seat.has_left and (done := self._step(rank, seat, packet)) is not None:
-            seat.hand_on(rank, done)
-
-    def _step(self, rank: int, seat: Seat, packet: Packet) -> Packet | None:
-        """A rank's part of a packet, timed and watched; None when it failed, and the stream with it."""
-        stage, began_s = self._stages[seat.number][rank], self._clock()
-        self._working[rank] = (packet.chunk, began_s)
-        try:
-            if seat.begins(rank):
-                stage.begin(seed=seat.key[0], stream=seat.key[1])
-            done = stage.step(packet)
-        except Exception as error:  # noqa: BLE001  raised where this stream's packets are taken
-            picture = render_around(self.schedule, rank, max(0, packet.chunk))
-            error.add_note(f"on rank {rank} at chunk {packet.chunk}:\n{picture}")
-            seat.fail(error)
-            return None
-        finally:
-            self._working[rank] = None
-        self._count(rank, packet.chunk, round((self._clock() - began_s) * 1e6))
-        return done
 
     def _count(self, rank: int, chunk: int, took_us: int) -> None:
         """Keep a rank's mean time per chunk. A stream's first chunk computes the sink and opens the decoder as well: it
@@ -462,7 +387,3 @@ class Line:
             if packet is not None:
                 self._worst_wait_us = max(self._worst_wait_us, self._now_us() - since_us)
             return seat, packet
-
-
-def _never() -> Packet | None:
-    raise AssertionError("packets of a line come in through its edges")

@@ -19,6 +19,7 @@ from streamdiff.errors import ConfigError, LineFull, RankFailed, ScheduleError, 
 from streamdiff.pipeline.line import Line, Seat
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.schedule import chunks_under_way, plan
+from streamdiff.pipeline.thread_line import ThreadLine
 from streamdiff.pipeline.turns import Turns
 from tests.engine.oracle_case import LATENT, Case, Event, packets_of, played, script_of
 from tests.engine.stream_case import same
@@ -61,7 +62,7 @@ def life(number: int) -> tuple[Case, list[Event]]:
 
 def line_of(case: Case, seats: int) -> Line:
     engine = case.engine
-    return Line(
+    return ThreadLine(
         case.config, case.schedule, [[engine.stage(role) for role in case.schedule.roles] for _ in range(seats)]
     )
 
@@ -227,7 +228,7 @@ class Fake:
 
 def fakes(num_ranks: int, seats: int, **how: object) -> tuple[Line, list[list[Fake]]]:
     stages = [[Fake() for _ in range(num_ranks)] for _ in range(seats)]
-    return Line(CASE.config, plan(num_steps=2, num_ranks=num_ranks), stages, **how), stages  # type: ignore[arg-type]
+    return ThreadLine(CASE.config, plan(num_steps=2, num_ranks=num_ranks), stages, **how), stages  # type: ignore[arg-type]
 
 
 def numbered(count: int) -> Iterator[Packet]:
@@ -338,7 +339,7 @@ def test_no_more_live_streams_are_let_in_than_the_slowest_rank_keeps_up_with() -
     stage = Fake()
     stage.takes_s = CASE.config.chunk_s / 2.5
     schedule = plan(num_steps=2, num_ranks=1)
-    with Line(CASE.config, schedule, [[stage]] * 5, clock=stage.clock) as line:
+    with ThreadLine(CASE.config, schedule, [[stage]] * 5, clock=stage.clock) as line:
         film = line.join(live=False).start(numbered(4))
         assert drained(film) == [0, 1, 2, 3]
         assert line.load.fits == 2
@@ -354,7 +355,7 @@ def test_no_more_live_streams_are_let_in_than_the_slowest_rank_keeps_up_with() -
 def test_an_empty_line_takes_a_live_stream_however_slow_it_is() -> None:
     stage = Fake()
     stage.takes_s = 9.0
-    with Line(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]] * 2, clock=stage.clock) as line:
+    with ThreadLine(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]] * 2, clock=stage.clock) as line:
         assert drained(line.join(live=False).start(numbered(2))) == [0, 1]
         line.join()
         with pytest.raises(LineFull, match="so 1 live streams fit, and 1 are here"):
@@ -364,7 +365,7 @@ def test_an_empty_line_takes_a_live_stream_however_slow_it_is() -> None:
 def test_the_first_chunk_of_a_stream_does_not_count_where_there_are_others() -> None:
     stage = Fake()
     stage.takes_s = 0.1
-    with Line(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]], clock=stage.clock) as line:
+    with ThreadLine(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]], clock=stage.clock) as line:
         for takes_s, count, expected_us in ((0.5, 1, 500_000), (0.1, 3, 100_000), (0.5, 1, 100_000)):
             stage.takes_s = takes_s
             seat = line.join(live=False).start(numbered(count))
@@ -381,7 +382,7 @@ def test_how_long_a_chunk_waits_for_its_turn_is_told() -> None:
             yield packet
             offered.set()
 
-    with Line(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]] * 2, clock=stage.clock) as line:
+    with ThreadLine(CASE.config, plan(num_steps=2, num_ranks=1), [[stage]] * 2, clock=stage.clock) as line:
         first = line.join(live=False).start(numbered(1))
         assert stage.entered.wait(WAIT_S)
         second = line.join(live=False).start(watched())
@@ -435,7 +436,7 @@ def test_what_cannot_share_a_line_is_refused() -> None:
     with pytest.raises(ConfigError, match="seats=0"):
         engine.line(seats=0)
     with pytest.raises(ScheduleError, match="2 ranks needs at least one seat"):
-        Line(CASE.config, plan(num_steps=2, num_ranks=2), [[Fake()]])
+        ThreadLine(CASE.config, plan(num_steps=2, num_ranks=2), [[Fake()]])
     with fakes(1, 1)[0] as line:
         with pytest.raises(ConfigError, match="configured otherwise"):
             engine.stream(image_HWC, "talk", line=line)

@@ -31,7 +31,7 @@ TURNS = (
 )
 
 SEATS = (
-    Mutant("pipeline/line.py", "stage.begin(seed=seat.key[0], stream=seat.key[1])", "pass", EIGHT),
+    Mutant("pipeline/thread_line.py", "stage.begin(seed=seat.key[0], stream=seat.key[1])", "pass", EIGHT),
     Mutant(
         "pipeline/line.py",
         "self._under_way < self._line.depth:",
@@ -57,13 +57,45 @@ SEATS = (
     ),
     Mutant("pipeline/line.py", "        if chunk == 0:\n", "        if chunk < 0:\n", FIRST),
     Mutant("pipeline/line.py", "self._busy_us[rank] if self._timed[rank] else took_us", "self._busy_us[rank]", FIRST),
-    Mutant("pipeline/line.py", "            seat.fail(error)\n            return None\n", "            raise\n", ALONE),
     Mutant(
-        "pipeline/line.py",
+        "pipeline/thread_line.py",
+        "            seat.fail(error)\n            return None\n",
+        "            raise\n",
+        ALONE,
+    ),
+    Mutant(
+        "pipeline/thread_line.py",
         "give_back=returned.put if rank == last_dit else None",
         "give_back=returned.put if rank == 0 else None",
         EIGHT,
     ),
 )
 
-MUTANTS = (*TURNS, *SEATS)
+STANDS_IN = "pipeline/test_a_stage_can_be_stood_in_for.py::test_a_new_stage_for_every_chunk"
+WHOLE = "pipeline/test_an_album_keeps_what_a_rank_remembers.py::test_what_was_told_is_whole_until_the_next_is_told"
+ROOM = "pipeline/test_an_album_keeps_what_a_rank_remembers.py::test_only_new_names_are_copied_and_room_is_used_again"
+LAYOUT = "pipeline/test_an_album_keeps_what_a_rank_remembers.py::test_a_tensor_comes_back_as_it_was[channels last]"
+ONCE = "pipeline/test_an_edge_outlives_its_ends.py::test_every_entry_comes_once_and_in_order"
+
+KEPT = (
+    Mutant("memory/step.py", 'facts["latest"], held, spilled)', 'facts["latest"], held, {})', STANDS_IN),
+    Mutant("memory/step.py", '{f"{self._written[c]}/{i}": ring[', '{f"{c}/{i}": ring[', STANDS_IN),
+    Mutant(
+        "memory/step.py",
+        '                spill[place].copy_(kept.tensors[f"{self._written[chunk]}/{i}"])\n',
+        "                pass\n",
+        STANDS_IN,
+    ),
+    Mutant("pipeline/denoise.py", "self._told[1] += 1", "pass", STANDS_IN),
+    Mutant("pipeline/denoise.py", 'self._told = facts["key"], list', "self._told = (0, 0), list", STANDS_IN),
+    Mutant("pipeline/decode.py", "num_latents, tuple(kept", "0, tuple(kept", STANDS_IN),
+    Mutant("pipeline/decode.py", "        self._states += 1\n", "        self._states = chunk\n", STANDS_IN),
+    Mutant("pipeline/album.py", "begin - offset >= num_bytes", "begin - offset >= 1", WHOLE),
+    Mutant("pipeline/album.py", "for cells in self._cells.values() for", "for cells in () for", WHOLE),
+    Mutant("pipeline/album.py", "if begin - offset >= num_bytes:", "if num_bytes < 0:", ROOM),
+    Mutant("pipeline/album.py", "if name not in new[owner]:", "if True:", ROOM),
+    Mutant("pipeline/album.py", "tuple(stride))", "torch.empty(shape).stride())", LAYOUT),
+    Mutant("pipeline/edges.py", "                        self._last = number\n", "", ONCE),
+)
+
+MUTANTS = (*TURNS, *SEATS, *KEPT)

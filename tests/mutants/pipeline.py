@@ -91,13 +91,13 @@ DENOISE = (
     ),
     Mutant(
         "pipeline/denoise.py",
-        "reference_BCTHW=command.latent_BCTHW)\n                    stale_sink = True",
-        "reference_BCTHW=command.latent_BCTHW)",
+        "latent_BCTHW)\n                    self._told[0] += 1\n                    stale_sink = True",
+        "latent_BCTHW)\n                    self._told[0] += 1",
         REFRESH,
     ),
     Mutant(
         "pipeline/denoise.py",
-        "replace(self._reference, reference_BCTHW=command.latent_BCTHW)",
+        "replace(self._reference, reference_BCTHW=command.latent_BCTHW)\n                    self._told[0] += 1",
         "SetReference(command.latent_BCTHW, command.latent_BCTHW.expand(-1, -1, 19, -1, -1))",
         MOTION,
     ),
@@ -169,7 +169,10 @@ DECODE = (
         BACK,
     ),
     Mutant(
-        "pipeline/decode.py", "self._before[packet.chunk + 1] = after", "self._before[packet.chunk + 1] = state", WINDOW
+        "pipeline/decode.py",
+        "self._remember(packet.chunk + 1, after)",
+        "self._remember(packet.chunk + 1, state)",
+        WINDOW,
     ),
     Mutant("pipeline/decode.py", "latents[:, :, :PRIMING_LATENTS]", "latents[:, :, :1]", WINDOW),
     Mutant("pipeline/decode.py", "PRIMING_LATENTS = 7", "PRIMING_LATENTS = 6", WINDOW),
