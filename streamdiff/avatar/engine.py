@@ -63,6 +63,7 @@ class AvatarEngine:
         voice: str | Synthesizer | None = "heart",
         motion: str | Path | None = None,
         style: Mapping[str, float] | None = None,
+        keep: bool = False,
     ) -> AvatarEngine:
         """The engine of a photo or a bundle: slow, once; opening sessions afterwards is cheap.
 
@@ -72,12 +73,13 @@ class AvatarEngine:
             voice: a voice, or its name (see `open_voice`); None: sound from outside only.
             motion: weights of the motion model; None: those of the package.
             style: how this person moves, beyond what the bundle says.
+            keep: whether what is made of a photo is kept in the user's cache folder for the next time.
 
         Raises InputError for what is no photo of a face or no bundle.
         """
         from streamdiff.avatar.render import WarpRenderer  # a caller with a renderer of its own needs none of this
 
-        bundle = open_bundle(person, size=size)
+        bundle = open_bundle(person, size=size, keep=keep)
         return cls(
             WarpRenderer(bundle),
             voice=open_voice(voice) if isinstance(voice, str) else voice,

@@ -32,6 +32,7 @@ from streamdiff.avatar.bundle import (
     refuse_engine,
 )
 from streamdiff.avatar.fields import BLINKS, LASHES, NUM_MESH, fill_smoothly, pose_fields, spread
+from streamdiff.avatar.kept import kept_bundle
 from streamdiff.avatar.kinematics import ARKIT_NAMES
 from streamdiff.avatar.landmarks import NUM_LANDMARKS, Face, Landmarker, fetch_task
 from streamdiff.avatar.light import SKIN, light_of
@@ -87,10 +88,17 @@ def find_face(picture_HW3: NDArray[np.uint8], landmarker: Landmarker, *, source:
     return faces[0]
 
 
-def open_bundle(person: str | Path | None = None, *, size: int = 256) -> IdentityBundle:
-    """The bundle of a bundle file or of a photo; None: of the photo of the demo. Raises InputError."""
+def open_bundle(person: str | Path | None = None, *, size: int = 256, keep: bool = False) -> IdentityBundle:
+    """The bundle of a bundle file or of a photo; None: of the photo of the demo. Raises InputError.
+
+    ``keep``: a bundle made from a photo is kept in the user's cache folder and taken from there the next time
+    (`streamdiff.avatar.kept`).
+    """
     path = demo.demo_image() if person is None else Path(person)
-    return IdentityBundle.load(path) if path.suffix == BUNDLE_SUFFIX else create_bundle(path, size)
+    refuse_engine(path)
+    if path.suffix == BUNDLE_SUFFIX:
+        return IdentityBundle.load(path)
+    return kept_bundle(path, size, lambda: create_bundle(path, size)) if keep else create_bundle(path, size)
 
 
 def create_bundle(

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--osc", action="append", dest="rig", type="osc:{}".format, metavar="HOST:PORT", help="as --rig osc:HOST:PORT")
     add("--motion", type=Path, metavar="FILE", help="weights of the motion model (default: those of the package)")
+    add("--no-cache", action="store_true", help="work on the photo anew, and keep nothing of it for the next time")
     add("--no-sheet", action="store_true", help="write no contact sheet (a PNG beside the video)")
     add("--threads", type=THREADS, default=1, help="threads of each stage (default: %(default)s)")
 
@@ -94,7 +95,12 @@ def run(args: argparse.Namespace) -> int:
     # Opened first: what is wrong with a sound file is said before anything is made.
     sound = None if args.audio is None else in_seconds(read_audio(args.audio, RATE_HZ))
     engine = AvatarEngine.load(
-        args.avatar, size=args.size, voice=args.voice if sound is None else None, motion=args.motion, style=style
+        args.avatar,
+        size=args.size,
+        voice=args.voice if sound is None else None,
+        motion=args.motion,
+        style=style,
+        keep=not args.no_cache,
     )
     size, began_s = engine.size[0], time.monotonic()
     with ExitStack() as stack:

@@ -115,6 +115,22 @@ def test_a_sound_file_becomes_a_film(run: Run, tmp_path: Path) -> None:
     assert not out.with_suffix(".png").exists()
 
 
+@pytest.mark.parametrize(("options", "keep"), [([], True), (["--no-cache"], False)])
+def test_what_is_made_of_a_photo_is_kept_unless_one_says_no(
+    options: list[str], keep: bool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    load = AvatarEngine.load
+
+    def noting(person: Path | None, **settings: object) -> AvatarEngine:
+        asked.append(bool(settings["keep"]))
+        return load(person, **settings)
+
+    monkeypatch.setattr(AvatarEngine, "load", noting)
+    run(["Hello.", "--out", str(tmp_path / "film.mp4"), "--no-sheet", *options])
+    assert asked == [keep]
+
+
 def test_text_is_read_while_it_is_written(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("First line here.\nSecond line.\n"))
     assert run(["-", "--out", str(tmp_path / "film.mp4")]) == 0
