@@ -481,8 +481,7 @@ class Engine:
 
     def decoder(self) -> VideoDecoder:
         """The decoder of one stream; what it captures is its own, its weights are the engine's."""
-        decoder = self._kept_decoder()
-        return ServedDecoder(decoder) if self.device.type == "cuda" else decoder
+        return ServedDecoder(self._kept_decoder())
 
     def _read_decoder(self) -> VideoDecoder:
         if self.weights.light_decoder is None:

@@ -190,6 +190,7 @@ def role_bytes(
             bytes_per_value=bytes_per_value,
             **_eight_bits(options or StepOptions()),
         ).total
+        total += 0 if on_cuda else cost.packed_bytes(config.dit, bytes_per_value)
     frame = config.height * config.width * bytes_per_value
     if role.decodes:
         # Two frames of every wide layer are remembered, now and for each chunk that can be taken back; one latent

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +227,7 @@ def gelu_fp8(x_BLF: Tensor) -> tuple[Tensor, Tensor]:
     return out8, scale
 
 
+@functools.cache
 def onednn_missing(dtype: torch.dtype) -> str | None:
     """Why oneDNN's matrix products cannot be called here, or None when they can."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -238,24 +239,40 @@ def onednn_missing(dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
+def _onednn_product() -> Callable[..., Tensor]:
+    """oneDNN's product; finding the overload anew takes as long as a small product."""
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 def product(x_LD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, gelu: bool = False) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN, on a CPU for which `onednn_missing` is None.
+    """``x @ weight.T + bias`` by oneDNN, on a CPU for which `onednn_missing` is None; x may have further axes in front.
 
     torch gives float32 products to MKL, which uses half the width of the vectors of AMD's processors: 103
     GFLOP/s on one core of an EPYC with AVX-512, against oneDNN's 228. Both round as float32 does.
     """
-    if not (weight_ED.is_contiguous() or weight_ED.t().is_contiguous()):
+    if not (weight_ED.is_mkldnn or weight_ED.is_contiguous() or weight_ED.t().is_contiguous()):
         # Other strides fall to its reference loops, a thousand times slower.
         weight_ED = weight_ED.contiguous()
     post_op = ("gelu", [], "tanh") if gelu else ("none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(x_LD, weight_ED, bias_E, *post_op)
+    return _onednn_product()(x_LD, weight_ED, bias_E, *post_op)
+
+
+def packed(weight_ED: Tensor, num_rows: int) -> Tensor | None:
+    """A copy of a weight in oneDNN's own layout for products of about ``num_rows`` rows: the same bits, and no layout
+    to change at every call. Only `product` reads it. None where oneDNN does not multiply such weights, or needs none.
+    """
+    plain = type(weight_ED) in (Tensor, torch.nn.Parameter) and weight_ED.device.type == "cpu"
+    if not plain or onednn_missing(weight_ED.dtype) is not None or not weight_ED.is_contiguous():
+        return None
+    found = torch.ops.mkldnn._reorder_linear_weight(weight_ED.detach(), num_rows)
+    return found if found.is_mkldnn else None
 
 
 def linear(x_BLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, gelu: bool) -> Tensor:
     same_type = x_BLD.dtype == weight_ED.dtype
     if x_BLD.device.type == "cpu" and same_type and onednn_missing(x_BLD.dtype) is None:
-        y = product(x_BLD.reshape(-1, x_BLD.shape[-1]), weight_ED, bias_E, gelu=gelu)
-        return y.view(*x_BLD.shape[:-1], weight_ED.shape[0])
+        return product(x_BLD, weight_ED, bias_E, gelu=gelu)
     y = F.linear(x_BLD, weight_ED, bias_E)
     return F.gelu(y, approximate="tanh") if gelu else y
 

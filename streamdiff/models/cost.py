@@ -134,6 +134,16 @@ class RankBytes:
         return self.weights + self.history + self.pristine_sink + self.prompt + self.activations
 
 
+MOST_PACKED_BYTES = 1 << 30
+"""A model of at most so many bytes is kept a second time on a CPU, as its matrix products like it."""
+
+
+def packed_bytes(config: DiTConfig, bytes_per_value: int) -> int:
+    """What laying out the weights for a CPU takes beside them, at most; 0: they are too large for that."""
+    weights = dit_parameters(config) * bytes_per_value
+    return weights if weights <= MOST_PACKED_BYTES else 0
+
+
 def rank_bytes(
     config: EngineConfig,
     *,

@@ -35,6 +35,7 @@ import streamdiff_kernels as kernels
 from streamdiff import rng
 from streamdiff.config import VAEConfig
 from streamdiff.errors import ConfigError
+from streamdiff.models.packing import Packing
 from streamdiff.models.vae_plan import (
     POINT,
     LayerPlan,
@@ -181,6 +182,8 @@ class CausalConv3d(nn.Conv3d):
     ``past_frames`` is how many it needs: kernel minus stride, so that outputs tile the time axis.
     """
 
+    packing: Packing | None = None
+
     def __init__(self, in_dim: int, out_dim: int, kernel: tuple[int, int, int], *, stride_t: int = 1) -> None:
         padding = (0, kernel[1] // 2, kernel[2] // 2)
         super().__init__(in_dim, out_dim, kernel, stride=(stride_t, 1, 1), padding=padding)
@@ -201,11 +204,13 @@ class CausalConv3d(nn.Conv3d):
 class Conv2d(nn.Conv2d):
     """A convolution over pictures that keeps them channels-last."""
 
+    packing: Packing | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         return _convolve(input, self)
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
+def _convolve(x: Tensor, conv: CausalConv3d | Conv2d) -> Tensor:
     """Convolution by the call that is fastest for the device and the shape.
 
     On a CPU with one thread, torch's own rule sends a float32 convolution of fewer than 20,480 rows to loops
@@ -215,6 +220,8 @@ def _convolve(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
     padding = cast(tuple[int, ...], conv.padding)
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if on_cpu and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
+        if conv.packing is not None and not torch.is_grad_enabled():
+            return conv.packing.convolve(x, conv)
         return torch.mkldnn_convolution(x, conv.weight, conv.bias, padding, conv.stride, conv.dilation, conv.groups)
     no_padding = (0,) * len(padding)
     return torch.convolution(

@@ -14,7 +14,7 @@ from streamdiff.errors import ConfigError
 from streamdiff.models import tae, vae
 from streamdiff.models.served.decoder import ServedDecoder, fuse_norms, pack_weights
 from streamdiff.models.tae import TAEConfig, TAEDecoder
-from streamdiff.models.vae import RMSNorm, VAEDecoder, VideoDecoder
+from streamdiff.models.vae import CausalConv3d, Conv2d, RMSNorm, VAEDecoder, VideoDecoder
 from streamdiff_kernels import Impl
 
 
@@ -29,11 +29,12 @@ def decoder(which: str) -> VideoDecoder:
 
 
 def agrees(which: str, device: str, *, compile: bool, tolerance: float) -> None:
-    """Two chunks, a rewind, and a chunk of another length, against the decoder with its weights packed; on CUDA with
-    its norms fused too.
+    """Two chunks, a rewind, and a chunk of another length, against the decoder as it is; on CUDA against one with its
+    weights packed and its norms fused too.
     """
     plain = decoder(which).to(device)
-    pack_weights(plain)
+    if device == "cuda":
+        pack_weights(plain)
     if device == "cuda":
         fuse_norms(plain, Impl.TRITON)
     served = ServedDecoder(decoder(which).to(device), compile=compile)
@@ -57,6 +58,26 @@ def agrees(which: str, device: str, *, compile: bool, tolerance: float) -> None:
 @pytest.mark.parametrize("which", ["vae", "tae"])
 def test_on_a_cpu(which: str) -> None:
     agrees(which, "cpu", compile=False, tolerance=0.0)
+
+
+@pytest.mark.parametrize("which", ["vae", "tae"])
+def test_every_convolution_is_laid_out_once(which: str) -> None:
+    served = ServedDecoder(decoder(which))
+    convolutions = [m for m in served.modules() if isinstance(m, (CausalConv3d, Conv2d))]
+    with torch.inference_mode():
+        _, state = served.decode(torch.zeros(1, 16, 2, 4, 6))
+        weights = [conv.packing and conv.packing._weight for conv in convolutions]
+        assert all(weight is not None and weight.is_mkldnn for weight in weights)
+        served.decode(torch.zeros(1, 16, 2, 4, 6), state)
+    assert all(
+        conv.packing is not None and conv.packing._weight is w for conv, w in zip(convolutions, weights, strict=True)
+    )
+
+
+def test_large_decoders_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamdiff.models.served.decoder.MOST_PACKED_BYTES", 1000)
+    served = ServedDecoder(decoder("vae"))
+    assert not any(m.packing for m in served.modules() if isinstance(m, (CausalConv3d, Conv2d)))
 
 
 @pytest.mark.slow

@@ -72,6 +72,16 @@ def test_the_readable_model_computes_the_same_bits_afterwards() -> None:
     assert set(case.dit.state_dict()) == names
 
 
+def test_only_a_small_model_is_laid_out_once_more_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(config_of())
+    weights = cost.dit_parameters(case.config.dit) * 4
+    for most, expected in ((weights, weights), (weights - 1, 0)):
+        monkeypatch.setattr(cost, "MOST_PACKED_BYTES", most)
+        assert cost.packed_bytes(case.config.dit, 4) == expected
+        assert ServedWeights(case.dit, StepOptions()).layers[0].qkv._packs == (expected > 0)
+    assert cost.packed_bytes(presets.live_avatar_14b().dit, 2) == 0
+
+
 @pytest.mark.heavy
 def test_what_is_in_eight_bits_is_nowhere_in_sixteen() -> None:
     case = Case(config_of(), dtype=torch.bfloat16)

@@ -19,7 +19,7 @@ outside the ring raises IndexError on a CPU; on a GPU nothing is written.
 from streamdiff_kernels.ops.attention import attend, attend_with_lse, merge_attention
 from streamdiff_kernels.ops.decoder import rms_norm_silu
 from streamdiff_kernels.ops.door import Impl, require
-from streamdiff_kernels.ops.products import linear, linear_fp8
+from streamdiff_kernels.ops.products import linear, linear_fp8, pack_linear
 from streamdiff_kernels.ops.rotary import qk_norm_rope_write, rotate, rotate_sink_
 from streamdiff_kernels.ops.rows import (
     gate_residual_,
@@ -45,6 +45,7 @@ __all__ = [
     "merge_attention",
     "norm_modulate",
     "norm_modulate_fp8",
+    "pack_linear",
     "qk_norm_rope_write",
     "quantise_rows",
     "require",

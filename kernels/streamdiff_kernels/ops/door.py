@@ -45,7 +45,7 @@ def op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[_Body], _Body]:
 
         @functools.wraps(body)
         def call(*arguments: Any) -> Any:
-            return (registered if _is_watched(arguments[0]) else body)(*arguments)
+            return (registered if is_watched(arguments[0]) else body)(*arguments)
 
         call.registered = registered  # type: ignore[attr-defined]
         return cast("_Body", call)
@@ -53,7 +53,8 @@ def op(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[_Body], _Body]:
     return register
 
 
-def _is_watched(x: Tensor) -> bool:
+def is_watched(x: Tensor) -> bool:
+    """Whether somebody looks at what is computed, so that ops must be seen: see `op`."""
     return (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()

@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import streamdiff_kernels as kernels
+from streamdiff.models.packing import Packing, packs_convolutions
 from streamdiff.models.served.graphs import CudaGraphs, Graphs
-from streamdiff.models.vae import DecoderState, NormedConvs, VideoDecoder
+from streamdiff.models.vae import (
+    CausalConv3d,
+    Conv2d,
+    DecoderState,
+    NormedConvs,
+    VideoDecoder,
+)
 from streamdiff_kernels import Impl
 
 
@@ -98,10 +105,25 @@ def fuse_norms(module: nn.Module, impl: Impl) -> None:
             layer.impl = impl
 
 
+MOST_PACKED_BYTES = 256 << 20
+"""Convolutions of at most so many bytes are kept a second time on a CPU, as oneDNN lays them out."""
+
+
 def pack_weights(module: nn.Module) -> None:
-    """Store the kernels of convolutions channels-last, so that no call has to reorder them. Values stay."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv3d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
-        elif isinstance(layer, nn.Conv2d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    """Store the kernels of convolutions channels-last, so that no call has to reorder them. Values stay.
+
+    On a CPU, float32 ones are kept once more as oneDNN wants them, unless they are large.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.Conv3d))]
+    for layer in layers:
+        last = torch.channels_last if isinstance(layer, nn.Conv2d) else torch.channels_last_3d
+        layer.weight.data = layer.weight.data.contiguous(memory_format=last)
+    if sum(layer.weight.nbytes for layer in layers) > MOST_PACKED_BYTES or not packs_convolutions():
+        return
+    for layer in layers:
+        if isinstance(layer, (CausalConv3d, Conv2d)) and _is_plain(layer.weight):
+            layer.packing = Packing()
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32

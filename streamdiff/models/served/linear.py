@@ -39,17 +39,25 @@ def by_frame(x_BL: Tensor, num_frames: int) -> Tensor:
 
 
 class DenseLinear:
-    """A linear layer in the precision of its weights; ``impl`` None: one that a compiler sees through."""
+    """A linear layer in the precision of its weights; ``impl`` None: one that a compiler sees through.
+
+    ``packs``: at the first call the weight is laid out once more as products of as many rows like it (`pack_linear`);
+    nobody changes it after that.
+    """
 
     eight_bits = False
 
-    def __init__(self, weight_ED: Tensor, bias_E: Tensor, impl: Impl | None) -> None:
-        self.weight_ED, self.bias_E, self._impl = weight_ED, bias_E, impl
+    def __init__(self, weight_ED: Tensor, bias_E: Tensor, impl: Impl | None, *, packs: bool = False) -> None:
+        self.weight_ED, self.bias_E, self._impl, self._packs = weight_ED, bias_E, impl, packs
+        self._packed_ED: Tensor | None = None
 
     def __call__(self, x: Activation, *, gelu: bool = False) -> Tensor:
         assert isinstance(x, Tensor)
         if self._impl is not None:
-            return kernels.linear(x, self.weight_ED, self.bias_E, gelu=gelu, impl=self._impl)
+            if self._packs:
+                self._packed_ED = kernels.pack_linear(self.weight_ED, num_rows=x.shape[0] * x.shape[1])
+                self._packs = False
+            return kernels.linear(x, self.weight_ED, self.bias_E, gelu=gelu, impl=self._impl, packed_ED=self._packed_ED)
         y = F.linear(x, self.weight_ED, self.bias_E)
         return F.gelu(y, approximate="tanh") if gelu else y
 

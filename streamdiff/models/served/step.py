@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import streamdiff_kernels as kernels
 from streamdiff.errors import BackendError
 from streamdiff.memory import StepMemory
+from streamdiff.models import cost
 from streamdiff.models.dit import (
     ADAPTIVE_NORM_EPS,
     Attention,
@@ -72,6 +73,7 @@ from streamdiff.models.served.linear import (
 )
 from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.rope import Rotation
+from streamdiff_kernels import Impl
 
 
 class _Inputs:
@@ -158,6 +160,8 @@ class ServedWeights:
         self.inputs = _Inputs()
         self._backends: dict[torch.Size, str] = {}
         self._audio_graph: tuple[Tensor, AudioCondition, Callable[[], None]] | None = None
+        small = cost.packed_bytes(dit.config, dit.dtype.itemsize) > 0
+        self._packs = small and dit.device.type == "cpu" and self.impl is Impl.TORCH
         kept = options.kept_layers
         whole = (*range(kept), *range(dit.config.num_layers - kept, dit.config.num_layers))
         self.layers = [
@@ -285,7 +289,7 @@ class ServedWeights:
             linears.append(linear)
         weight_ED, bias_E = stack_linears(tuple(linears))
         if not eight_bits:
-            return DenseLinear(weight_ED, bias_E, None if self.options.compile else self.impl)
+            return DenseLinear(weight_ED, bias_E, None if self.options.compile else self.impl, packs=self._packs)
         weight8_ED, scale_E = kernels.quantise_rows(weight_ED, impl=self.impl)
         first = 0
         for name, linear in zip(names, linears, strict=True):
