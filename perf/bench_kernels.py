@@ -53,6 +53,7 @@ class Tensors:
         D, L, N, K, R = s.width, s.tokens, s.heads, s.head_dim, s.head_dim // 2
         self.s, self.device, self.draw = s, device, draw
         self.x, self.y, self.hidden = draw(1, L, D), draw(1, L, D), draw(1, L, s.hidden)
+        self.stream = draw(1, L, D, dtype=torch.float32)
         self.q, self.k, self.v = draw(1, L, 3 * D).split(D, dim=-1)
         self.weight = draw(D)
         angle = draw(L, R, dtype=torch.float32)
@@ -97,14 +98,16 @@ def element_cases(t: Tensors, impls: list[Impl]) -> Iterator[Case]:
                 t.pristine, t.sink_cos, t.sink_sin, t.keys, impl=impl
             ),
             "rms_norm": lambda impl=impl: kernels.rms_norm(t.q, t.weight, impl=impl),
-            "norm_modulate": lambda impl=impl: kernels.norm_modulate(t.x, t.scale, t.shift, impl=impl),
-            "gate_residual_": lambda impl=impl: kernels.gate_residual_(t.x, t.y, t.gate, impl=impl),
-            "gate_residual_norm_modulate_": lambda impl=impl: kernels.gate_residual_norm_modulate_(
-                t.x, t.y, t.gate, t.scale, t.shift, impl=impl
+            "norm_modulate": lambda impl=impl: kernels.norm_modulate(
+                t.stream, t.scale, t.shift, out_dtype=t.x.dtype, impl=impl
             ),
-            "norm_modulate_fp8": lambda impl=impl: kernels.norm_modulate_fp8(t.x, t.scale, t.shift, impl=impl),
+            "gate_residual_": lambda impl=impl: kernels.gate_residual_(t.stream, t.y, t.gate, impl=impl),
+            "gate_residual_norm_modulate_": lambda impl=impl: kernels.gate_residual_norm_modulate_(
+                t.stream, t.y, t.gate, t.scale, t.shift, impl=impl
+            ),
+            "norm_modulate_fp8": lambda impl=impl: kernels.norm_modulate_fp8(t.stream, t.scale, t.shift, impl=impl),
             "gate_residual_norm_modulate_fp8_": lambda impl=impl: kernels.gate_residual_norm_modulate_fp8_(
-                t.x, t.y, t.gate, t.scale, t.shift, impl=impl
+                t.stream, t.y, t.gate, t.scale, t.shift, impl=impl
             ),
             "quantise_rows": lambda impl=impl: kernels.quantise_rows(t.x, impl=impl),
             "gelu_fp8": lambda impl=impl: kernels.gelu_fp8(t.hidden, impl=impl),
@@ -211,11 +214,11 @@ def tile_cases(t: Tensors) -> Iterator[Case]:
 
         def fused(count: int = count) -> object:
             rows.ROWS_PER_PROGRAM = count
-            return rows.gate_residual_norm_modulate_(t.x, t.y, t.gate, t.scale, t.shift, 1e-6)
+            return rows.gate_residual_norm_modulate_(t.stream, t.y, t.gate, t.scale, t.shift, 1e-6)
 
         def norm(count: int = count) -> object:
             rows.ROWS_PER_PROGRAM = count
-            return rows.norm_modulate(t.x, t.scale, t.shift, 1e-6)
+            return rows.norm_modulate(t.stream, t.scale, t.shift, 1e-6, t.x.dtype)
 
         yield Case(costs["gate_residual_norm_modulate_"], f"triton {count} rows", fused)
         yield Case(costs["norm_modulate"], f"triton {count} rows", norm)

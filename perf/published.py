@@ -8,14 +8,19 @@ The yardstick of `perf/bench_reference.py`. Same weights and same result as our 
 - rotary tables are complex128, built for every forward; queries, keys and the whole sink turn in complex128 per layer;
 - keys and values of ring and sink are concatenated in every layer.
 
-Attention itself is torch's, in both.
+Attention itself is torch's, in both. ``wide`` is the most exact reading of this arithmetic with rounded weights: sums
+of the residual stream promoted to float32 by their gates, as under autocast, and time embedding, head and encoder of
+sound in float32. It is for comparing exactness; what is timed is rounded to the type of the weights.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from streamdiff.models.dit import Attention, CausalDiT
 
@@ -44,8 +49,11 @@ def turn(x_BLNK: Tensor, table_L1F: Tensor) -> Tensor:
 class PublishedStep:
     """History and forward of one step in the published manner."""
 
-    def __init__(self, dit: CausalDiT, *, window_tokens: int, sink_keys: Tensor, sink_values: Tensor) -> None:
+    def __init__(
+        self, dit: CausalDiT, *, window_tokens: int, sink_keys: Tensor, sink_values: Tensor, wide: bool = False
+    ) -> None:
         config = dit.config
+        self.stream = torch.float32 if wide else dit.dtype
         _, B, _, N, K = sink_keys.shape
         self.dit = dit
         self.keys = [torch.zeros(B, window_tokens, N, K, dtype=dit.dtype) for _ in range(config.num_layers)]
@@ -71,7 +79,9 @@ class PublishedStep:
         rows, columns = H // 2, W // 2
         # Sound.
         padded = torch.cat([audio[..., :1].repeat(1, 1, 1, config.audio.motion_frames), audio], dim=-1)
-        global_BTD, local_BTAD = dit.casual_audio_encoder(padded.to(dit.dtype))
+        global_BTD, local_BTAD = (
+            x.to(dit.dtype) for x in _in_type(dit.casual_audio_encoder, self.stream, padded.to(self.stream))
+        )
         skip = (config.audio.motion_frames + 3) // 4
         global_BTD, tokens = global_BTD[:, skip:].clone(), local_BTAD[:, skip:]
         # Video tokens and their tables.
@@ -80,16 +90,16 @@ class PublishedStep:
         x = x.flatten(2).transpose(1, 2)
         L = x.shape[1]
         table = complex_table(list(range(chunk * T, (chunk + 1) * T)), rows, columns, config.rotary_pairs)
-        x = x + dit.trainable_cond_mask(torch.zeros(1, L, dtype=torch.long)).to(x.dtype)
+        x = (x + dit.trainable_cond_mask(torch.zeros(1, L, dtype=torch.long)).to(x.dtype)).to(self.stream)
         # Time: one embedding per latent frame, repeated for every token.
         half = config.freq_dim // 2
         angles = torch.outer(
             torch.full((T,), 1000 * sigma, dtype=torch.float64),
             torch.pow(10000, -torch.arange(half, dtype=torch.float64) / half),
         )
-        wave = torch.cat([angles.cos(), angles.sin()], dim=1).to(dit.dtype)
-        e = dit.time_embedding(wave)
-        e0 = dit.time_projection(e).float().view(1, T, 6, config.dim)
+        wave = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.stream)
+        e = _in_type(dit.time_embedding, self.stream, wave)
+        e0 = _in_type(dit.time_projection, self.stream, e).float().view(1, T, 6, config.dim)
         # Prompt.
         context = F.pad(text, (0, 0, 0, config.text_len - text.shape[1]))
         context = dit.text_embedding(context.to(dit.dtype))
@@ -100,10 +110,10 @@ class PublishedStep:
             x = x + (
                 self._self_attention(z, block.self_attn, h.to(dit.dtype), table, sink_tables, chunk) * per_token[2]
             )
-            x = x.to(dit.dtype)
-            x = x + _cross_attention(block.cross_attn, block.norm3(x), context)
+            x = x.to(self.stream)
+            x = x + _cross_attention(block.cross_attn, _in_type(block.norm3, self.stream, x).to(dit.dtype), context)
             h = F.layer_norm(x.float(), (config.dim,), eps=config.eps) * (1 + per_token[4]) + per_token[3]
-            x = (x + block.ffn(h.to(dit.dtype)) * per_token[5]).to(dit.dtype)
+            x = (x + block.ffn(h.to(dit.dtype)) * per_token[5]).to(self.stream)
             if z in dit.injector_of:
                 j = dit.injector_of[z]
                 frames = x.clone().unflatten(1, (T, -1)).flatten(0, 1)
@@ -111,12 +121,12 @@ class PublishedStep:
                     dit.audio_injector.injector_adain_layers[j].linear(F.silu(global_BTD[0])).chunk(2, dim=-1)
                 )
                 normed = F.layer_norm(frames, (config.dim,), eps=1e-5) * (1 + scale[:, None]) + shift[:, None]
-                heard = _cross_attention(dit.audio_injector.injector[j], normed, tokens.flatten(0, 1))
+                heard = _cross_attention(dit.audio_injector.injector[j], normed.to(dit.dtype), tokens.flatten(0, 1))
                 x = x + heard.reshape_as(x)
         em = (dit.head.modulation.float() + e.float().unsqueeze(1)).chunk(2, dim=1)
         normed = F.layer_norm(x.float(), (config.dim,), eps=config.eps).unflatten(1, (T, -1))
         h = (normed * (1 + em[1].unsqueeze(0)) + em[0].unsqueeze(0)).flatten(1, 2)
-        return dit.unpatchify(dit.head.head(h.to(dit.dtype)), T, H, W)
+        return dit.unpatchify(_in_type(dit.head.head, self.stream, h.to(self.stream)), T, H, W)
 
     def _self_attention(
         self, z: int, attention: Attention, h: Tensor, table: Tensor, sink_tables: Tensor, chunk: int
@@ -132,6 +142,13 @@ class PublishedStep:
         values = torch.cat([self.values[z][:, :filled], self.sink_values[z]], dim=1)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
         return attention.o(y.transpose(1, 2).flatten(2))
+
+
+def _in_type(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Any:
+    """A module's answer with its weights in this type."""
+    if next(module.parameters()).dtype == dtype:
+        return module(x)
+    return functional_call(module, {name: p.to(dtype) for name, p in module.named_parameters()}, (x,))
 
 
 def _cross_attention(attention: Attention, x: Tensor, context: Tensor) -> Tensor:

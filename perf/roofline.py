@@ -41,6 +41,8 @@ class Shapes:
     injectors: int = 12
     item: int = 2
     """Bytes of an activation."""
+    stream_item: int = 4
+    """Bytes of a value of the residual stream, which is never rounded; 2 says what that costs."""
 
     @property
     def width(self) -> int:
@@ -94,18 +96,18 @@ def element_costs(s: Shapes) -> list[Cost]:
     row, mods = s.tokens * s.width * s.item, s.frames * s.width * 4
     table = s.tokens * (s.head_dim // 2) * 4 * 2
     scales = s.tokens * 4
-    half = row // s.item
+    half, stream = row // s.item, s.tokens * s.width * s.stream_item
     return [
         Cost("qk_norm_rope_write", 6 * row + 2 * table, 0, s.layers, ""),
         Cost("qk_norm_rope_write two turns", 7 * row + 3 * table, 0, 0, ""),
         Cost("rotate_sink_", 2 * s.sink * s.width * s.item, 0, s.layers, ""),
         Cost("rms_norm", 2 * row, 0, s.layers + s.injectors, ""),
-        Cost("norm_modulate", 2 * row + 2 * mods, 0, 1 + s.injectors, ""),
-        Cost("gate_residual_", 3 * row + mods, 0, s.injectors, ""),
-        Cost("gate_residual_norm_modulate_", 4 * row + 3 * mods, 0, 3 * s.layers, ""),
+        Cost("norm_modulate", stream + row + 2 * mods, 0, 1, ""),
+        Cost("gate_residual_", 2 * stream + row + mods, 0, 0, ""),
+        Cost("gate_residual_norm_modulate_", 2 * (stream + row) + 3 * mods, 0, 3 * s.layers + s.injectors, ""),
         Cost("gelu", 2 * s.tokens * s.hidden * s.item, 0, s.layers, ""),
-        Cost("norm_modulate_fp8", row + half + scales + 2 * mods, 0, 0, ""),
-        Cost("gate_residual_norm_modulate_fp8_", 3 * row + half + scales + 3 * mods, 0, 0, ""),
+        Cost("norm_modulate_fp8", stream + half + scales + 2 * mods, 0, 0, ""),
+        Cost("gate_residual_norm_modulate_fp8_", 2 * stream + row + half + scales + 3 * mods, 0, 0, ""),
         Cost("quantise_rows", row + half + scales, 0, 0, ""),
         Cost("gelu_fp8", s.tokens * s.hidden * (s.item + 1) + scales, 0, 0, ""),
     ]

@@ -161,20 +161,24 @@ def rotate_sink_(
             keys_BMNK[:, rows], key_scale_BMN[:, rows] = quantise_rows(turned)
 
 
-def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float) -> Tensor:
+def norm_modulate(
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """Modulations arrive as ``[B or 1, T, D]``."""
     B, L, D = x_BLD.shape
     T = scale_BTD.shape[1]
-    dtype = _working_type(x_BLD)
+    out_type, dtype = dtype or x_BLD.dtype, _working_type(x_BLD)
     weight_BTD, bias_BTD = 1 + scale_BTD.to(dtype), shift_BTD.to(dtype)
     if x_BLD.device.type != "cpu":
         # CUDA's layer norm wants weights of the type of x; a float32 x keeps the modulation exact.
         normed = F.layer_norm(x_BLD.to(dtype), (D,), eps=eps).unflatten(1, (T, L // T))
-        return normed.mul_(weight_BTD[:, :, None]).add_(bias_BTD[:, :, None]).flatten(1, 2).to(x_BLD.dtype)
+        return normed.mul_(weight_BTD[:, :, None]).add_(bias_BTD[:, :, None]).flatten(1, 2).to(out_type)
     # On a CPU the modulation is the affine part of the native layer norm: one pass, no temporary.
     shared = scale_BTD.shape[0] == 1
     frames = [
-        F.layer_norm(frame_LD, (D,), weight_BTD[0 if shared else b, t], bias_BTD[0 if shared else b, t], eps)
+        F.layer_norm(frame_LD, (D,), weight_BTD[0 if shared else b, t], bias_BTD[0 if shared else b, t], eps).to(
+            out_type
+        )
         for b in range(B)
         for t, frame_LD in enumerate(x_BLD[b].tensor_split(T))
     ]

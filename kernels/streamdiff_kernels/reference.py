@@ -84,14 +84,19 @@ def per_token(mod_BTD: Tensor, num_tokens: int) -> Tensor:
     return mod_BTD.repeat_interleave(num_tokens // num_frames, dim=-2)
 
 
-def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float) -> Tensor:
-    """Layer norm without affine, then adaptive scale and shift: ``norm(x) * (1 + scale) + shift``."""
+def norm_modulate(
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Layer norm without affine, then adaptive scale and shift: ``norm(x) * (1 + scale) + shift``.
+
+    ``dtype``: of the result, by default that of x.
+    """
     x = wide(x_BLD)
     num_tokens = x.shape[1]
     centred = x - x.mean(-1, keepdim=True)
     normed = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
     scale, shift = per_token(wide(scale_BTD), num_tokens), per_token(wide(shift_BTD), num_tokens)
-    return (normed * (1 + scale) + shift).to(x_BLD.dtype)
+    return (normed * (1 + scale) + shift).to(dtype or x_BLD.dtype)
 
 
 def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None) -> Tensor:
@@ -108,13 +113,14 @@ def gate_residual_norm_modulate(
     scale_BTD: Tensor,
     shift_BTD: Tensor,
     eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gate_residual`, then `norm_modulate` of its result: returns both, the stream first.
+    """`gate_residual`, then `norm_modulate` of its result in ``dtype`` (that of y): returns both, the stream first.
 
     The norm reads the stream as stored, rounding included, so the fused op equals the two in sequence.
     """
     stream = gate_residual(x_BLD, y_BLD, gate_BTD)
-    return stream, norm_modulate(stream, scale_BTD, shift_BTD, eps)
+    return stream, norm_modulate(stream, scale_BTD, shift_BTD, eps, dtype or y_BLD.dtype)
 
 
 def rms_norm_silu(x_BCTHW: Tensor, weight_C: Tensor, bias_C: Tensor | None, eps: float) -> Tensor:

@@ -40,10 +40,17 @@ def dit_parameters(config: DiTConfig) -> int:
 
 
 def _audio_parameters(config: DiTConfig, audio: AudioInjectionConfig) -> int:
-    D, E = config.dim, audio.feature_dim
+    D = config.dim
     patch = config.patch[0] * config.patch[1] * config.patch[2]
     injectors = len(audio.inject_layers) * (_attention_parameters(D) + _linear(D, 2 * D))
-    encoder = (
+    encoder = _audio_encoder_parameters(config, audio)
+    packer = sum(_linear(config.in_dim * volume, D) for volume in (4, 32, 256)) if config.packs_motion else 0
+    return injectors + encoder + packer + _linear(config.cond_dim * patch, D) + 3 * D
+
+
+def _audio_encoder_parameters(config: DiTConfig, audio: AudioInjectionConfig) -> int:
+    D, E = config.dim, audio.feature_dim
+    return (
         audio.num_features
         + _linear(3 * E, D // 4 * audio.num_tokens)
         + _linear(3 * E, D // 4)
@@ -52,8 +59,6 @@ def _audio_parameters(config: DiTConfig, audio: AudioInjectionConfig) -> int:
         + _linear(D, D)
         + D
     )
-    packer = sum(_linear(config.in_dim * volume, D) for volume in (4, 32, 256)) if config.packs_motion else 0
-    return injectors + encoder + packer + _linear(config.cond_dim * patch, D) + 3 * D
 
 
 def sink_tokens(config: EngineConfig) -> int:
@@ -164,15 +169,27 @@ def rank_bytes(
     remembered = S + (config.memory.window_chunks + config.memory.slack_chunks) * L
     # A first chunk that is kept moves along: its keys are there once more, as they were written.
     first_keys = L * kv_per_token // 2 if config.memory.keeps_first else 0
-    # The stream, its normed copies in this layer and the next, a branch, and the hidden layer before and after GELU.
-    activations = L * bytes_per_value * (4 * dit.dim + 2 * dit.ffn_dim)
+    # The stream in float32, its normed copies in this layer and the next, a branch, and the hidden layer before and
+    # after GELU.
+    activations = L * (max(4, bytes_per_value) * dit.dim + bytes_per_value * (3 * dit.dim + 2 * dit.ffn_dim))
+    weights = dit_parameters(dit) * bytes_per_value + _kept_in_float32(dit, bytes_per_value)
     return RankBytes(
-        weights=dit_parameters(dit) * bytes_per_value - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
+        weights=weights - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
         history=num_steps * (remembered * remembered_per_token + first_keys),
         pristine_sink=S * kv_per_token,
         prompt=max(dit.text_len * kv_per_token, _folded_prompt_values(dit) * bytes_per_value),
         activations=activations,
     )
+
+
+def _kept_in_float32(config: DiTConfig, bytes_per_value: int) -> int:
+    """What smaller weights take more when they are served: the encoder of sound, and embedding and head once more."""
+    if bytes_per_value >= 4:
+        return 0
+    patch = config.patch[0] * config.patch[1] * config.patch[2]
+    encoder = 0 if config.audio is None else _audio_encoder_parameters(config, config.audio)
+    copies = _linear(config.in_dim * patch, config.dim) + _linear(config.dim, config.out_dim * patch)
+    return encoder * (4 - bytes_per_value) + copies * 4
 
 
 def _folded_prompt_values(config: DiTConfig) -> int:

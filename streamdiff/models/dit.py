@@ -8,8 +8,8 @@ of `streamdiff.memory`), the rotations, and the conditions, each computed once f
 - `AudioCondition`: scale, shift, keys and values of the sound in every injector, once per chunk for all steps.
 
 Numbers follow the published model (sizes and names: Wan2.2 ``model_s2v.py``; causal use: Live Avatar
-``causal_model_s2v.py``): the residual stream has the dtype of the weights; norms, modulation, rotary turns and time
-embedding are float32.
+``causal_model_s2v.py``): the residual stream has the dtype of the weights (served, it is float32); norms, modulation,
+rotary turns and time embedding are float32.
 
 Axes: B streams, T latent frames, C channels, H height, W width, L tokens of this chunk, M tokens remembered, S sink
 tokens, D model width, N heads, K head width, P prompt tokens, A audio frames or tokens, E audio width, Z layers.
@@ -24,6 +24,7 @@ from typing import Generic, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from streamdiff import rng
 from streamdiff.config import AudioInjectionConfig, DiTConfig
@@ -354,13 +355,13 @@ class CausalDiT(nn.Module):
         half = self.config.freq_dim // 2
         frequency_F = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64) / half)
         angle_F = 1000.0 * sigma * frequency_F
-        wave_1F = torch.cat([angle_F.cos(), angle_F.sin()])[None].to(device=self.device, dtype=self.dtype)
-        embedded_1D = self.time_embedding(wave_1F)
-        projected_6D = self.time_projection(embedded_1D).float().view(6, self.config.dim)
+        wave_1F = torch.cat([angle_F.cos(), angle_F.sin()])[None].to(device=self.device, dtype=torch.float32)
+        embedded_1D = _in_float32(self.time_embedding, wave_1F)
+        projected_6D = _in_float32(self.time_projection, embedded_1D).view(6, self.config.dim)
         layers = torch.stack([block.modulation[0].float() for block in self.blocks])
         return Modulation(
             layers_Z6D=layers + projected_6D,
-            head_2D=self.head.modulation[0].float() + embedded_1D.float(),
+            head_2D=self.head.modulation[0].float() + embedded_1D,
             sigma=sigma,
         )
 
@@ -391,7 +392,8 @@ class CausalDiT(nn.Module):
         mixed_BAE = self.casual_audio_encoder.mix(audio_BZEA.to(device=self.device))
         copies = (audio.motion_frames - 1) % 4 + 1
         padded_BAE = torch.cat([mixed_BAE[:, :1].expand(-1, copies, -1), mixed_BAE], dim=1)
-        global_BTD, local_BTAD = self.casual_audio_encoder.encoder(padded_BAE)
+        # Served, the encoder is float32 whatever the rest is (`ServedWeights`).
+        global_BTD, local_BTAD = (x.to(self.dtype) for x in self.casual_audio_encoder.encoder(padded_BAE))
         global_BTD, tokens = global_BTD[:, 1:], local_BTAD[:, 1:].flatten(0, 1)
         moved = [norm(global_BTD) for norm in self.audio_injector.injector_adain_layers]
         injectors = self.audio_injector.injector
@@ -535,6 +537,14 @@ class CausalDiT(nn.Module):
         if self.config.audio is None:
             raise ConfigError("this model has no audio injectors; use a preset that has them, such as tiny")
         return self.config.audio
+
+
+def _in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module computes with its weights widened to float32, for tables that are made once."""
+    narrow = {name: parameter for name, parameter in module.named_parameters() if parameter.dtype != torch.float32}
+    if not narrow:
+        return module(x)
+    return functional_call(module, {name: parameter.float() for name, parameter in narrow.items()}, (x,))
 
 
 def _moved(rotation: Rotation, device: torch.device) -> Rotation:

@@ -5,14 +5,18 @@ The ops are called with tensors that have shapes and no data (device "meta"), th
 a GPU, so what is inspected is what would run: signatures, alignment, tile shapes, warps. The wheel of Triton
 brings the assembler and the disassembler.
 
-Regenerate the golden table after a change that moves it, and say in the commit why it moved:
+The golden table has one part per version of Triton. Regenerate the part of the version that is imported after a change
+that moves it, and say in the commit why it moved; the second line does it for another version, unpacked by
+``pip install --no-deps --target DIR triton==3.6.0``:
     PYTHONPATH=kernels python tests/kernels/paper_gpu.py --write
+    PYTHONPATH=DIR:kernels python tests/kernels/paper_gpu.py --write
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import re
@@ -22,6 +26,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -166,6 +171,11 @@ def _mods() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _stream() -> Tensor:
+    """The residual stream, which is never rounded."""
+    return _f32(B, L, D)
+
+
+def _branch() -> Tensor:
     return _meta(B, L, D)
 
 
@@ -231,15 +241,15 @@ CALLS: dict[str, Callable[[], object]] = {
     "rotate_sink_": lambda: fast.rotate_sink_(
         _meta(B, SINK, N, K), _f32(SINK, K // 2), _f32(SINK, K // 2), _meta(B, M, N, K), None, 0
     ),
-    "rms_norm": lambda: fast.rms_norm(_stream(), _meta(D), 1e-6),
-    "norm_modulate": lambda: fast.norm_modulate(_stream(), *_mods()[:2], 1e-6),
+    "rms_norm": lambda: fast.rms_norm(_branch(), _meta(D), 1e-6),
+    "norm_modulate": lambda: fast.norm_modulate(_stream(), *_mods()[:2], 1e-6, torch.bfloat16),
     "norm_modulate_fp8": lambda: fast.norm_modulate_fp8(_stream(), *_mods()[:2], 1e-6),
-    "gate_residual_": lambda: fast.gate_residual_(_stream(), _stream(), _mods()[0]),
-    "gate_residual_norm_modulate_": lambda: fast.gate_residual_norm_modulate_(_stream(), _stream(), *_mods(), 1e-6),
+    "gate_residual_": lambda: fast.gate_residual_(_stream(), _branch(), _mods()[0]),
+    "gate_residual_norm_modulate_": lambda: fast.gate_residual_norm_modulate_(_stream(), _branch(), *_mods(), 1e-6),
     "gate_residual_norm_modulate_fp8_": lambda: fast.gate_residual_norm_modulate_fp8_(
-        _stream(), _stream(), *_mods(), 1e-6
+        _stream(), _branch(), *_mods(), 1e-6
     ),
-    "quantise_rows": lambda: fast.quantise_rows(_stream()),
+    "quantise_rows": lambda: fast.quantise_rows(_branch()),
     "gelu_fp8": lambda: fast.gelu_fp8(_meta(B, L, F)),
     "rms_norm_silu 96": lambda: fast.rms_norm_silu(_picture(96, last=False), _meta(96), None, 1e-12),
     "rms_norm_silu 384": lambda: fast.rms_norm_silu(_picture(384, last=False), _meta(384), None, 1e-12),
@@ -274,7 +284,7 @@ def _odd_attend() -> None:
 
 def _norm_of_one_frame() -> None:
     one = _f32(1, 1, D)
-    fast.gate_residual_norm_modulate_(_stream(), _stream(), None, one, one, 1e-6)
+    fast.gate_residual_norm_modulate_(_stream(), _branch(), None, one, one, 1e-6)
 
 
 ODD_CALLS: dict[str, Callable[[], object]] = {
@@ -292,27 +302,54 @@ ODD_CALLS: dict[str, Callable[[], object]] = {
 ATTENTION = [name for name in CALLS if name.startswith("attend")]
 
 
+def gluon_calls(experiment: ModuleType) -> dict[str, Callable[[], object]]:
+    """The experiment of ``perf/try_gluon.py`` at the shapes of the 14B model, for sm_90 alone."""
+    q, ring = _meta(B, L, N, K), _meta(B, M, N, K)
+    return {
+        f"gluon, overlap {overlap}": lambda overlap=overlap: experiment.attend(q, ring, ring, M, overlap=overlap)
+        for overlap in (True, False)
+    }
+
+
+def _experiment() -> ModuleType:
+    """``perf/try_gluon.py``, which is no package's."""
+    perf = str(Path(__file__).parents[2] / "perf")
+    sys.path.append(perf)
+    try:
+        return importlib.import_module("try_gluon")
+    finally:
+        sys.path.remove(perf)
+
+
+def calls_for(capability: int) -> dict[str, Callable[[], object]]:
+    """All that the golden table knows of a capability."""
+    return CALLS if capability != 90 else CALLS | gluon_calls(_experiment())
+
+
 def table(capability: int) -> dict[str, dict[str, int]]:
     """The resources of every call."""
-    return {name: compile_call(call, capability).row() for name, call in CALLS.items()}
+    return {name: compile_call(call, capability).row() for name, call in calls_for(capability).items()}
+
+
+def golden() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """Resources by version of Triton, capability (``sm_90``) and call."""
+    return json.loads(GOLDEN.read_text())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What every kernel takes on a GPU, without one.")
-    parser.add_argument("--write", action="store_true", help="rewrite the golden table")
+    parser.add_argument("--write", action="store_true", help="rewrite this version's part of the golden table")
     parser.add_argument("--capability", type=int, nargs="+", default=[90, 100])
     parser.add_argument("--sass", help="print the machine code of this call")
     arguments = parser.parse_args()
     if arguments.sass:
-        print(compile_call(CALLS[arguments.sass], arguments.capability[0]).sass)
+        capability = arguments.capability[0]
+        print(compile_call(calls_for(capability)[arguments.sass], capability).sass)
         return
-    golden: dict[str, Any] = {"triton": triton.__version__}
-    for capability in arguments.capability:
-        golden[f"sm_{capability}"] = table(capability)
-    text = json.dumps(golden, indent=1)
+    found = {triton.__version__: {f"sm_{capability}": table(capability) for capability in arguments.capability}}
     if arguments.write:
-        GOLDEN.write_text(text + "\n")
-    sys.stdout.write(text + "\n")
+        GOLDEN.write_text(json.dumps(dict(sorted((golden() | found).items())), indent=1) + "\n")
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,20 @@ def test_norms_gates_and_modulations(impl: Impl, dtype: torch.dtype, mod_shape: 
 
 
 @pytest.mark.parametrize("impl", [Impl.REFERENCE, Impl.TORCH])
+def test_a_stream_may_be_wider_than_its_branches(impl: Impl) -> None:
+    x, y = draw(B, L, D) + 3, draw(B, L, D, dtype=torch.bfloat16, seed=9)
+    shift, scale, gate = draw(T, 6, D).unbind(1)[:3]
+    stream = x.clone()
+    out = sk.gate_residual_norm_modulate_(stream, y, gate, scale, shift, impl=impl)
+    exact = reference.gate_residual(x.double(), y.double(), gate)
+    TOLERANCES["gate_residual_"].check(stream, exact)
+    assert out.dtype == torch.bfloat16
+    want = reference.norm_modulate(exact, scale, shift, 1e-6)
+    TOLERANCES["gate_residual_norm_modulate_"].check(out, want)
+    check_eight_bits(*sk.gate_residual_norm_modulate_fp8_(x.clone(), y, gate, scale, shift, impl=impl), want)
+
+
+@pytest.mark.parametrize("impl", [Impl.REFERENCE, Impl.TORCH])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_eight_bits(impl: Impl, dtype: torch.dtype) -> None:
     x, y = draw(B, L, D, dtype=dtype), draw(B, L, D, dtype=dtype, seed=9)

@@ -136,7 +136,8 @@ def test_a_rank_needs_the_published_memory() -> None:
     config = presets.live_avatar_14b()
     need = cost.rank_bytes(config, num_steps=1, bytes_per_value=2)
     gib = 1024**3
-    assert need.weights == 2 * cost.dit_parameters(config.dit)
+    # The encoder of sound, 95.1 million parameters, is served in float32: half a per cent more.
+    assert need.weights == pytest.approx(2 * (cost.dit_parameters(config.dit) + 95.1e6), rel=1e-3)
     # 12,672 tokens of ring and 2,640 of sink in 40 layers: 9.67 and 2.01 GiB.
     assert need.history / gib == pytest.approx(9.67 + 2.01, rel=0.01)
     assert need.pristine_sink / gib == pytest.approx(2.01, rel=0.01)

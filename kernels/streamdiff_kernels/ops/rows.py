@@ -60,34 +60,43 @@ def _check_modulation(x: Tensor, *mods: Tensor | None) -> None:
             raise KernelInputError(f"modulations must agree on T, got {layout(first)} and {layout(mod)}")
 
 
-def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, *, eps: float = 1e-6, impl: Impl) -> Tensor:
+def norm_modulate(
+    x_BLD: Tensor,
+    scale_BTD: Tensor,
+    shift_BTD: Tensor,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl,
+) -> Tensor:
     """Layer norm without affine, then adaptive scale and shift per latent frame: ``norm(x) * (1 + scale) +
     shift``.
 
     Modulations are ``[T, D]`` or ``[B, T, D]``, T dividing L: frame t holds tokens ``t * L/T .. (t + 1) *
     L/T``. They may be slices of a ``[T, 6, D]`` table, and float32 whatever x is. An affine layer norm is the
-    case T = 1 with ``scale = weight - 1``, ``shift = bias``. Returns ``[B, L, D]`` in the type of x.
+    case T = 1 with ``scale = weight - 1``, ``shift = bias``. Returns ``[B, L, D]`` in ``out_dtype``, by default
+    the type of x.
     """
     _check_modulation(x_BLD, scale_BTD, shift_BTD)
-    return _norm_modulate(x_BLD, scale_BTD, shift_BTD, eps, impl.value)
+    return _norm_modulate(x_BLD, scale_BTD, shift_BTD, eps, out_dtype or x_BLD.dtype, impl.value)
 
 
 @op("norm_modulate")
-def _norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str) -> Tensor:
+def _norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype, impl: str) -> Tensor:
     if impl == Impl.REFERENCE:
-        return reference.norm_modulate(x, scale, shift, eps)
-    return fast(impl, x.device).norm_modulate(x, batched(scale, 3), batched(shift, 3), eps)
+        return reference.norm_modulate(x, scale, shift, eps, out_dtype)
+    return fast(impl, x.device).norm_modulate(x, batched(scale, 3), batched(shift, 3), eps, out_dtype)
 
 
 @shapes_of("norm_modulate")
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, impl: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype, impl: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=out_dtype)
 
 
 def gate_residual_(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, *, impl: Impl) -> Tensor:
     """Add a branch to the residual stream in place, ``x += gate * y`` (``x += y`` without a gate); returns x.
 
-    The product is formed in float32 and rounded once, into the type of x.
+    The product is formed in float32 and rounded once, into the type of x, which may be wider than that of y.
     """
     _check_modulation(x_BLD, gate_BTD)
     _check_branch(x_BLD, y_BLD)
@@ -121,34 +130,55 @@ def gate_residual_norm_modulate_(
     shift_BTD: Tensor,
     *,
     eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
     impl: Impl,
 ) -> Tensor:
     """Close one branch and open the next: ``x += gate * y`` in place, then `norm_modulate` of x, which is
-    returned.
+    returned in ``out_dtype``, by default the type of y.
+
+    A stream in float32 beside branches in 16 bits is never rounded.
     """
     _check_modulation(x_BLD, gate_BTD, scale_BTD, shift_BTD)
     _check_branch(x_BLD, y_BLD)
-    return _gate_residual_norm_modulate(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, eps, impl.value)
+    return _gate_residual_norm_modulate(
+        x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, eps, out_dtype or y_BLD.dtype, impl.value
+    )
 
 
 @op("gate_residual_norm_modulate_", mutates=("x",))
 def _gate_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, impl: str
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    impl: str,
 ) -> Tensor:
     if impl == Impl.REFERENCE:
-        stream, out = reference.gate_residual_norm_modulate(x, y, gate, scale, shift, eps)
+        stream, out = reference.gate_residual_norm_modulate(x, y, gate, scale, shift, eps, out_dtype)
         x.copy_(stream)
         return out
     gate, scale, shift = batched_or_none(gate, 3), batched(scale, 3), batched(shift, 3)
     if impl == Impl.TORCH:
         plain.gate_residual_(x, y, gate)
-        return plain.norm_modulate(x, scale, shift, eps)
-    return fast(impl, x.device).gate_residual_norm_modulate_(x, y, gate, scale, shift, eps)
+        return plain.norm_modulate(x, scale, shift, eps, out_dtype)
+    return fast(impl, x.device).gate_residual_norm_modulate_(x, y, gate, scale, shift, eps, out_dtype)
 
 
 @shapes_of("gate_residual_norm_modulate_")
-def _(x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, impl: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=out_dtype)
 
 
 def quantise_rows(x: Tensor, *, impl: Impl) -> tuple[Tensor, Tensor]:

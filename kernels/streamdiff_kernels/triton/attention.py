@@ -311,7 +311,8 @@ def choose_tiles(gpu: Gpu, programs_of_128: int, width: int, *, crowded: bool) -
         return Tiles(64, 64, 4, 2)
     if crowded and gpu.capability >= 100:
         return Tiles(64, 64, 8, 2)
-    return Tiles(128, 128, 8, 2)
+    # One program a processor in any case, by its registers: a third stage costs nothing where it fits.
+    return Tiles(128, 128, 8, 3 if gpu.capability == 90 and not crowded else 2)
 
 
 def _rows_descriptor(ring_BMNK: Tensor, block_m: int, width: int) -> TensorDescriptor:
@@ -371,6 +372,8 @@ def attend(
                 )
                 if eight_bits:
                     tiles = tiles._replace(keys=min(64, tiles.keys))
+                if gpu.capability >= 100 and two_turns and length is None:
+                    tiles = tiles._replace(num_stages=1)  # Triton 3.6 spills with two
             # The bulk copy engine (Hopper on) moves whole tiles whose rows are multiples of 16 bytes.
             descriptor = gpu.capability >= 90 and width == K and keys_BMNK.dtype.itemsize * K % 16 == 0
         attend_kernel[(triton.cdiv(L, tiles.queries), B * N)](

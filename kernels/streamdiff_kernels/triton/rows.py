@@ -202,7 +202,8 @@ def _launch_residual_norm(
             GATE=gate_BTD is not None,
             NORM=scale_BTD is not None,
             EIGHT_BITS=row_scale_BL is not None,
-            num_warps=row_warps(block),
+            # Rows of four bytes take more registers a value: half as many values a thread keep 32 warps on a processor.
+            num_warps=row_warps(block * x_BLD.dtype.itemsize // 2),
             maxnreg=None if y_BLD is not None else register_limit(x_BLD),
         )
 
@@ -214,8 +215,10 @@ def _eight_bits_like(x: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def norm_modulate(x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float) -> Tensor:
-    out = torch.empty_like(x_BLD)
+def norm_modulate(
+    x_BLD: Tensor, scale_BTD: Tensor, shift_BTD: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    out = torch.empty_like(x_BLD, dtype=dtype or x_BLD.dtype)
     _launch_residual_norm(x_BLD, None, None, scale_BTD, shift_BTD, out, None, eps)
     return out
 
@@ -231,9 +234,15 @@ def gate_residual_(x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None) -> Non
 
 
 def gate_residual_norm_modulate_(
-    x_BLD: Tensor, y_BLD: Tensor, gate_BTD: Tensor | None, scale_BTD: Tensor, shift_BTD: Tensor, eps: float
+    x_BLD: Tensor,
+    y_BLD: Tensor,
+    gate_BTD: Tensor | None,
+    scale_BTD: Tensor,
+    shift_BTD: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    out = torch.empty_like(x_BLD)
+    out = torch.empty_like(x_BLD, dtype=dtype or y_BLD.dtype)
     _launch_residual_norm(x_BLD, y_BLD, gate_BTD, scale_BTD, shift_BTD, out, None, eps)
     return out
 

@@ -25,8 +25,10 @@ from streamdiff_kernels import Impl, reference
 class RowOps(Protocol):
     """Element-wise and row-wise ops between linear layers and attention: norm, modulation, rotary embedding."""
 
-    def norm_modulate(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
-        """Norm and modulation."""
+    def norm_modulate(
+        self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, *, eight_bits: bool
+    ) -> Activation:
+        """Norm and modulation, in ``dtype`` or in eight bits."""
         ...
 
     def residual_norm_modulate(
@@ -39,8 +41,11 @@ class RowOps(Protocol):
         eps: float,
         *,
         eight_bits: bool,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Activation]:
-        """Gated residual add ``x + gate * y``, and its norm and modulation; may write over ``x``."""
+        """Gated residual add ``x + gate * y``, in the type of ``x``, and its norm and modulation, in ``dtype`` (that
+        of ``y``) or in eight bits; may write over ``x``.
+        """
         ...
 
     def norm_rope_write(
@@ -66,10 +71,12 @@ class FusedRowOps:
     def __init__(self, impl: Impl) -> None:
         self._impl = impl
 
-    def norm_modulate(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
+    def norm_modulate(
+        self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, *, eight_bits: bool
+    ) -> Activation:
         if eight_bits:
             return FP8Tensor(*kernels.norm_modulate_fp8(x_BLD, scale, shift, eps=eps, impl=self._impl))
-        return kernels.norm_modulate(x_BLD, scale, shift, eps=eps, impl=self._impl)
+        return kernels.norm_modulate(x_BLD, scale, shift, eps=eps, out_dtype=dtype, impl=self._impl)
 
     def residual_norm_modulate(
         self,
@@ -81,11 +88,12 @@ class FusedRowOps:
         eps: float,
         *,
         eight_bits: bool,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Activation]:
         arguments = (x_BLD, y_BLD, gate, scale, shift)
         if eight_bits:
             return x_BLD, FP8Tensor(*kernels.gate_residual_norm_modulate_fp8_(*arguments, eps=eps, impl=self._impl))
-        return x_BLD, kernels.gate_residual_norm_modulate_(*arguments, eps=eps, impl=self._impl)
+        return x_BLD, kernels.gate_residual_norm_modulate_(*arguments, eps=eps, out_dtype=dtype, impl=self._impl)
 
     def norm_rope_write(
         self, qkv_BLE: Tensor, layer: LayerWeights, rotation: Rotation, ring: LayerHistory, eps: float
@@ -123,10 +131,12 @@ class FusedRowOps:
 class TracedRowOps:
     """Row ops in plain torch, for ``torch.compile`` to fuse."""
 
-    def norm_modulate(self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, *, eight_bits: bool) -> Activation:
+    def norm_modulate(
+        self, x_BLD: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, *, eight_bits: bool
+    ) -> Activation:
         if eight_bits:
             return FP8Tensor(*reference.quantise_rows(reference.norm_modulate(x_BLD.float(), scale, shift, eps)))
-        return reference.norm_modulate(x_BLD, scale, shift, eps)
+        return reference.norm_modulate(x_BLD, scale, shift, eps, dtype)
 
     def residual_norm_modulate(
         self,
@@ -138,10 +148,11 @@ class TracedRowOps:
         eps: float,
         *,
         eight_bits: bool,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Activation]:
         # A new tensor, not the old one overwritten: torch 2.13's compiler fails on a CPU where it fuses two writes.
         x_BLD = reference.gate_residual(x_BLD, y_BLD, gate)
-        return x_BLD, self.norm_modulate(x_BLD, scale, shift, eps, eight_bits=eight_bits)
+        return x_BLD, self.norm_modulate(x_BLD, scale, shift, eps, dtype or y_BLD.dtype, eight_bits=eight_bits)
 
     def norm_rope_write(
         self, qkv_BLE: Tensor, layer: LayerWeights, rotation: Rotation, ring: LayerHistory, eps: float

@@ -5,7 +5,8 @@ weights, for inference only:
 
 - a rank's noise level never changes, so scales, shifts and gates are constants; so are the prompt's keys and values;
 - q, k and v come from one matrix product, and one pass norms and rotates them and writes k and v into their ring slot;
-- every ``x + gate * y`` is one pass with the norm and modulation that follow it;
+- every ``x + gate * y`` is one pass with the norm and modulation that follow it; the residual stream ``x``, the
+  embedding, the head and the encoder of sound are float32 whatever the weights are rounded to;
 - attention reads the ring where it lies: nothing is concatenated, masked or rotated again;
 - on CUDA, inputs are copied into buffers of fixed address and the step is replayed as one graph. The slot and, where
   the attention backend can read it there, the fill level stay on the device; other backends get one graph per level.
@@ -176,8 +177,11 @@ class ServedWeights:
         if dit.config.audio is not None:
             assert dit.cond_encoder.bias is not None
             bias_D = bias_D + dit.cond_encoder.bias.data.float() + dit.trainable_cond_mask.weight.data[0].float()
-        self._embed_weight_DC = dit.patch_embedding.weight.data.flatten(1)
-        self._embed_bias_D = bias_D.to(dit.dtype)
+            # Small beside the rest, and every chunk hears through it.
+            dit.casual_audio_encoder.float()
+        self._embed_weight_DC = dit.patch_embedding.weight.data.flatten(1).float()
+        self._embed_bias_D = bias_D
+        self.head_weight_ED, self.head_bias_E = dit.head.head.weight.data.float(), dit.head.head.bias.data.float()
 
     def apart(self) -> ServedWeights:
         """The same weights with input buffers of their own, for a stage whose packets come between those of others: of
@@ -243,11 +247,11 @@ class ServedWeights:
         return self._backends[shape]
 
     def embed(self, latent_BCTHW: Tensor) -> Tensor:
-        """`CausalDiT.embed_video` as one matrix product."""
+        """`CausalDiT.embed_video` as one matrix product, float32."""
         _, ph, pw = self.dit.config.patch
         cells = latent_BCTHW.unflatten(4, (-1, pw)).unflatten(3, (-1, ph))
         patches_BLC = cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(1, 3).flatten(2)
-        return F.linear(patches_BLC.to(self._embed_weight_DC.dtype), self._embed_weight_DC, self._embed_bias_D)
+        return F.linear(patches_BLC.float(), self._embed_weight_DC, self._embed_bias_D)
 
     def _layer(self, index: int, block: Block, *, eight_bits: bool) -> LayerWeights:
         dit = self.dit
@@ -381,7 +385,7 @@ class ServedStep:
         x_BLD = weights.embed(latent_BCTHW)
         constants = self._constants[0]
         h: Activation = ops.norm_modulate(
-            x_BLD, constants.scale1, constants.shift1, eps, eight_bits=layers[0].qkv.eight_bits
+            x_BLD, constants.scale1, constants.shift1, eps, weights.dit.dtype, eight_bits=layers[0].qkv.eight_bits
         )
         y_BLD, gate = x_BLD, constants.gate2
         injector = 0
@@ -407,9 +411,10 @@ class ServedStep:
                 scale, shift = constants.scale1, constants.shift1
                 x_BLD, h = ops.residual_norm_modulate(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=eight_bits)
         scale, shift = self._head_scale_1D, self._head_shift_1D
-        _, h = ops.residual_norm_modulate(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False)
+        _, h = ops.residual_norm_modulate(x_BLD, y_BLD, gate, scale, shift, eps, eight_bits=False, dtype=x_BLD.dtype)
         assert isinstance(h, Tensor)
-        output_BCTHW = weights.dit.unpatchify(weights.dit.head.head(h), T, H, W)
+        output_BLE = F.linear(h, weights.head_weight_ED, weights.head_bias_E)
+        output_BCTHW = weights.dit.unpatchify(output_BLE, T, H, W)
         return weights.dit.velocity(latent_BCTHW, output_BCTHW, self._sigma)
 
     def _hear(

@@ -45,6 +45,23 @@ def test_norms_gates_and_modulations(B: int, L: int, T: int, D: int, dtype: torc
             TOLERANCES["gate_residual_norm_modulate_"].check(out, want)
 
 
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_a_stream_may_be_wider_than_its_branches(dtype: torch.dtype) -> None:
+    """In float32 it is not rounded, and what leaves the norm is rounded once."""
+    x, y = draw(2, 6, 37) + 3, draw(2, 6, 37, dtype=dtype, seed=9)
+    shift, scale, gate = draw(3, 6, 37, seed=7).unbind(1)[:3]
+    stream = x.clone()
+    out = sk.gate_residual_norm_modulate_(stream, y, gate, scale, shift, impl=TRITON)
+    exact = reference.gate_residual(x.double(), y.double(), gate)
+    assert stream.dtype == torch.float32
+    TOLERANCES["gate_residual_"].check(stream, exact)
+    assert out.dtype == dtype
+    want = reference.norm_modulate(exact, scale, shift, 1e-6)
+    TOLERANCES["gate_residual_norm_modulate_"].check(out, want)
+    assert torch.equal(sk.norm_modulate(stream, scale, shift, out_dtype=dtype, impl=TRITON), out)
+    check_eight_bits(*sk.gate_residual_norm_modulate_fp8_(x.clone(), y, gate, scale, shift, impl=TRITON), want)
+
+
 def test_a_program_may_serve_several_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     from streamdiff_kernels.triton import rows
 
