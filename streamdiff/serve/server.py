@@ -61,6 +61,13 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(self)",
     "Cache-Control": "no-store",
 }
+_SHARED = {"Access-Control-Expose-Headers": "Location, Link, Retry-After", "Vary": "Origin"}
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Consent",
+    "Access-Control-Max-Age": "600",
+}
+"""For pages that may call (`House.origins`)."""
 _PAGE = {
     "page.js": "text/javascript",
     "packets.js": "text/javascript",
@@ -231,7 +238,7 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
     """Turn errors into answers, and refuse what another page makes a browser send."""
     try:
         _check_origin(request)
-        response = await handler(request)
+        response = _preflight(request) or await handler(request)
     except Refused as error:
         if isinstance(error, TooOften):
             request.app[HOUSE].calls.meters.refused.labels(error.code).inc()
@@ -255,7 +262,20 @@ async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse
         response.headers.update({k: v for k, v in error.headers.items() if k == "Allow"})
     if not response.prepared:
         response.headers.update(_HEADERS)
+        if (origin := request.headers.get("Origin")) in request.app[HOUSE].origins:
+            response.headers.update({**_SHARED, "Access-Control-Allow-Origin": origin or ""})
     return response
+
+
+def _preflight(request: web.Request) -> web.Response | None:
+    """The answer to a browser that asks whether another page may send a request (CORS); None: it does not ask that.
+
+    Nobody is admitted by it, and nothing done: a preflight brings no token.
+    """
+    asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if not asks or request.headers.get("Origin") not in request.app[HOUSE].origins:
+        return None
+    return web.Response(status=204, headers=_PREFLIGHT)
 
 
 @web.middleware

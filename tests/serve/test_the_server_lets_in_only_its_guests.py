@@ -278,3 +278,34 @@ def test_a_server_drains_and_then_refuses_connections() -> None:
         assert engine.streams[0].metrics.frames >= 25  # the sentence was heard to its end
 
     asyncio.run(main())
+
+
+def test_a_page_that_may_call_is_answered_as_cors_asks_and_no_other() -> None:
+    mine, evil = "https://mine.example", "https://evil.example"
+    asking = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
+
+    async def scene(client: TestClient, house: House) -> None:
+        house.origins = frozenset({mine})
+        async with client.options("/v1/sessions", headers={"Origin": mine, **asking}) as answer:
+            assert (answer.status, await answer.read()) == (204, b"")
+            assert answer.headers["Access-Control-Allow-Origin"] == mine
+            allowed = {name.strip().lower() for name in answer.headers["Access-Control-Allow-Headers"].split(",")}
+            assert {"authorization", "content-type"} <= allowed
+            assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+        # The request itself: also where it is refused, or the page could not read why.
+        for token, status in (("", 401), ("ann-secret", 201)):
+            headers = {"Origin": mine, "Authorization": f"Bearer {token}"}
+            async with client.post("/v1/sessions", headers=headers) as answer:
+                assert answer.status == status
+                assert answer.headers["Access-Control-Allow-Origin"] == mine
+                assert "Location" in answer.headers["Access-Control-Expose-Headers"]
+                assert answer.headers["Vary"] == "Origin"
+        assert "Access-Control-Allow-Credentials" not in answer.headers
+        for headers in ({"Origin": evil, **asking}, {"Origin": evil}):
+            async with client.options("/v1/sessions", headers=headers) as answer:
+                assert answer.status == 403
+                assert "Access-Control-Allow-Origin" not in answer.headers
+        async with client.get("/healthz") as answer:
+            assert "Access-Control-Allow-Origin" not in answer.headers
+
+    visit(scene, gate=Passwords())
