@@ -21,7 +21,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from streamdiff.errors import InputError
 from streamdiff.serve.gate import Denied, Gate, bearer, is_loopback
@@ -31,14 +31,14 @@ from streamdiff.serve.limits import Limits
 from streamdiff.serve.protocol import Ending
 from streamdiff.serve.shift import Lost, Shift
 from streamdiff.serve.sums import Sums
-from streamdiff.serve.worker import METERS, SEATS
+from streamdiff.serve.worker import METERS, SEATS, TICKET
 
 logger = logging.getLogger(__name__)
 
 _NAMED = re.compile(rb"w(\d{1,3})g(\d{1,6})\.[A-Za-z0-9_-]{16,64}")
 _SUMMED = ("/readyz", "/metrics", "/v1/info")
 _BEGINS = ("/v1/sessions", "/v1/realtime/calls", "/v1/realtime")
-_SIMLI = "/compose/token"
+_SIMLI, _SIMLI_BEGINS = "/compose/token", "/compose/webrtc/p2p"
 _HEAD_S, _BODY_S, _REQUEST_S, _CONNECT_S = 10.0, 10.0, 180.0, 5.0
 _MOST_BODY_READ = 16_384
 """A body of at most this size is searched for a name: an avatar that a user has brought."""
@@ -163,7 +163,7 @@ class Front:
                 if begins:
                     shift.num_beginning += 1  # at once: the next request may be chosen for before this one is leased
                     stack.callback(shift.begun)
-                user = self._user(head) if begins else ""
+                user = self._user(head) if begins else await self._ticket_user(head, shift)
                 await self._pass_on(shift, head, body, reader, writer, user, stack)
         except Lost as lost:
             await _say(writer, lost.status, lost.code, str(lost), lost.ending)
@@ -224,6 +224,19 @@ class Front:
         offered = (name.strip() for name in head.get("sec-websocket-protocol").split(","))
         keys = (name.removeprefix(_KEY_PREFIX) for name in offered if name.startswith(_KEY_PREFIX))
         return self._gate.admit(bearer(head.get("authorization")) or next(keys, None)).user
+
+    async def _ticket_user(self, head: Head, shift: Shift) -> str:
+        """Whom a session of Simli's protocol is begun for, by its ticket; empty: this is none, or nobody's.
+
+        Lost: its worker does not say.
+        """
+        if head.path != _SIMLI_BEGINS or self._per_user is None:
+            return ""
+        name = parse_qs(urlsplit(head.target).query).get("session_token", [""])[0]
+        told = await shift.ask(f"{TICKET}?name={quote(name)}")
+        if not told:
+            raise Lost("the worker that gave this session token does not answer; ask again", status=503, code="starting")
+        return json.loads(told)["user"]
 
     async def _pass_on(
         self,

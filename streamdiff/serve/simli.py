@@ -95,13 +95,18 @@ class Tickets:
             raise Denied("no valid session token")
         return ticket
 
+    def user_of(self, name: str) -> str:
+        """Whom the ticket with this name was given to; empty: there is none. It can still be used."""
+        ticket = self._by_name.get(name)
+        return "" if ticket is None else ticket.guest.user
 
-_TICKETS: web.AppKey[Tickets] = web.AppKey("simli_tickets", Tickets)
+
+TICKETS: web.AppKey[Tickets] = web.AppKey("simli_tickets", Tickets)
 
 
 def simli(app: web.Application) -> None:
     """A `Door`: adds ``/compose``."""
-    app[_TICKETS] = Tickets(app[HOUSE].calls.leases.prefix)
+    app[TICKETS] = Tickets(app[HOUSE].calls.leases.prefix)
     app.router.add_post("/compose/token", _token)
     app.router.add_get("/compose/ice", _ice)
     app.router.add_get("/compose/webrtc/p2p", _connect)
@@ -126,7 +131,7 @@ async def _token(request: web.Request) -> web.StreamResponse:
         idle_s=_seconds(config, "maxIdleTime", 30.0),
         until_s=time.monotonic() + TICKET_S,
     )
-    return web.json_response({"session_token": request.app[_TICKETS].issue(ticket)})
+    return web.json_response({"session_token": request.app[TICKETS].issue(ticket)})
 
 
 @admits_itself
@@ -141,7 +146,7 @@ async def _connect(request: web.Request) -> web.StreamResponse:
     house = request.app[HOUSE]
     if request.headers.get("Upgrade", "").lower() != "websocket":
         raise web.HTTPUpgradeRequired(reason="This is a WebSocket")
-    ticket = request.app[_TICKETS].use(request.query.get("session_token", ""))
+    ticket = request.app[TICKETS].use(request.query.get("session_token", ""))
     call = await house.begin(ticket.guest, avatar=ticket.avatar)
     return await _Connection(request, house, call, ticket).run()
 

@@ -15,9 +15,10 @@ from aiohttp import web
 from streamdiff.errors import ConfigError
 from streamdiff.serve.gate import Denied
 from streamdiff.serve.server import HOUSE, admits_itself, serve
+from streamdiff.serve.simli import TICKETS
 
 SECRET_FIELD = "X-Streamdiff-Front"
-SEATS, METERS = "/internal/seats", "/internal/metrics"
+SEATS, METERS, TICKET = "/internal/seats", "/internal/metrics", "/internal/ticket"
 _SECRET: web.AppKey[str] = web.AppKey("secret", str)
 
 
@@ -57,6 +58,7 @@ class Link:
         app[_SECRET] = self.secret
         app.router.add_get(SEATS, _seats)
         app.router.add_get(METERS, _meters)
+        app.router.add_get(TICKET, _ticket)
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def listen() -> None:
@@ -85,6 +87,14 @@ async def _seats(request: web.Request) -> web.StreamResponse:
             "of_user": sum(lease.user == user for lease in leases.held),
         }
     )
+
+
+@admits_itself
+async def _ticket(request: web.Request) -> web.StreamResponse:
+    """Whom a ticket of Simli's protocol was given to; empty: nobody."""
+    _check(request)
+    tickets = request.app.get(TICKETS)
+    return web.json_response({"user": "" if tickets is None else tickets.user_of(request.query.get("name", ""))})
 
 
 @admits_itself

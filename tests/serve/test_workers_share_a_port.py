@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession, WSMsgType
+from aiohttp import ClientSession, WSMsgType, WSServerHandshakeError
 
 from streamdiff.trust.audit import verify_log
 
@@ -167,6 +167,54 @@ def test_limits_and_tokens_hold_for_all_workers_together(tmp_path: Path) -> None
 
     with serving(tmp_path, "--per-user", "1", "--token-key", str(tmp_path / "key"), "--drain", "1") as (url, process):
         asyncio.run(asyncio.wait_for(scene(url, process), 240))
+
+
+def test_a_user_of_simlis_protocol_is_counted_across_workers(tmp_path: Path) -> None:
+    from streamdiff.serve.tokens import mint
+
+    key = b"k" * 32
+    (tmp_path / "key").write_bytes(key)
+    ann, bob = (mint(key, user) for user in ("ann", "bob"))
+
+    async def ticket(client: ClientSession) -> str:
+        async with client.post("/compose/token", json={"faceId": "demo"}, headers={"x-simli-api-key": ann}) as answer:
+            assert answer.status == 200
+            return (await answer.json())["session_token"]
+
+    async def scene(url: str) -> None:
+        async with (
+            ClientSession(url) as client,
+            ClientSession(url, headers={"Authorization": f"Bearer {bob}"}) as other,
+        ):
+            first = await ticket(client)
+            # One seat of that worker is taken, so the next ticket comes from the other one.
+            status, state = await begin(other)
+            second = await ticket(client)
+            assert status == 201
+            assert [name[:2] for name in (state["id"], first, second)] == ["w0", "w0", "w1"]
+            way = "/compose/webrtc/p2p?session_token="
+            async with client.ws_connect(way + first):
+                for name, why in ((second, 429), ("w1g1." + "x" * 32, 401)):
+                    with pytest.raises(WSServerHandshakeError) as refused:
+                        await client.ws_connect(way + name)
+                    assert refused.value.status == why
+                async with client.get("/readyz") as answer:
+                    assert (await answer.json())["free"] == 2
+            # The ticket was not used up by being refused.
+            await until(lambda: connects(client, way + second))
+
+    async def connects(client: ClientSession, path: str) -> bool:
+        try:
+            async with client.ws_connect(path):
+                return True
+        except WSServerHandshakeError as error:
+            if error.status != 429:
+                raise
+            return False
+
+    options = ["--per-user", "1", "--simli", "--token-key", str(tmp_path / "key"), "--drain", "1", "--rate", "1000"]
+    with serving(tmp_path, *options) as (url, _):
+        asyncio.run(asyncio.wait_for(scene(url), 240))
 
 
 @pytest.mark.parametrize(
