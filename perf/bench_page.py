@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from measure import machine_card
 
+from streamdiff.conversation.mouth import open_mouth
 from streamdiff.voice.open import open_voice
 
 TEXTS = (
@@ -84,19 +85,36 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 
 class Usage:
-    """CPU seconds of a process and of all that it started."""
+    """CPU seconds of a process, and how much of the time somebody on this machine waited for a core."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._began_s, self._before_s = time.monotonic(), self._seconds()
+        self._waited_s = _waited_s()
 
     def cores(self) -> float:
         """CPU seconds per second since the beginning."""
         return round((self._seconds() - self._before_s) / (time.monotonic() - self._began_s), 3)
 
+    def pressure(self) -> float | None:
+        """Share of the time since the beginning in which a task could have run and had no core; None: not known."""
+        now_s = _waited_s()
+        if now_s is None or self._waited_s is None:
+            return None
+        return round((now_s - self._waited_s) / (time.monotonic() - self._began_s), 2)
+
     def _seconds(self) -> float:
         fields = Path(f"/proc/{self._pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _waited_s() -> float | None:
+    """Linux's pressure stall information: seconds in which some task waited for a core."""
+    try:
+        some = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except OSError:
+        return None
+    return int(some.rpartition("=")[2]) / 1e6
 
 
 @contextlib.contextmanager
@@ -146,7 +164,7 @@ def until(page: Any, expression: str, timeout_s: float = 60.0) -> Any:
 
 def quiet_ms(text: str) -> float:
     """How long a sentence's sound goes on before it is loud."""
-    sound_S = np.concatenate([chunk.samples_S for chunk in open_voice().speak(text)])
+    sound_S = np.concatenate([chunk.samples_S for chunk in open_mouth().speak(text)])
     return float(np.argmax(np.abs(sound_S) > LOUD)) / 24.0
 
 
@@ -177,11 +195,12 @@ def bench_typed(args: argparse.Namespace) -> dict[str, Any]:
             page.wait_for_timeout(rng.randrange(300, 900))
         page.wait_for_timeout(1_500)
         stats, sync_ms = page.evaluate("[streamdiff.stats, streamdiff.sync_ms]")
-        cores = usage.cores()
+        cores, pressure = usage.cores(), usage.pressure()
     return {
         "times": args.times,
         **{stage: percentiles(values) for stage, values in found.items()},
         "server cores": cores,
+        "pressure": pressure,
         "concealed": round(stats["concealed"]),
         "dropped": stats["dropped"],
         "freezes": stats["freezes"],
@@ -204,8 +223,9 @@ def bench_spoken(args: argparse.Namespace) -> dict[str, Any]:
             while len(silent) < args.times and time.monotonic() < until_s:
                 page.wait_for_timeout(1_000)
                 silent, told = spoken_over(*page.evaluate("[onsets, silences, stops]"))
-            cores = usage.cores()
-    return {"times": len(silent), "told": percentiles(told), "silent": percentiles(silent), "server cores": cores}
+            cores, pressure = usage.cores(), usage.pressure()
+    times = {"times": len(silent), "told": percentiles(told), "silent": percentiles(silent)}
+    return {**times, "server cores": cores, "pressure": pressure}
 
 
 SILENCES = """
