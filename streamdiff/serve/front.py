@@ -235,7 +235,7 @@ class Front:
         name = parse_qs(urlsplit(head.target).query).get("session_token", [""])[0]
         told = await shift.ask(f"{TICKET}?name={quote(name)}")
         if not told:
-            raise Lost("the worker that gave this session token does not answer; ask again", status=503, code="starting")
+            raise Lost("the worker that gave this token does not answer; ask again", status=503, code="starting")
         return json.loads(told)["user"]
 
     async def _pass_on(
