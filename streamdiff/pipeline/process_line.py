@@ -45,7 +45,8 @@ from streamdiff.pipeline.schedule import Schedule, render_around
 from streamdiff.pipeline.stage import KeptStage
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PRELOAD = ["streamdiff.engine"]
+_PRELOAD = ["streamdiff.engine", "torch._dynamo"]
+"""What ranks need anyway: the second takes over a second of a core to import, and the first model asks for it."""
 _MOST_LOSSES = 12
 """Times in a row that a rank may be lost without having made anything; then the cause comes back with every process."""
 _KILL_S = 10.0
