@@ -405,9 +405,14 @@ class ProcessLine(Line):
             worker.why = f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
 
     def _judge(self, worker: _Worker) -> None:
-        """Count a loss. Raises RankFailed when it is not made good."""
+        """Count a loss. Raises RankFailed when it is not made good.
+
+        One that had nothing to do does not count: a line may stand idle for days, and lose a rank now and then.
+        """
+        with self._counting:
+            had_work = any(number > worker.number for number in self._under_way)
         worker.losses += 1
-        worker.losses_in_a_row += 1
+        worker.losses_in_a_row = worker.losses_in_a_row + 1 if had_work or worker.lost_s is not None else 0
         worker.lost_s = time.monotonic() if worker.lost_s is None else worker.lost_s
         if self._heals and worker.was_up and worker.losses_in_a_row <= _MOST_LOSSES:
             return

@@ -160,6 +160,14 @@ def test_a_chunk_that_ends_every_process_that_makes_it_ends_the_line() -> None:
         assert caught.value.rank == 0
 
 
+def test_an_idle_rank_may_be_lost_as_often_as_it_happens() -> None:
+    with adding_line(1, 1, limits=PATIENT) as line:
+        for losses in range(14):
+            kill(line, 0)
+            wait_until(partial(is_replaced, line, 0, losses + 1))
+        assert sums(line.join().start(values(1, 2))) == [1, 3]
+
+
 def test_a_rank_that_works_for_too_long_is_lost() -> None:
     limits = LineLimits(deadline_s=3, silence_s=120, startup_s=120)
     with adding_line(2, 1, heals=False, limits=limits) as line:
