@@ -38,6 +38,8 @@ def _blocks(num_tokens: int, width: int, device: torch.device) -> Iterator[tuple
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if x_BLD.numel() * 4 <= _BLOCK_BYTES:
+        return _rms_normed(x_BLD, weight_D, eps).to(x_BLD.dtype)
     out_BLD = torch.empty(x_BLD.shape, dtype=x_BLD.dtype, device=x_BLD.device)
     for first, last in _blocks(x_BLD.shape[1], x_BLD.shape[0] * x_BLD.shape[2], x_BLD.device):
         out_BLD[:, first:last] = _rms_normed(x_BLD[:, first:last], weight_D, eps)
@@ -139,6 +141,42 @@ def qk_norm_rope_write(
                 target.write(ring, x8, first, last)
                 target.write(scales, scale, first, last)
     return q_out, q_sink
+
+
+def rope_table(cos_LR: Tensor, sin_LR: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `qkv_norm_rope_write` turns projections of this type by: once for all layers."""
+    return _table(cos_LR, sin_LR, torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def qkv_norm_rope_write(
+    qkv_BLE: Tensor,
+    weight_2D: Tensor,
+    table_L1R: Tensor,
+    keys_BMNK: Tensor,
+    values_BMNK: Tensor,
+    first_row: int,
+    eps: float,
+) -> Tensor:
+    """`qk_norm_rope_write` of one projection to q, k and v on a CPU: q and k in one pass each, nothing checked.
+
+    ``first_row``: of the slot in the ring. The same bits, in half of the calls; q may be a view.
+    """
+    B, L, E = qkv_BLE.shape
+    N, K = keys_BMNK.shape[-2:]
+    parts = qkv_BLE.view(B, L, 3, E // 3)
+    values_BMNK[:, first_row : first_row + L] = parts[:, :, 2].unflatten(-1, (N, K))
+    q_out: Tensor | None = None
+    for first, last in _blocks(L, 2 * B * E // 3, qkv_BLE.device):
+        normed = _rms_normed(parts[:, first:last, :2], weight_2D, eps)
+        turned = _turn_(normed.view(B, last - first, 2 * N, K), table_L1R[first:last]).unflatten(2, (2, N))
+        keys_BMNK[:, first_row + first : first_row + last] = turned[:, :, 1]
+        if last - first == L:
+            return turned[:, :, 0].to(qkv_BLE.dtype)
+        if q_out is None:
+            q_out = torch.empty((B, L, N, K), dtype=qkv_BLE.dtype)
+        q_out[:, first:last] = turned[:, :, 0]
+    assert q_out is not None
+    return q_out
 
 
 def rotate_sink_(

@@ -591,7 +591,7 @@ def _check_same_stream(x_BCTHW: Tensor, past_BCTHW: Tensor) -> None:
 
 def to_rgb8(frames_BCTHW: Tensor) -> Tensor:
     """Frames in [-1, 1] to uint8 RGB on their device: (..., 3, T, H, W) to contiguous (..., T, H, W, 3)."""
-    levels = frames_BCTHW.movedim(-4, -1).float().add(1.0).mul(127.5).round_()
+    levels = frames_BCTHW.movedim(-4, -1).float().add(1.0).mul_(127.5).round_()
     return levels.clamp_(0.0, 255.0).to(torch.uint8).contiguous()
 
 

@@ -16,9 +16,9 @@ of the ring: the op reads it there, so neither a recompile nor a wait follows it
 outside the ring raises IndexError on a CPU; on a GPU nothing is written.
 """
 
-from streamdiff_kernels.ops.attention import attend, attend_with_lse, merge_attention
+from streamdiff_kernels.ops.attention import attend, attend_prefix, attend_with_lse, merge_attention
 from streamdiff_kernels.ops.decoder import rms_norm_silu
-from streamdiff_kernels.ops.door import Impl, require
+from streamdiff_kernels.ops.door import Impl, is_watched, require
 from streamdiff_kernels.ops.products import linear, linear_fp8, pack_linear
 from streamdiff_kernels.ops.rotary import qk_norm_rope_write, rotate, rotate_sink_
 from streamdiff_kernels.ops.rows import (
@@ -35,11 +35,13 @@ from streamdiff_kernels.ops.rows import (
 __all__ = [
     "Impl",
     "attend",
+    "attend_prefix",
     "attend_with_lse",
     "gate_residual_",
     "gate_residual_norm_modulate_",
     "gate_residual_norm_modulate_fp8_",
     "gelu_fp8",
+    "is_watched",
     "linear",
     "linear_fp8",
     "merge_attention",

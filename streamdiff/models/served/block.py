@@ -54,6 +54,14 @@ class RowOps(Protocol):
         """Norm and rotate q and k, write k and v into their slot; returns ``q_BLNK``."""
         ...
 
+    def attend(self, q_BLNK: Tensor, ring: LayerHistory) -> Tensor:
+        """Self-attention over a history; ``[B, L, N, K]``."""
+        ...
+
+    def attend_all(self, q_BLNK: Tensor, k_BPNK: Tensor, v_BPNK: Tensor, backend: str) -> Tensor:
+        """Attention to all keys; ``[B, L, N, K]``."""
+        ...
+
     def rms_norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
 
     def quantised(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation:
@@ -65,7 +73,25 @@ class RowOps(Protocol):
         ...
 
 
-class FusedRowOps:
+class Attending:
+    """Attention through the door of our kernels."""
+
+    def attend(self, q_BLNK: Tensor, ring: LayerHistory) -> Tensor:
+        return kernels.attend(
+            q_BLNK,
+            ring.keys_BMNK,
+            ring.values_BMNK,
+            ring.length,
+            backend=ring.backend,
+            key_scale_BMN=ring.key_scale_BMN,
+            value_scale_BMN=ring.value_scale_BMN,
+        )
+
+    def attend_all(self, q_BLNK: Tensor, k_BPNK: Tensor, v_BPNK: Tensor, backend: str) -> Tensor:
+        return kernels.attend(q_BLNK, k_BPNK, v_BPNK, k_BPNK.shape[1], backend=backend)
+
+
+class FusedRowOps(Attending):
     """Row ops by our fused kernels: one pass over memory each."""
 
     def __init__(self, impl: Impl) -> None:
@@ -128,7 +154,7 @@ class FusedRowOps:
         return FP8Tensor(*kernels.gelu_fp8(x_BLF, impl=self._impl))
 
 
-class TracedRowOps:
+class TracedRowOps(Attending):
     """Row ops in plain torch, for ``torch.compile`` to fuse."""
 
     def norm_modulate(
@@ -233,15 +259,7 @@ def _attend(
 ) -> Tensor:
     """Self-attention over the history. What is used once has no name here, so that its memory is free at once."""
     q_BLNK = ops.norm_rope_write(layer.qkv(h), layer, rotation, ring, eps)
-    y_BLNK = kernels.attend(
-        q_BLNK,
-        ring.keys_BMNK,
-        ring.values_BMNK,
-        ring.length,
-        backend=ring.backend,
-        key_scale_BMN=ring.key_scale_BMN,
-        value_scale_BMN=ring.value_scale_BMN,
-    )
+    y_BLNK = ops.attend(q_BLNK, ring)
     return layer.o(ops.quantised(y_BLNK.flatten(2), eight_bits=layer.o.eight_bits))
 
 

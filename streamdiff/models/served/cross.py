@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-import streamdiff_kernels as kernels
 from streamdiff.models.dit import Attention, AudioCondition, CausalDiT, TextCondition
 from streamdiff.models.served.linear import Activation, AnyLinear, DequantisedLinear
 
@@ -56,6 +55,8 @@ Keys: TypeAlias = PlainKeys | FoldedKeys
 
 
 class _RowOps(Protocol):
+    def attend_all(self, q_BLNK: Tensor, k_BPNK: Tensor, v_BPNK: Tensor, backend: str) -> Tensor: ...
+
     def rms_norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
 
     def quantised(self, x_BLD: Tensor, *, eight_bits: bool) -> Activation: ...
@@ -75,7 +76,7 @@ class CrossAttention:
         q_BLNK = ops.rms_norm(self.q(h), self.norm_D, eps).unflatten(-1, (self.num_heads, -1))
         if isinstance(keys, FoldedKeys):
             return attend_folded(q_BLNK, keys, self.o.bias_E)
-        y_BLNK = kernels.attend(q_BLNK, keys.k_BPNK, keys.v_BPNK, keys.k_BPNK.shape[1], backend=self.backend)
+        y_BLNK = ops.attend_all(q_BLNK, keys.k_BPNK, keys.v_BPNK, self.backend)
         return self.o(ops.quantised(y_BLNK.flatten(2), eight_bits=self.o.eight_bits))
 
 

@@ -122,7 +122,7 @@ def pack_weights(module: nn.Module) -> None:
         return
     for layer in layers:
         if isinstance(layer, (CausalConv3d, Conv2d)) and _is_plain(layer.weight):
-            layer.packing = Packing()
+            layer.packing = layer.packing or Packing()
 
 
 def _is_plain(weight: Tensor) -> bool:

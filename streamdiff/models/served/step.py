@@ -61,6 +61,7 @@ from streamdiff.models.served.cross import (
     folds_sound,
     text_keys,
 )
+from streamdiff.models.served.eager import EagerRowOps
 from streamdiff.models.served.graphs import CudaGraphs, Graphs
 from streamdiff.models.served.linear import (
     Activation,
@@ -317,6 +318,8 @@ class ServedStep:
         self._memory = memory
         self._ops = FusedRowOps(weights.impl)
         self._block_ops: RowOps = TracedRowOps() if options.compile else self._ops
+        is_eager = weights.impl is Impl.TORCH and not options.compile and weights.dit.dtype != torch.float64
+        self._eager = EagerRowOps() if is_eager else None
         self._eps = weights.dit.config.eps
         self._constants = [LayerModulation(*(row[None] for row in rows)) for rows in modulation.layers_Z6D]
         self._sigma = modulation.sigma
@@ -378,7 +381,8 @@ class ServedStep:
     def _forward(
         self, latent_BCTHW: Tensor, rotation: Rotation, text: ServedText, audio: AudioCondition | None
     ) -> Tensor:
-        weights, memory, ops, eps = self._weights, self._memory, self._ops, self._eps
+        weights, memory, eps = self._weights, self._memory, self._eps
+        ops, block_ops = self._row_ops(latent_BCTHW)
         layers = weights.layers
         _, _, T, H, W = latent_BCTHW.shape
         length = memory.length if self._follows_length else memory.length_on_host
@@ -391,7 +395,7 @@ class ServedStep:
         injector = 0
         for z, layer in enumerate(layers):
             x_BLD, y_BLD = self._block(
-                self._block_ops,
+                block_ops,
                 eps,
                 x_BLD,
                 h,
@@ -403,7 +407,7 @@ class ServedStep:
             )
             gate = self._constants[z].gate2
             if layer.audio is not None and audio is not None:
-                x_BLD, y_BLD = self._hear(x_BLD, y_BLD, gate, layer.audio, audio, injector)
+                x_BLD, y_BLD = self._hear(ops, x_BLD, y_BLD, gate, layer.audio, audio, injector)
                 gate = None
                 injector += 1
             if z + 1 < len(layers):
@@ -417,16 +421,30 @@ class ServedStep:
         output_BCTHW = weights.dit.unpatchify(output_BLE, T, H, W)
         return weights.dit.velocity(latent_BCTHW, output_BCTHW, self._sigma)
 
+    def _row_ops(self, given: Tensor) -> tuple[FusedRowOps, RowOps]:
+        """Row ops for a forward from this latent: around blocks, and within."""
+        # A recording reads its inputs where they lie; eager ops know them by what they are.
+        if self._eager is None or self._weights.graphs is not None or kernels.is_watched(given):
+            return self._ops, self._block_ops
+        return self._eager, self._eager
+
     def _hear(
-        self, x_BLD: Tensor, y_BLD: Tensor, gate_1D: Tensor, query: CrossAttention, audio: AudioCondition, injector: int
+        self,
+        ops: FusedRowOps,
+        x_BLD: Tensor,
+        y_BLD: Tensor,
+        gate_1D: Tensor,
+        query: CrossAttention,
+        audio: AudioCondition,
+        injector: int,
     ) -> tuple[Tensor, Tensor]:
         """Audio cross-attention: add the last branch to ``x``, then each latent frame attends to its audio tokens."""
         scale_BTD, shift_BTD = audio.scales[injector][:, :, 0], audio.shifts[injector][:, :, 0]
         T = scale_BTD.shape[1]
         gate_TD = gate_1D.expand(T, -1)
-        x_BLD, h = self._ops.residual_norm_modulate(
+        x_BLD, h = ops.residual_norm_modulate(
             x_BLD, y_BLD, gate_TD, scale_BTD, shift_BTD, ADAPTIVE_NORM_EPS, eight_bits=query.q.eight_bits
         )
         frames = h.frames(T) if isinstance(h, FP8Tensor) else by_frame(h, T)
-        y = query(self._ops, frames, audio_keys(audio, injector), self._eps)
+        y = query(ops, frames, audio_keys(audio, injector), self._eps)
         return x_BLD, y.view_as(x_BLD)
