@@ -97,6 +97,18 @@ def _simulator(results: Sequence[Result]) -> Found | None:
     return Found(f"{worst:.1%} off", worst <= 0.06, machine(result))
 
 
+LOADED = "loading 1.3 GiB of weights with all checks against without"
+
+
+def _checks(results: Sequence[Result]) -> Found | None:
+    result = latest(results, "load")
+    if result is None:
+        return None
+    ratio, cpu = result["ratio"], result["cpu"]
+    how = f"{machine(result)}, load {result['load']:.1f}"
+    return Found(f"{ratio:.2f}x by the clock, {cpu:.2f}x of the CPU time", max(ratio, cpu) <= 1.05, how)
+
+
 def _elements(results: Sequence[Result]) -> Found | None:
     result = latest(results, "kernels", gpu=True)
     if result is None:
@@ -414,6 +426,7 @@ ROWS = (
         _decode("vae", 80),
         _predicted_decode,
     ),
+    Row(LOADED, "<= 1.05x", "python perf/bench_load.py", _checks),
     Row("decode 12 frames, light", "<= 8 ms", "python perf/bench_decoder.py", _decode("tae", 8), _not_measured),
     *(
         Row(f"portrait: {what}, {where}", "reported", f"python perf/bench_train.py{option}", _trained(name, gpu=gpu))

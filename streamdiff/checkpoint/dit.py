@@ -68,7 +68,7 @@ def load_dit(
     """Load the DiT from a folder of safetensors shards, official or diffusers names, the LoRA merged on the way.
 
     Names, shapes and kinds are checked in the shards' headers before a byte of weights is read; each tensor then goes
-    straight to its device, so the peak is the model and one tensor, and found finite while the next arrives.
+    straight to its device, so the peak is the model and one tensor, and is looked at for NaN on the way.
     """
     where = _locate_dit(config, folder)
     adapter = None if lora is None else read_lora(lora, config)
@@ -84,7 +84,7 @@ def load_dit(
             with opened(shard, str(device)) as file:
                 for name in names:
                     weight: Tensor = file.get_tensor(where[name][1])
-                    finite.look(name, own[name].copy_(weight if adapter is None else adapter.merged(name, weight)))
+                    finite.copy(name, own[name], weight if adapter is None else adapter.merged(name, weight))
         check_finite(finite.broken(), what=str(folder))
     return dit.eval().requires_grad_(False)
 

@@ -63,7 +63,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], *, what: str) 
     check_kinds({name: tensors[name].dtype for name in own}, own, what=what)
     with torch.no_grad(), FiniteCheck() as finite:
         for name, target in own.items():
-            finite.look(name, target.copy_(tensors[name]))
+            finite.copy(name, target, tensors[name])
         check_finite(finite.broken(), what=what)
 
 

@@ -15,7 +15,7 @@ from streamdiff.config import AudioInjectionConfig, DiTConfig
 from streamdiff.errors import CheckpointError
 from streamdiff.models.dit import CausalDiT, initialise
 from streamdiff.models.vae import VAEDecoder, VAEEncoder
-from streamdiff.tensorfile import is_finite
+from streamdiff.tensorfile import FiniteCheck, is_finite
 
 CONFIG = DiTConfig(
     dim=32,
@@ -137,6 +137,33 @@ def test_every_place_of_a_large_tensor_is_looked_at(dtype: torch.dtype) -> None:
             broken.view(-1)[at] = value
             assert not is_finite(broken)
             assert not is_finite(broken.T), "what does not lie in one piece is looked at as well"
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [0, 1, 7, 300_001])
+def test_what_is_copied_block_by_block_is_the_same_and_looked_at_everywhere(dtype: torch.dtype, size: int) -> None:
+    """Blocks hold 131,072 numbers or more; of weights below two and of larger ones, in one piece and in columns."""
+    for largest in (0.1, 100.0):
+        source = (largest * torch.randn(size, 2, dtype=torch.float64)).clamp(-largest, largest).to(dtype)
+        target, turned, other = torch.full_like(source, 7), torch.full_like(source, 7), source.float() * 0 + 7
+        with FiniteCheck() as check:
+            check.copy("same", target, source)
+            check.copy("columns", turned, source.T.contiguous().T)
+            check.copy("other", other, source)
+            assert check.broken() == []
+        assert torch.equal(target, source)
+        assert torch.equal(turned, source)
+        assert torch.equal(other, source.float())
+        for at in {0, 262_143, 262_144, 524_287, 2 * size - 1} if size else ():
+            for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+                broken = source.clone()
+                broken.view(-1)[min(at, 2 * size - 1)] = value
+                with FiniteCheck() as check:
+                    for name, into in (("same", target), ("columns", turned.T.contiguous().T), ("other", other)):
+                        check.copy(name, into, broken)
+                    check.copy("fine", target, source)
+                    assert sorted(check.broken()) == ["columns", "other", "same"]
 
 
 def test_a_lora_is_finite_and_of_matrices(tmp_path: Path) -> None:
