@@ -372,8 +372,10 @@ def misfits(found: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> list[str]
     return wrong
 
 
-def read_npz(path: str | Path, *, most_bytes: int, most_arrays: int = 1000) -> dict[str, NDArray[Any]]:
-    """All arrays of an ``.npz``; `CheckpointError` says why not, without naming the file."""
+def read_npz(
+    path: str | Path, *, most_bytes: int, most_arrays: int = 1000, prefix: str = ""
+) -> dict[str, NDArray[Any]]:
+    """Arrays of an ``.npz`` whose names begin so; `CheckpointError` says why not, without naming the file."""
     data = read_bytes(Path(path), most_bytes)
     if why := _swollen(data, most_bytes):
         raise CheckpointError(why)
@@ -381,7 +383,7 @@ def read_npz(path: str | Path, *, most_bytes: int, most_arrays: int = 1000) -> d
         with np.load(BytesIO(data), allow_pickle=False) as arrays:
             if len(arrays.files) > most_arrays:
                 raise CheckpointError(f"it holds {len(arrays.files)} arrays, more than {most_arrays}")
-            found = {name: arrays[name] for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files if name.startswith(prefix)}
     except CheckpointError:
         raise
     except Exception as error:

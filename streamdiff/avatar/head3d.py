@@ -102,6 +102,18 @@ class HeadModel:
             shapes=shapes,
         )
 
+    def whole(self) -> HeadModel:
+        """This head, if it has all points of ICT-FaceKit's light model: faces are drawn and measured by their numbers.
+
+        Raises `InputError` when it does not.
+        """
+        if len(self.neutral_V3) < SHELLS.stop:
+            raise InputError(
+                f"the head has {len(self.neutral_V3)} points, not the {SHELLS.stop} of ICT-FaceKit's light model; "
+                "see the model card of the mouth"
+            )
+        return self
+
     def vertices(self, weights: dict[str, float], identity_K: Floats | None = None) -> Floats:
         """The head ``[V, 3]`` under expression weights and, in standard deviations, identity modes."""
         vertices_V3 = self.neutral_V3.copy()

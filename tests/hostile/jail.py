@@ -105,7 +105,7 @@ class Jail:
         self._server.stdout.close()
 
     def run(self, argv: Sequence[str], folder: Path, *, stdin: Path | None = None) -> Ending:
-        """``streamdiff ARGV`` in a folder; standard input is a file, or empty."""
+        """``streamdiff ARGV``, or ``read KIND FILE``, in a folder; standard input is a file, or empty."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         asked = {"argv": list(argv), "folder": str(folder), "stdin": None if stdin is None else str(stdin)}
@@ -141,6 +141,7 @@ def _serve() -> int:
 
 def _warm_up() -> None:
     from streamdiff.cli.main import main
+    from tests.hostile import readers
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         os.chdir(folder)
@@ -148,6 +149,8 @@ def _warm_up() -> None:
             for argv in _WARM:
                 with contextlib.suppress(SystemExit):
                     main(argv)
+            for kind in readers.READERS:
+                readers.main(kind, "nothing")
         os.chdir(_ROOT)
     logging.root.handlers.clear()  # they write to the standard error of before
     gc.collect()
@@ -198,9 +201,10 @@ def _command(asked: dict[str, Any], streams: _Streams) -> int:
     sys.addaudithook(note)
     sys.argv = ["streamdiff", *asked["argv"]]
     from streamdiff.cli.main import main
+    from tests.hostile import readers
 
     try:
-        return main(asked["argv"])
+        return readers.main(*asked["argv"][1:]) if asked["argv"][0] == "read" else main(asked["argv"])
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:  # noqa: BLE001  as the interpreter would

@@ -1,4 +1,4 @@
-"""Which addresses this process listens at."""
+"""Which addresses a process listens at."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 _LISTEN = "0A"
 
 
-def _sockets() -> set[str]:
+def _sockets(process: str) -> set[str]:
     found: set[str] = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
+    for descriptor in Path(f"/proc/{process}/fd").iterdir():
         try:
             found.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
         except OSError:
@@ -27,11 +27,12 @@ def _address(hexadecimal: str) -> str:
     return str(ipaddress.ip_address(words))
 
 
-def listening_at() -> Iterator[str]:
-    """Addresses of all TCP sockets of this process that listen (Linux)."""
-    mine = _sockets()
+def listening_at(process: int | None = None) -> Iterator[str]:
+    """Addresses of all TCP sockets of a process, or of this one, that listen (Linux)."""
+    name = "self" if process is None else str(process)
+    mine = _sockets(name)
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{name}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == _LISTEN and fields[9] in mine:
                 yield _address(fields[1].partition(":")[0])

@@ -1,9 +1,18 @@
-"""Ends commands at chosen moments, and says what is wrong with how they ended."""
+"""Ends commands at chosen moments, and says what is wrong with how they ended.
+
+    python -m tests.hostile.moments --count 400              within two seconds, on a machine that is otherwise idle
+    python -m tests.hostile.moments --count 60 --within 60   elsewhere
+
+Times from the last signal to the last end are printed.
+"""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import torch
 from safetensors import safe_open
 
 from streamdiff import presets
+from streamdiff.media import VideoWriter
 from streamdiff.output import part_of
 from tests.generate.processes import environment, write_inputs
 from tests.pipeline.ranks import free_port
@@ -138,6 +149,16 @@ class Running:
             process.stdout.close()
 
 
+@functools.cache
+def made_film() -> bytes:
+    """A short film, to have the name already."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        with VideoWriter(path, width=64, height=64, fps=25, rate_hz=16_000) as writer:
+            writer.write(torch.zeros(12, 64, 64, 3, dtype=torch.uint8), torch.zeros(writer.samples_due(12)))
+        return path.read_bytes()
+
+
 def frames_of(film: Path) -> int:
     """Frames of a film; raises for a damaged one."""
     with av.open(str(film)) as container:
@@ -146,6 +167,11 @@ def frames_of(film: Path) -> int:
 
 def faults(moment: Moment, old_film: bytes, *, within_s: float = WITHIN_S) -> list[str]:
     """End a command at a moment; what is wrong with how it ended. Nothing, as a rule."""
+    return ended(moment, old_film, within_s=within_s)[0]
+
+
+def ended(moment: Moment, old_film: bytes, *, within_s: float = WITHIN_S) -> tuple[list[str], float]:
+    """As `faults`, and seconds from the last signal to the end of the last process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         film = folder / "film.mp4"
@@ -162,7 +188,9 @@ def faults(moment: Moment, old_film: bytes, *, within_s: float = WITHIN_S) -> li
             if moment.again_after_s is not None:
                 time.sleep(moment.again_after_s)
                 running.signal(moment.number)
+            signalled_s = time.monotonic()
             statuses = running.wait(within_s)
+            took_s = time.monotonic() - signalled_s
         finally:
             running.kill()
         found = [f"ended by itself: {status}" for status in early if status is not None]
@@ -170,7 +198,7 @@ def faults(moment: Moment, old_film: bytes, *, within_s: float = WITHIN_S) -> li
         right = (128 + moment.number, -moment.number)
         found += [f"exit status {status}" for status in statuses if status not in right]
         found += [running.said[-2000:]] if "Traceback" in running.said or found else []
-        return found + _faults_of_files(moment, folder, old_film)
+        return found + _faults_of_files(moment, folder, old_film), took_s
 
 
 def _faults_of_files(moment: Moment, folder: Path, old_film: bytes) -> list[str]:
@@ -190,3 +218,28 @@ def _faults_of_files(moment: Moment, folder: Path, old_film: bytes) -> list[str]
         with safe_open(checkpoint, framework="pt") as file:
             found += [] if "step" in (file.metadata() or {}) else ["a checkpoint without its step"]
     return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=400, help="how many moments (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="other moments (default: %(default)s)")
+    parser.add_argument("--within", type=float, default=WITHIN_S, metavar="SECONDS", help="(default: %(default)s)")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
+    args = parser.parse_args()
+    took_s: dict[str, list[float]] = {}
+    bad = 0
+    for number, moment in enumerate(moments(args.seed, args.count, args.commands)):
+        wrong, seconds = ended(moment, made_film(), within_s=args.within)
+        twice = "" if moment.again_after_s is None else " twice"
+        took_s.setdefault(f"{moment.command} {moment.number.name}{twice}", []).append(seconds)
+        bad += bool(wrong)
+        print(f"{number} {moment}: {seconds:.2f} s {wrong or 'as it should be'}", flush=True)
+    for kind, times in sorted(took_s.items()):
+        print(f"{kind}: {len(times)} times, median {statistics.median(times):.2f} s, longest {max(times):.2f} s")
+    print(f"{args.count - bad} of {args.count}")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

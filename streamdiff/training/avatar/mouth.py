@@ -160,7 +160,7 @@ def _pictures_of(args: argparse.Namespace) -> dict[str, Tensor]:
             )
         names = ("conditions", "pictures", "weights")
         drawn: dict[str, Tensor] = dict(
-            zip(names, draw(HeadModel.load(args.head), args.pictures, args.seed), strict=True)
+            zip(names, draw(HeadModel.load(args.head).whole(), args.pictures, args.seed), strict=True)
         )
         make_folder(path.parent)
         save_tensors(drawn, path)

@@ -231,6 +231,6 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     landmarker = Landmarker(args.task or fetch_task())
     with replacing(args.out) as part:
-        save_file(build(HeadModel.load(args.head), landmarker, num_heads=args.heads), part)
+        save_file(build(HeadModel.load(args.head).whole(), landmarker, num_heads=args.heads), part)
     sys.stdout.write(f"{args.out}: {_NUM_MESH} landmarks from {args.heads} heads\n")
     return 0

@@ -62,7 +62,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         voices = Voices(recordings_of(args.speech))
         source = DrawnClips(
-            HeadModel.load(args.head), voices, count=args.clips, size=args.size, seed=args.seed, first=args.first
+            HeadModel.load(args.head).whole(),
+            voices,
+            count=args.clips,
+            size=args.size,
+            seed=args.seed,
+            first=args.first,
         )
     with tqdm(total=len(source) // args.part[1], unit="clip", disable=None) as bar:
         write_shards(source, args.out, part=args.part, progress=bar.update)

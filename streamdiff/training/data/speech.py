@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from streamdiff.arrays import Floats
-from streamdiff.errors import InputError
+from streamdiff.errors import CheckpointError, InputError
+from streamdiff.facts import printable
 from streamdiff.media.sound import read_audio
+from streamdiff.tensorfile import read_npz
 from streamdiff.training.data.clip import RATE_HZ
 from streamdiff.training.sentences import lexicon_words, sentence
 
 _LEVEL_DB = -26.0
+_MAX_BYTES = 1 << 30
 
 
 def leveled(samples_S: Floats, level_db: float = _LEVEL_DB) -> Floats:
@@ -34,16 +37,21 @@ def recordings_of(paths: Sequence[Path]) -> list[Floats]:
     found: list[Floats] = []
     for path in paths:
         if path.suffix == ".npz":
-            try:
-                with np.load(path, allow_pickle=False) as arrays:
-                    takes = sorted(name for name in arrays.files if name.startswith("audio_"))
-                    # The last take is never trained on.
-                    found += [leveled(arrays[name].astype(np.float32) / 32768) for name in takes[:-1]]
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path} is not an archive of recordings: {error}") from error
+            found += [leveled(take_S) for take_S in _takes(path)]
         else:
             found.append(leveled(torch.cat(list(read_audio(path, RATE_HZ))).numpy()))
     return found
+
+
+def _takes(path: Path) -> list[Floats]:
+    """Sound of all takes but the last, which is never trained on."""
+    try:
+        arrays = read_npz(path, most_bytes=_MAX_BYTES, prefix="audio_")
+        if wrong := [name for name, take in arrays.items() if take.ndim != 1 or take.dtype != np.int16]:
+            raise CheckpointError(f"{printable(wrong[0])} is no sound of 16-bit samples")
+    except CheckpointError as error:
+        raise InputError(f"{path} is not an archive of recordings: {error}; its takes are called audio_*") from error
+    return [arrays[name].astype(np.float32) / 32768 for name in sorted(arrays)[:-1]]
 
 
 class Voices:
