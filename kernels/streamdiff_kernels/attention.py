@@ -61,8 +61,8 @@ def attend_over_segments(
     q_sink_BLNK: Tensor | None,
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
-    key_scale_BMN: Tensor | None,
-    value_scale_BMN: Tensor | None,
+    key_scale_BN: Tensor | None,
+    value_scale_BN: Tensor | None,
     length: Tensor | None,
     segments_G2: Tensor | None,
     host_bounds: Sequence[int],
@@ -74,7 +74,7 @@ def attend_over_segments(
     """Run a backend that computes dense slices: one call per slice, merged by log-sum-exp."""
     on_host = q_BLNK.device.type == "cpu" or backend.name == "reference"
     has_sink_query = q_sink_BLNK is not None and sink_rows > 0
-    if length is not None and not on_host and backend.counts_on_device and key_scale_BMN is None:
+    if length is not None and not on_host and backend.counts_on_device and key_scale_BN is None:
         calls = _calls_with_device_length(
             q_BLNK,
             q_sink_BLNK if has_sink_query else None,
@@ -101,8 +101,8 @@ def attend_over_segments(
             )
         if backend.name == "reference":
             keys, values = (
-                _stored(keys_BMNK, key_scale_BMN, None),
-                _stored(values_BMNK, value_scale_BMN, None),
+                _stored(keys_BMNK, key_scale_BN, None),
+                _stored(values_BMNK, value_scale_BN, None),
             )
             out, lse = reference.attend(
                 q_BLNK, keys, values, segments, scale=scale, q_sink_BLNK=q_sink_BLNK, sink_rows=sink_rows
@@ -117,12 +117,12 @@ def attend_over_segments(
                     q_sink_BLNK if q_sink_BLNK is not None and first < sink_rows else q_BLNK,
                     _stored(
                         keys_BMNK[:, rows],
-                        None if key_scale_BMN is None else key_scale_BMN[:, rows],
+                        key_scale_BN,
                         q_BLNK.dtype,
                     ),
                     _stored(
                         values_BMNK[:, rows],
-                        None if value_scale_BMN is None else value_scale_BMN[:, rows],
+                        value_scale_BN,
                         q_BLNK.dtype,
                     ),
                     None,
@@ -141,11 +141,11 @@ def attend_over_segments(
     return out.to(q_BLNK.dtype), lse.float() if need_lse and lse is not None else None
 
 
-def _stored(x_BMNK: Tensor, scale_BMN: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _stored(x_BMNK: Tensor, scale_BN: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """Rows as numbers: as they are, or from eight bits and a scale (which allocates)."""
-    if scale_BMN is None:
+    if scale_BN is None:
         return x_BMNK
-    return reference.dequantise_rows(x_BMNK, scale_BMN).to(dtype or torch.float32)
+    return reference.dequantise_heads(x_BMNK, scale_BN).to(dtype or torch.float32)
 
 
 def _calls_with_device_length(

@@ -23,8 +23,8 @@ def resolve_backend(
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
     *,
-    key_scale_BMN: Tensor | None = None,
-    value_scale_BMN: Tensor | None = None,
+    key_scale_BN: Tensor | None = None,
+    value_scale_BN: Tensor | None = None,
 ) -> str:
     """The name of a backend that can run on such tensors; call it once, when the stage is built.
 
@@ -34,7 +34,7 @@ def resolve_backend(
     if name != "auto":
         return backend_named(name, device=q_BLNK.device, dtype=q_BLNK.dtype, head_dim=q_BLNK.shape[-1]).name
     times_ms = measure_backends(
-        q_BLNK, keys_BMNK, values_BMNK, key_scale_BMN=key_scale_BMN, value_scale_BMN=value_scale_BMN
+        q_BLNK, keys_BMNK, values_BMNK, key_scale_BN=key_scale_BN, value_scale_BN=value_scale_BN
     )
     best = min(times_ms, key=times_ms.__getitem__)
     if math.isinf(times_ms[best]):
@@ -48,8 +48,8 @@ def measure_backends(
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
     *,
-    key_scale_BMN: Tensor | None = None,
-    value_scale_BMN: Tensor | None = None,
+    key_scale_BN: Tensor | None = None,
+    value_scale_BN: Tensor | None = None,
     num_runs: int = 5,
     candidates: Sequence[str] | None = None,
 ) -> dict[str, float]:
@@ -70,8 +70,8 @@ def measure_backends(
                 values_BMNK,
                 num_rows,
                 backend=backend,
-                key_scale_BMN=key_scale_BMN,
-                value_scale_BMN=value_scale_BMN,
+                key_scale_BN=key_scale_BN,
+                value_scale_BN=value_scale_BN,
             )
 
         try:

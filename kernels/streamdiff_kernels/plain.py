@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from streamdiff_kernels.reference import E4M3_MAX
+from streamdiff_kernels.reference import E4M3_MAX, quantise_heads
 
 _BLOCK_BYTES = 1 << 20
 """float32 temporaries of one block of tokens on a CPU; half of a usual second-level cache."""
@@ -87,7 +87,7 @@ class _Slot:
             self._rows = ring_start + slot.reshape(()).long() * num_tokens + steps
 
     def write(self, ring: Tensor, x: Tensor, first: int, last: int) -> None:
-        """Tokens ``first..last`` of the slot; ``ring`` is a ring of values or of their scales."""
+        """Tokens ``first..last`` of the slot."""
         if self._rows is None:
             ring[:, self._first + first : self._first + last] = x
         elif ring.dtype == torch.float8_e4m3fn:
@@ -109,8 +109,8 @@ def qk_norm_rope_write(
     sin_sink_LR: Tensor | None,
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
-    key_scale_BMN: Tensor | None,
-    value_scale_BMN: Tensor | None,
+    key_scale_BN: Tensor | None,
+    value_scale_BN: Tensor | None,
     slot: Tensor,
     ring_start: int,
     eps: float,
@@ -133,13 +133,8 @@ def qk_norm_rope_write(
         q_out[:, first:last] = _turn_(q, table[first:last])
         k = _turn_(_rms_normed(k_BLD[:, first:last], k_weight_D, eps).view(B, -1, N, K), table[first:last])
         v = v_BLD[:, first:last].reshape(B, -1, N, K)
-        for ring, scales, x in ((keys_BMNK, key_scale_BMN, k), (values_BMNK, value_scale_BMN, v)):
-            if scales is None:
-                target.write(ring, x, first, last)
-            else:
-                x8, scale = quantise_rows(x)
-                target.write(ring, x8, first, last)
-                target.write(scales, scale, first, last)
+        for ring, scale_BN, x in ((keys_BMNK, key_scale_BN, k), (values_BMNK, value_scale_BN, v)):
+            target.write(ring, x if scale_BN is None else quantise_heads(x, scale_BN), first, last)
     return q_out, q_sink
 
 
@@ -184,7 +179,7 @@ def rotate_sink_(
     cos_GR: Tensor,
     sin_GR: Tensor,
     keys_BMNK: Tensor,
-    key_scale_BMN: Tensor | None,
+    key_scale_BN: Tensor | None,
     first_row: int,
 ) -> None:
     B, G, N, K = pristine_BGNK.shape
@@ -193,10 +188,10 @@ def rotate_sink_(
     for first, last in _blocks(G, B * N * K, keys_BMNK.device):
         turned = _turned(pristine_BGNK[:, first:last].to(dtype), table[first:last])
         rows = slice(first_row + first, first_row + last)
-        if key_scale_BMN is None:
+        if key_scale_BN is None:
             keys_BMNK[:, rows] = turned
         else:
-            keys_BMNK[:, rows], key_scale_BMN[:, rows] = quantise_rows(turned)
+            keys_BMNK[:, rows] = quantise_heads(turned, key_scale_BN)
 
 
 def norm_modulate(

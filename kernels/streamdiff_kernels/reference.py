@@ -148,6 +148,17 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / safe[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale.float()
 
 
+def quantise_heads(x_BMNK: Tensor, scale_BN: Tensor) -> Tensor:
+    """Round to e4m3 with a given scale per stream and head, ``x ~ x8 * scale``; what exceeds 448 scales is cut off."""
+    scaled = wide(x_BMNK) / scale_BN[:, None, :, None]
+    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def dequantise_heads(x8_BMNK: Tensor, scale_BN: Tensor) -> Tensor:
+    """Back to float32: ``x8 * scale``."""
+    return x8_BMNK.float() * scale_BN[:, None, :, None]
+
+
 def dequantise_rows(x8: Tensor, scale: Tensor) -> Tensor:
     """Back to float32: ``x8 * scale``."""
     return x8.float() * scale[..., None]

@@ -64,6 +64,15 @@ step.
 """
 
 
+def check_eight_bits_of_heads(x8: Tensor, scale_BN: Tensor, want_f64: Tensor) -> None:
+    """Values ``[B, L, N, K]`` in eight bits with given scales against the exact ones, as far as e4m3 reaches."""
+    scale = scale_BN.double()[:, None, :, None]
+    want = want_f64.clamp(-448.0 * scale, 448.0 * scale)
+    half_step = torch.maximum(want.abs() * E4M3_STEP / 2, scale * 2.0**-10)
+    worst = ((x8.double() * scale - want).abs() / half_step).max().item()
+    assert worst <= 1.001, f"an eight-bit value is {worst:.3f} half steps from its reference"
+
+
 def check_eight_bits(x8: Tensor, scale: Tensor, want_f64: Tensor) -> None:
     """Eight-bit rows against the exact ones: scales to float32, values to half a step, ties to a whole one.
 

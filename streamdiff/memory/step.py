@@ -16,7 +16,8 @@ from streamdiff.errors import MemoryOrderError
 from streamdiff.memory.kept import Kept
 from streamdiff.memory.ring import Ring, Slot
 from streamdiff.rope import Rotation
-from streamdiff_kernels import Impl, quantise_rows, rotate_sink_
+from streamdiff_kernels import Impl, rotate_sink_
+from streamdiff_kernels.reference import quantise_heads
 
 
 class SinkMemory:
@@ -90,8 +91,8 @@ class StepMemory:
     Where the current chunk goes and how much is filled is known twice: on the host as integers, and on the device
     (``slot_index``, ``length``), so that a captured step can follow the ring without the host.
 
-    ``eight_bits``: keys and values are float8_e4m3fn, and ``key_scale_ZBMN`` and ``value_scale_ZBMN`` hold the float32
-    scales that make numbers of them; only a served step reads and writes such a history.
+    ``scales``: keys and values are float8_e4m3fn, and these float32 scales of keys and of values, ``[Z, N]`` each, make
+    numbers of them. They stay, so that attention may read what is kept as it is kept; only a served step does.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class StepMemory:
         slack_chunks: int = 0,
         keeps_first: bool = False,
         impl: Impl = Impl.TORCH,
-        eight_bits: bool = False,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         like = sink.values_ZBSNK
         Z, B, S, N, K = like.shape
@@ -116,17 +117,17 @@ class StepMemory:
         self._sink = sink
         self._impl = impl
         num_tokens = S + window_chunks * chunk_tokens
-        dtype = torch.float8_e4m3fn if eight_bits else like.dtype
+        dtype = like.dtype if scales is None else torch.float8_e4m3fn
         self.keys_ZBMNK = torch.zeros((Z, B, num_tokens, N, K), dtype=dtype, device=like.device)
         self.values_ZBMNK = torch.zeros_like(self.keys_ZBMNK)
-        self.key_scale_ZBMN: Tensor | None = None
-        self.value_scale_ZBMN: Tensor | None = None
+        self.key_scale_ZBN: Tensor | None = None
+        self.value_scale_ZBN: Tensor | None = None
         self._rings = [self.keys_ZBMNK, self.values_ZBMNK]
         """All that has a row per token."""
-        if eight_bits:
-            self.key_scale_ZBMN = torch.zeros((Z, B, num_tokens, N), dtype=torch.float32, device=like.device)
-            self.value_scale_ZBMN = torch.zeros_like(self.key_scale_ZBMN)
-            self._rings += [self.key_scale_ZBMN, self.value_scale_ZBMN]
+        if scales is not None:
+            self.key_scale_ZBN, self.value_scale_ZBN = (
+                scale_ZN.float().to(like.device)[:, None].repeat(1, B, 1) for scale_ZN in scales
+            )
         self._first_keys_ZBLNK = like.new_zeros((Z, B, chunk_tokens if keeps_first else 0, N, K))
         """Keys of the first chunk as they were written, at their first positions."""
         self._knows_first = False
@@ -137,22 +138,24 @@ class StepMemory:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in (*self._rings, *self._spills, self._first_keys_ZBLNK))
+        scales = [scale for scale in (self.key_scale_ZBN, self.value_scale_ZBN) if scale is not None]
+        return sum(buffer.nbytes for buffer in (*self._rings, *self._spills, self._first_keys_ZBLNK, *scales))
 
     @property
     def eight_bits(self) -> bool:
-        return self.key_scale_ZBMN is not None
+        return self.key_scale_ZBN is not None
 
     def take_sink(self, still: Rotation | None) -> None:
         """Bring the sink in after it was computed anew: all its values, and the keys that keep their position.
 
         The keys that move follow with every `turn_sink`.
         """
-        values_ZBSNK = self._sink.values_ZBSNK
-        if self.value_scale_ZBMN is not None:
-            values_ZBSNK, scale_ZBSN = quantise_rows(values_ZBSNK, impl=self._impl)
-            self.value_scale_ZBMN[:, :, : self.sink_tokens].copy_(scale_ZBSN)
-        self.values_ZBMNK[:, :, : self.sink_tokens].copy_(values_ZBSNK)
+        rows_ZBSNK = self.values_ZBMNK[:, :, : self.sink_tokens]
+        if self.value_scale_ZBN is None:
+            rows_ZBSNK.copy_(self._sink.values_ZBSNK)
+        else:  # layer by layer: wide copies of all would take gigabytes
+            for rows, values, scale in zip(rows_ZBSNK, self._sink.values_ZBSNK, self.value_scale_ZBN, strict=True):
+                rows.copy_(quantise_heads(values, scale))
         if still is not None:
             self._turn(self._sink.still_keys_ZBSNK, still, first_row=self._sink.moving_tokens)
 
@@ -170,8 +173,8 @@ class StepMemory:
         if not self._knows_first:
             rows = self._rows(0)
             keys_ZBLNK = self.keys_ZBMNK[:, :, rows]
-            if self.key_scale_ZBMN is not None:
-                keys_ZBLNK = keys_ZBLNK.float() * self.key_scale_ZBMN[:, :, rows].unsqueeze(-1)
+            if self.key_scale_ZBN is not None:
+                keys_ZBLNK = keys_ZBLNK.float() * self.key_scale_ZBN[:, :, None, :, None]
             self._first_keys_ZBLNK.copy_(keys_ZBLNK)
             self._knows_first = True
         self._turn(self._first_keys_ZBLNK, shift, first_row=self.sink_tokens)
@@ -183,7 +186,7 @@ class StepMemory:
             rotation.sin_LF,
             self.keys_ZBMNK.flatten(0, 1),
             first_row=first_row,
-            key_scale_BMN=None if self.key_scale_ZBMN is None else self.key_scale_ZBMN.flatten(0, 1),
+            key_scale_BN=None if self.key_scale_ZBN is None else self.key_scale_ZBN.flatten(0, 1),
             impl=self._impl,
         )
 

@@ -160,12 +160,13 @@ def rank_bytes(
     """Memory of a rank that owns ``num_steps`` steps; 2 bytes per value for bfloat16, 4 for float32.
 
     ``kept_layers``: the layers between so many at each end serve their linears in eight bits; None: no layer does.
-    ``eight_bit_history``: keys and values of every step lie in eight bits, with a float32 scale per token and head.
+    ``eight_bit_history``: keys and values of every step lie in eight bits, with a float32 scale per layer and head.
     """
     dit = config.dit
     L, S = config.chunk_tokens, sink_tokens(config)
     kv_per_token = 2 * dit.num_layers * dit.dim * bytes_per_value
-    remembered_per_token = 2 * dit.num_layers * (dit.dim + 4 * dit.num_heads) if eight_bit_history else kv_per_token
+    remembered_per_token = 2 * dit.num_layers * dit.dim if eight_bit_history else kv_per_token
+    scales = 2 * dit.num_layers * dit.num_heads * 4 if eight_bit_history else 0
     remembered = S + (config.memory.window_chunks + config.memory.slack_chunks) * L
     # A first chunk that is kept moves along: its keys are there once more, as they were written.
     first_keys = L * kv_per_token // 2 if config.memory.keeps_first else 0
@@ -175,7 +176,7 @@ def rank_bytes(
     weights = dit_parameters(dit) * bytes_per_value + _kept_in_float32(dit, bytes_per_value)
     return RankBytes(
         weights=weights - _saved_by_eight_bits(dit, bytes_per_value, kept_layers),
-        history=num_steps * (remembered * remembered_per_token + first_keys),
+        history=num_steps * (remembered * remembered_per_token + first_keys + scales),
         pristine_sink=S * kv_per_token,
         prompt=max(dit.text_len * kv_per_token, _folded_prompt_values(dit) * bytes_per_value),
         activations=activations,

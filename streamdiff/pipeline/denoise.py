@@ -18,6 +18,7 @@ from streamdiff.memory import Kept, SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition
 from streamdiff.models.served.cross import ServedText
+from streamdiff.models.served.history import history_scales
 from streamdiff.models.served.options import Precision, StepOptions
 from streamdiff.models.served.step import ServedStep, ServedWeights
 from streamdiff.pipeline.device import on_device
@@ -101,6 +102,8 @@ class DenoiseStage:
 
     def _make_step(self, index: int) -> _Step:
         config, options = self._config, self._options
+        modulation = self._dit.modulation(config.sigmas[index])
+        eight_bits = options.history is Precision.FP8
         memory = StepMemory(
             self.sink,
             chunk_tokens=config.chunk_tokens,
@@ -108,9 +111,9 @@ class DenoiseStage:
             slack_chunks=config.memory.slack_chunks,
             keeps_first=config.memory.keeps_first,
             impl=options.resolved(self._dit.device),
-            eight_bits=options.history is Precision.FP8,
+            scales=history_scales(self._dit, (modulation, self._clean)) if eight_bits else None,
         )
-        served = ServedStep(self._weights, self._dit.modulation(config.sigmas[index]), memory, options)
+        served = ServedStep(self._weights, modulation, memory, options)
         return _Step(index, config.sigmas[index], config.sigmas[index + 1], memory, served)
 
     @torch.inference_mode()

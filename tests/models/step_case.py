@@ -12,6 +12,7 @@ from streamdiff.config import AudioInjectionConfig, DiTConfig, EngineConfig, Mem
 from streamdiff.memory import SinkMemory, StepMemory
 from streamdiff.models import cost
 from streamdiff.models.dit import AudioCondition, CausalDiT, TextCondition, initialise
+from streamdiff.models.served.history import history_scales
 from streamdiff.models.served.options import StepOptions
 from streamdiff.models.served.step import ServedStep, ServedWeights
 from streamdiff.rope import Rotation
@@ -109,11 +110,10 @@ class Case:
             chunk_tokens=config.chunk_tokens,
             window_chunks=config.memory.window_chunks,
             slack_chunks=1,
-            eight_bits=eight_bits,
+            scales=history_scales(self.dit, (self.modulation, self.dit.modulation(0.0))) if eight_bits else None,
         )
-        for ring in (memory.keys_ZBMNK, memory.values_ZBMNK, memory.key_scale_ZBMN, memory.value_scale_ZBMN):
-            if ring is not None:
-                ring.fill_(float("nan"))
+        for ring in (memory.keys_ZBMNK, memory.values_ZBMNK):
+            ring.fill_(float("nan"))
         memory.take_sink(self.dit.motion_rotation(config.latent_hw) if self.motion is not None else None)
         return memory
 

@@ -12,7 +12,7 @@ FIRST = FRAMES + "test_a_kept_first_chunk_moves_along"
 FIRST_ANEW = FRAMES + "test_a_kept_first_chunk_made_anew_is_the_one_that_is_kept"
 SINK = FRAMES + "test_the_sink_waits_then_leads_by_what_was_drawn_for_the_chunk"
 MOTION = FRAMES + "test_a_motion_prefix_stays_where_it_is"
-EIGHT = "memory/test_the_first_chunk_stays.py::test_chunks_taken_back_come_out_the_same"
+EIGHT = "memory/test_the_first_chunk_stays.py::test_eight_bits_keep_it_as_well"
 RINGS = "memory/test_the_ring_knows_its_chunks.py::"
 
 RING = (
@@ -108,7 +108,12 @@ STEP = (
         "start = slot * self.chunk_tokens",
         BACK,
     ),
-    Mutant("memory/step.py", "self._rings += [self.key_scale_ZBMN, self.value_scale_ZBMN]", "pass", EIGHT),
+    Mutant(
+        "memory/step.py",
+        "keys_ZBLNK = keys_ZBLNK.float() * self.key_scale_ZBN[:, :, None, :, None]",
+        "keys_ZBLNK = keys_ZBLNK.float()",
+        EIGHT,
+    ),
 )
 
 MUTANTS = (*RING, *STEP)

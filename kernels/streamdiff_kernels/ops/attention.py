@@ -35,8 +35,8 @@ def attend(
     segments: Segments | Tensor | None = None,
     q_sink_BLNK: Tensor | None = None,
     sink_rows: int = 0,
-    key_scale_BMN: Tensor | None = None,
-    value_scale_BMN: Tensor | None = None,
+    key_scale_BN: Tensor | None = None,
+    value_scale_BN: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of one chunk's queries over rows of the ring, the chunk's own included; returns ``[B, L, N,
@@ -63,8 +63,8 @@ def attend(
         segments,
         q_sink_BLNK,
         sink_rows,
-        key_scale_BMN,
-        value_scale_BMN,
+        key_scale_BN,
+        value_scale_BN,
         scale,
         False,
     )[0]
@@ -80,8 +80,8 @@ def attend_with_lse(
     segments: Segments | Tensor | None = None,
     q_sink_BLNK: Tensor | None = None,
     sink_rows: int = 0,
-    key_scale_BMN: Tensor | None = None,
-    value_scale_BMN: Tensor | None = None,
+    key_scale_BN: Tensor | None = None,
+    value_scale_BN: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend`, and the log-sum-exp of the scores, float32 ``[B, N, L]``, for `merge_attention`."""
@@ -94,8 +94,8 @@ def attend_with_lse(
         segments,
         q_sink_BLNK,
         sink_rows,
-        key_scale_BMN,
-        value_scale_BMN,
+        key_scale_BN,
+        value_scale_BN,
         scale,
         True,
     )
@@ -191,7 +191,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     chosen = backend_named(backend, device=q.device, dtype=q.dtype, head_dim=q.shape[-1])
     rings = batched(keys, 4), batched(values, 4)
-    scales = batched_or_none(key_scale, 3), batched_or_none(value_scale, 3)
+    scales = batched_or_none(key_scale, 2), batched_or_none(value_scale, 2)
     if backend == "triton":
         pairs = host_segments(None, None, host_bounds) if host_bounds else None
         out, lse = fast(Impl.TRITON, q.device).attend(

@@ -113,11 +113,12 @@ def check_ring(keys: Tensor, values: Tensor | None, scales: tuple[Tensor | None,
     for scale in scales:
         if (scale is not None) != (keys.dtype == E4M3):
             raise KernelInputError(
-                f"float32 scales [.., M, N] go with a float8_e4m3fn ring, and no other; ring {layout(keys)}"
+                f"float32 scales [.., N] go with a float8_e4m3fn ring, and no other; ring {layout(keys)}"
             )
-        if scale is not None and (scale.shape != keys.shape[:-1] or not scale.is_contiguous()):
+        shape = (*keys.shape[:-3], keys.shape[-2])
+        if scale is not None and (scale.shape != shape or not scale.is_contiguous() or scale.dtype != torch.float32):
             raise KernelInputError(
-                f"scales of a ring {layout(keys)} must be {list(keys.shape[:-1])}, got {layout(scale)}"
+                f"scales of a ring {layout(keys)} are float32 {list(shape)}, one per head, got {layout(scale)}"
             )
 
 

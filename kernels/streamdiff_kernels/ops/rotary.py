@@ -65,8 +65,8 @@ def qk_norm_rope_write(
     ring_start: int = 0,
     cos_sink_LR: Tensor | None = None,
     sin_sink_LR: Tensor | None = None,
-    key_scale_BMN: Tensor | None = None,
-    value_scale_BMN: Tensor | None = None,
+    key_scale_BN: Tensor | None = None,
+    value_scale_BN: Tensor | None = None,
     eps: float = 1e-6,
     impl: Impl,
 ) -> tuple[Tensor, Tensor | None]:
@@ -76,7 +76,8 @@ def qk_norm_rope_write(
     ``q, k, v`` are the projections, ``[B, L, D]`` with D = N * K, rows at any stride (slices of one fused
     projection will do). RMS norm over D and rotation run in float32. Rows ``ring_start + slot * L .. + L`` of
     the rings are overwritten, all others left alone; a ring may be of another type than q, or float8_e4m3fn
-    with one scale per token and head (``key_scale``, ``value_scale``: float32 ``[B, M, N]``).
+    with one scale per head that is given and stays (``key_scale``, ``value_scale``: float32 ``[B, N]``); what
+    exceeds 448 of it is cut off.
 
     Returns ``q_BLNK`` rotated by ``cos, sin``, and the same queries rotated by ``cos_sink, sin_sink`` for
     `attend(q_sink_BLNK=...)`, or None when those tables are not given.
@@ -89,7 +90,7 @@ def qk_norm_rope_write(
         raise KernelInputError("cos_sink and sin_sink come together; give both or neither")
     if cos_sink_LR is not None and sin_sink_LR is not None:
         _check_tables(L, K, cos_sink_LR, sin_sink_LR)
-    check_ring(keys_BMNK, values_BMNK, (key_scale_BMN, value_scale_BMN))
+    check_ring(keys_BMNK, values_BMNK, (key_scale_BN, value_scale_BN))
     if (keys_BMNK.shape[0] if keys_BMNK.dim() == 4 else 1) != B or ring_start + L > keys_BMNK.shape[-3]:
         raise KernelInputError(
             f"{B} streams of {L} tokens after {ring_start} rows of sink do not fit a ring {layout(keys_BMNK)}"
@@ -107,8 +108,8 @@ def qk_norm_rope_write(
         sin_sink_LR,
         keys_BMNK,
         values_BMNK,
-        key_scale_BMN,
-        value_scale_BMN,
+        key_scale_BN,
+        value_scale_BN,
         slot,
         ring_start,
         eps,
@@ -133,7 +134,7 @@ def _check_projections(
         raise KernelInputError(f"norm weights must be [{D}], got {layout(q_weight_D)} and {layout(k_weight_D)}")
 
 
-@op("qk_norm_rope_write", mutates=("keys", "values", "key_scale", "value_scale"))
+@op("qk_norm_rope_write", mutates=("keys", "values"))
 def _qk_norm_rope_write(
     q: Tensor,
     k: Tensor,
@@ -154,7 +155,7 @@ def _qk_norm_rope_write(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     rings = batched(keys, 4), batched(values, 4)
-    scales = batched_or_none(key_scale, 3), batched_or_none(value_scale, 3)
+    scales = batched_or_none(key_scale, 2), batched_or_none(value_scale, 2)
     if impl != Impl.REFERENCE:
         q_out, q_sink = fast(impl, q.device).qk_norm_rope_write(
             q, k, v, q_weight, k_weight, cos, sin, cos_sink, sin_sink, *rings, *scales, slot, ring_start, eps
@@ -165,10 +166,9 @@ def _qk_norm_rope_write(
         if scale is None:
             ring.copy_(reference.write_slot(ring, x, int(slot), ring_start))
         else:
-            x8, x_scale = reference.quantise_rows(x)
+            x8 = reference.quantise_heads(x, scale)
             bits = reference.write_slot(ring.view(torch.uint8), x8.view(torch.uint8), int(slot), ring_start)
             ring.view(torch.uint8).copy_(bits)
-            scale.copy_(reference.write_slot(scale, x_scale, int(slot), ring_start))
     if cos_sink is None or sin_sink is None:
         return roped_q.to(q.dtype), q.new_empty(0)
     turned = reference.qk_norm_rope(q, k, q_weight, k_weight, cos_sink, sin_sink, eps)[0]
@@ -206,7 +206,7 @@ def rotate_sink_(
     keys_BMNK: Tensor,
     *,
     first_row: int = 0,
-    key_scale_BMN: Tensor | None = None,
+    key_scale_BN: Tensor | None = None,
     impl: Impl,
 ) -> None:
     """Write the sink's keys, rotated from their pristine copy, into rows ``first_row .. first_row + G`` of
@@ -217,7 +217,7 @@ def rotate_sink_(
     """
     G, N, K = pristine_BGNK.shape[-3:]
     _check_tables(G, K, cos_GR, sin_GR)
-    check_ring(keys_BMNK, None, (key_scale_BMN,))
+    check_ring(keys_BMNK, None, (key_scale_BN,))
     fits = keys_BMNK.shape[-2:] == (N, K) and first_row >= 0 and first_row + G <= keys_BMNK.shape[-3]
     if pristine_BGNK.dim() != keys_BMNK.dim() or pristine_BGNK.shape[:-3] != keys_BMNK.shape[:-3] or not fits:
         raise KernelInputError(
@@ -225,10 +225,10 @@ def rotate_sink_(
         )
     if not pristine_BGNK.is_contiguous():
         raise KernelInputError("the pristine sink must be contiguous; keep it in a buffer of its own")
-    _rotate_sink(pristine_BGNK, cos_GR, sin_GR, keys_BMNK, key_scale_BMN, first_row, impl.value)
+    _rotate_sink(pristine_BGNK, cos_GR, sin_GR, keys_BMNK, key_scale_BN, first_row, impl.value)
 
 
-@op("rotate_sink_", mutates=("keys", "key_scale"))
+@op("rotate_sink_", mutates=("keys",))
 def _rotate_sink(
     pristine: Tensor,
     cos: Tensor,
@@ -238,7 +238,7 @@ def _rotate_sink(
     first_row: int,
     impl: str,
 ) -> None:
-    sink, ring, scales = batched(pristine, 4), batched(keys, 4), batched_or_none(key_scale, 3)
+    sink, ring, scales = batched(pristine, 4), batched(keys, 4), batched_or_none(key_scale, 2)
     if impl != Impl.REFERENCE:
         fast(impl, keys.device).rotate_sink_(sink, cos, sin, ring, scales, first_row)
         return
@@ -247,7 +247,7 @@ def _rotate_sink(
     if scales is None:
         ring[:, rows] = turned.to(ring.dtype)
     else:
-        ring[:, rows], scales[:, rows] = reference.quantise_rows(turned)
+        ring[:, rows] = reference.quantise_heads(turned, scales)
 
 
 @shapes_of("rotate_sink_")

@@ -21,7 +21,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from streamdiff_kernels.triton.launch import IEEE, INTERPRETED, Gpu, current_gpu, next_power_of_2, on_device_of
+from streamdiff_kernels.triton.launch import (
+    IEEE,
+    INTERPRETED,
+    Gpu,
+    current_gpu,
+    next_power_of_2,
+    on_device_of,
+    to_e4m3,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -67,6 +75,20 @@ def _load_queries(pointers, column, K: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _prepared(q, scale, EIGHT_BITS: tl.constexpr):
+    """Queries as they are multiplied, and what makes their products scores in powers of two: a scale of each query in
+    eight bits, of all otherwise.
+    """
+    if EIGHT_BITS:
+        wide = q.to(tl.float32)
+        largest = tl.max(tl.abs(wide), axis=1) / 448.0
+        largest = tl.where(largest > 0, largest, 1.0)
+        q = to_e4m3(wide * (1.0 / largest)[:, None], tl.float8e4nv)
+        scale = largest * scale
+    return q, scale
+
+
+@triton.jit
 def _step(
     out,  # [BLOCK_Q, WIDTH] float32
     total,  # [BLOCK_Q] sum of 2^(score - highest)
@@ -74,14 +96,12 @@ def _step(
     q,  # [BLOCK_Q, WIDTH]
     keys,
     values,
-    key_scale_ptr,  # [B * M, N] when EIGHT_BITS
-    value_scale_ptr,  # [B * M, N] when EIGHT_BITS
     row,
     end,
     head,
     N,
     column,
-    scale,
+    scale,  # [BLOCK_Q] when EIGHT_BITS, else one for all
     BLOCK_M: tl.constexpr,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -91,30 +111,25 @@ def _step(
 ):
     """One tile of keys and values into the running softmax."""
     k = _load_rows(keys, row, head, N, column, end, BLOCK_M, K, WIDTH, DESCRIPTOR, MASKED)
-    if EIGHT_BITS:
-        k = k.to(q.dtype)
     # The interpreter multiplies bfloat16 as integers; float32 holds the same values.
     if IEEE:  # noqa: SIM108 - a conditional expression would compile both sides
         scores = tl.dot(q.to(tl.float32), k.to(tl.float32).T, input_precision="ieee")
     else:
         scores = tl.dot(q, k.T)
     rows = row + tl.arange(0, BLOCK_M)
-    live = rows < end
-    if EIGHT_BITS:
-        key_scale = tl.load(key_scale_ptr + rows.to(tl.int64) * N + head, mask=live, other=0.0)
-        scores *= key_scale[None, :]
     if MASKED:
-        scores = tl.where(live[None, :], scores, float("-inf"))
+        scores = tl.where((rows < end)[None, :], scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, axis=1) * scale)
-    weights = tl.exp2(scores * scale - new_highest[:, None])
+    if EIGHT_BITS:
+        weights = tl.exp2(scores * scale[:, None] - new_highest[:, None])
+    else:
+        weights = tl.exp2(scores * scale - new_highest[:, None])
     correction = tl.exp2(highest - new_highest)
     total = total * correction + tl.sum(weights, axis=1)
     out = out * correction[:, None]
     v = _load_rows(values, row, head, N, column, end, BLOCK_M, K, WIDTH, DESCRIPTOR, MASKED)
-    if EIGHT_BITS:
-        v = v.to(q.dtype)
-        value_scale = tl.load(value_scale_ptr + rows.to(tl.int64) * N + head, mask=live, other=0.0)
-        weights *= value_scale[None, :]
+    if EIGHT_BITS and not IEEE:
+        v = v.to(tl.float16)  # exact, and one conversion for two values
     if IEEE:
         out = tl.dot(weights, v.to(tl.float32), out, input_precision="ieee")
     else:
@@ -130,8 +145,6 @@ def _walk(
     q,
     keys,
     values,
-    key_scale_ptr,
-    value_scale_ptr,
     first,
     end,
     head,
@@ -154,8 +167,6 @@ def _walk(
             q,
             keys,
             values,
-            key_scale_ptr,
-            value_scale_ptr,
             row,
             end,
             head,
@@ -177,8 +188,6 @@ def _walk(
             q,
             keys,
             values,
-            key_scale_ptr,
-            value_scale_ptr,
             whole,
             end,
             head,
@@ -201,8 +210,8 @@ def attend_kernel(
     q_sink_ptr,  # [B, L, N, K], strides of q
     keys,  # descriptor or pointer of [B, M, N, K]
     values,  # descriptor or pointer of [B, M, N, K]
-    key_scale_ptr,  # [B, M, N] when EIGHT_BITS
-    value_scale_ptr,  # [B, M, N] when EIGHT_BITS
+    key_scale_ptr,  # [B, N] when EIGHT_BITS
+    value_scale_ptr,  # [B, N] when EIGHT_BITS
     length_ptr,  # [1] int32 when COUNTED
     segments_ptr,  # [G, 2] int32 unless COUNTED
     out_ptr,  # [B, L, N, K]
@@ -240,7 +249,9 @@ def attend_kernel(
     q_ptr += b.to(tl.int64) * q_stride_b + head * q_stride_n
     q_sink_ptr += b.to(tl.int64) * q_stride_b + head * q_stride_n
     base = b * M  # rows of the rings are counted through all streams
-    q = _load_queries(q_ptr + q_offsets, column, K, WIDTH)
+    if EIGHT_BITS:
+        scale *= tl.load(key_scale_ptr + b * N + head)
+    q, q_scale = _prepared(_load_queries(q_ptr + q_offsets, column, K, WIDTH), scale, EIGHT_BITS)
     out = tl.zeros((BLOCK_Q, WIDTH), dtype=tl.float32)
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     highest = tl.full((BLOCK_Q,), float("-inf"), dtype=tl.float32)
@@ -252,14 +263,15 @@ def attend_kernel(
         if TWO_TURNS:
             start = tl.minimum(sink_rows, length)
             q_sink = _load_queries(q_sink_ptr + q_offsets, column, K, WIDTH)
+            q_sink, sink_scale = _prepared(q_sink, scale, EIGHT_BITS)
             out, total, highest = _walk(
-                out, total, highest, q_sink, keys, values, key_scale_ptr, value_scale_ptr,
-                base, base + start, head, N, column, scale,
+                out, total, highest, q_sink, keys, values,
+                base, base + start, head, N, column, sink_scale,
                 BLOCK_M, K, WIDTH, DESCRIPTOR, EIGHT_BITS,
             )  # fmt: skip
         out, total, highest = _walk(
-            out, total, highest, q, keys, values, key_scale_ptr, value_scale_ptr,
-            base + start, base + length, head, N, column, scale,
+            out, total, highest, q, keys, values,
+            base + start, base + length, head, N, column, q_scale,
             BLOCK_M, K, WIDTH, DESCRIPTOR, EIGHT_BITS,
         )  # fmt: skip
     else:
@@ -275,14 +287,17 @@ def attend_kernel(
                 first = tl.where(below, first, split)
                 end = tl.where(below, split, end)
                 q = _load_queries(tl.where(below, q_sink_ptr, q_ptr) + q_offsets, column, K, WIDTH)
+                q, q_scale = _prepared(q, scale, EIGHT_BITS)
             out, total, highest = _walk(
-                out, total, highest, q, keys, values, key_scale_ptr, value_scale_ptr,
-                base + first, base + end, head, N, column, scale,
+                out, total, highest, q, keys, values,
+                base + first, base + end, head, N, column, q_scale,
                 BLOCK_M, K, WIDTH, DESCRIPTOR, EIGHT_BITS,
             )  # fmt: skip
 
     # Attention over nothing is zero and weighs nothing in a merge.
     out = out / tl.where(total > 0, total, 1.0)[:, None]
+    if EIGHT_BITS:
+        out *= tl.load(value_scale_ptr + b * N + head)
     out_offsets = ((b.to(tl.int64) * L + token[:, None]) * N + head) * K + column[None, :]
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=live)
     if LSE:
@@ -303,7 +318,7 @@ class Tiles(NamedTuple):
 def choose_tiles(gpu: Gpu, programs_of_128: int, width: int, *, crowded: bool) -> Tiles:
     """128 queries by 128 keys feed two warpgroups; smaller where that would not fit or not fill the GPU.
 
-    ``crowded`` says that a second query, segments or eight bits live in registers beside the tile.
+    ``crowded`` says that a second query or segments live in registers beside the tile.
     """
     if width > 128 or programs_of_128 < gpu.num_processors:
         # Wider tiles exceed shared memory; a short chunk leaves processors idle, and half-sized tiles are
@@ -328,8 +343,8 @@ def attend(
     q_sink_BLNK: Tensor | None,
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
-    key_scale_BMN: Tensor | None,
-    value_scale_BMN: Tensor | None,
+    key_scale_BN: Tensor | None,
+    value_scale_BN: Tensor | None,
     length: Tensor | None,
     segments_G2: Tensor | None,
     pairs: Sequence[tuple[int, int]] | None,
@@ -362,16 +377,8 @@ def attend(
         else:
             gpu = current_gpu()
             if tiles is None:
-                # Widening eight bits to sixteen takes registers even on Hopper.
-                eight_bits = key_scale_BMN is not None
-                tiles = choose_tiles(
-                    gpu,
-                    triton.cdiv(L, 128) * B * N,
-                    width,
-                    crowded=two_turns or eight_bits or length is None,
-                )
-                if eight_bits:
-                    tiles = tiles._replace(keys=min(64, tiles.keys))
+                programs = triton.cdiv(L, 128) * B * N
+                tiles = choose_tiles(gpu, programs, width, crowded=two_turns or length is None)
                 if gpu.capability >= 100 and two_turns and length is None:
                     tiles = tiles._replace(num_stages=1)  # Triton 3.6 spills with two
             # The bulk copy engine (Hopper on) moves whole tiles whose rows are multiples of 16 bytes.
@@ -381,8 +388,8 @@ def attend(
             q_BLNK if q_sink_BLNK is None else q_sink_BLNK,
             _rows_descriptor(keys_BMNK, tiles.keys, width) if descriptor else keys_BMNK,
             _rows_descriptor(values_BMNK, tiles.keys, width) if descriptor else values_BMNK,
-            out if key_scale_BMN is None else key_scale_BMN,
-            out if value_scale_BMN is None else value_scale_BMN,
+            out if key_scale_BN is None else key_scale_BN,
+            out if value_scale_BN is None else value_scale_BN,
             out if length is None else length,
             out if segments_G2 is None else segments_G2.contiguous(),
             out,
@@ -402,7 +409,7 @@ def attend(
             WIDTH=width,
             COUNTED=length is not None,
             TWO_TURNS=two_turns,
-            EIGHT_BITS=key_scale_BMN is not None,
+            EIGHT_BITS=key_scale_BN is not None,
             LSE=need_lse,
             DESCRIPTOR=descriptor,
             num_warps=tiles.num_warps,

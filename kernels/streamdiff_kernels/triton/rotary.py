@@ -52,7 +52,7 @@ def _tile(a, b, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _write_row(
     ring_ptr,  # [B, M, N, K]
-    scale_ptr,  # [B, M, N] when EIGHT_BITS
+    scale_ptr,  # [N] of this stream when EIGHT_BITS
     row,
     x,  # [HEADS, WIDTH]
     head,
@@ -63,14 +63,10 @@ def _write_row(
     K,
     EIGHT_BITS: tl.constexpr,
 ):
-    """Store a token into a row of the ring if it is inside; in eight bits with one scale per head if
-    asked.
-    """
+    """Store a token into a row of the ring if it is inside; in eight bits with a given scale per head."""
     if EIGHT_BITS:
-        head_scale = tl.max(tl.abs(x), axis=1) / 448.0
-        inverse = 1.0 / tl.where(head_scale > 0, head_scale, 1.0)
-        x = x * inverse[:, None]
-        tl.store(scale_ptr + row * N + head, head_scale, mask=(head < N) & inside)
+        inverse = 1.0 / tl.load(scale_ptr + head, mask=head < N, other=1.0)
+        x = tl.minimum(tl.maximum(x * inverse[:, None], -448.0), 448.0)
         stored = to_e4m3(x, ring_ptr.dtype.element_ty)
     else:
         stored = x.to(ring_ptr.dtype.element_ty)
@@ -93,8 +89,8 @@ def qk_norm_rope_write_kernel(
     q_sink_ptr,  # [B, L, N, K]
     keys_ptr,  # [B, M, N, K]
     values_ptr,  # [B, M, N, K]
-    key_scale_ptr,  # [B, M, N]
-    value_scale_ptr,  # [B, M, N]
+    key_scale_ptr,  # [B, N]
+    value_scale_ptr,  # [B, N]
     slot_ptr,  # [1] int32
     ring_start,
     L,
@@ -147,11 +143,11 @@ def qk_norm_rope_write_kernel(
             a, c = _pairs(k, HEADS, WIDTH)
             a, c = _turn(a, c, cos_ptr + token * num_pairs, sin_ptr + token * num_pairs, pair, live_pair)
             tile = _tile(a, c, HEADS, WIDTH)
-            _write_row(keys_ptr, key_scale_ptr, row, tile, head, column, live, inside, N, K, EIGHT_BITS)
+            _write_row(keys_ptr, key_scale_ptr + b * N, row, tile, head, column, live, inside, N, K, EIGHT_BITS)
         else:
             v = tl.load(v_ptr + b * v_stride_b + token * v_stride_l + offsets, mask=live, other=0.0)
             v = v.to(tl.float32)
-            _write_row(values_ptr, value_scale_ptr, row, v, head, column, live, inside, N, K, EIGHT_BITS)
+            _write_row(values_ptr, value_scale_ptr + b * N, row, v, head, column, live, inside, N, K, EIGHT_BITS)
 
 
 @triton.jit
@@ -160,7 +156,7 @@ def rotate_kernel(
     cos_ptr,  # [G, R]
     sin_ptr,  # [G, R]
     ring_ptr,  # [B, M, N, K]
-    scale_ptr,  # [B, M, N]
+    scale_ptr,  # [B, N]
     first_row,
     M,
     N,
@@ -184,7 +180,7 @@ def rotate_kernel(
     a, c = _pairs(x, HEADS, WIDTH)
     a, c = _turn(a, c, cos_ptr + token * (K // 2), sin_ptr + token * (K // 2), pair, pair < K // 2)
     row = b * M + first_row + token
-    _write_row(ring_ptr, scale_ptr, row, _tile(a, c, HEADS, WIDTH), head, column, live, True, N, K, EIGHT_BITS)
+    _write_row(ring_ptr, scale_ptr + b * N, row, _tile(a, c, HEADS, WIDTH), head, column, live, True, N, K, EIGHT_BITS)
 
 
 def qk_norm_rope_write(
@@ -199,8 +195,8 @@ def qk_norm_rope_write(
     sin_sink_LR: Tensor | None,
     keys_BMNK: Tensor,
     values_BMNK: Tensor,
-    key_scale_BMN: Tensor | None,
-    value_scale_BMN: Tensor | None,
+    key_scale_BN: Tensor | None,
+    value_scale_BN: Tensor | None,
     slot: Tensor,
     ring_start: int,
     eps: float,
@@ -225,8 +221,8 @@ def qk_norm_rope_write(
             q_out if q_sink is None else q_sink,
             keys_BMNK,
             values_BMNK,
-            q_out if key_scale_BMN is None else key_scale_BMN,
-            q_out if value_scale_BMN is None else value_scale_BMN,
+            q_out if key_scale_BN is None else key_scale_BN,
+            q_out if value_scale_BN is None else value_scale_BN,
             slot,
             ring_start,
             L,
@@ -243,9 +239,9 @@ def qk_norm_rope_write(
             HEADS=heads,
             WIDTH=width,
             TWO_TURNS=q_sink is not None,
-            EIGHT_BITS=key_scale_BMN is not None,
+            EIGHT_BITS=key_scale_BN is not None,
             num_warps=row_warps(heads * width),
-            maxnreg=None if key_scale_BMN is not None else register_limit(q_BLD),
+            maxnreg=None if key_scale_BN is not None else register_limit(q_BLD),
         )
     return q_out, q_sink
 
@@ -255,7 +251,7 @@ def rotate_sink_(
     cos_GR: Tensor,
     sin_GR: Tensor,
     keys_BMNK: Tensor,
-    key_scale_BMN: Tensor | None,
+    key_scale_BN: Tensor | None,
     first_row: int,
 ) -> None:
     B, G, N, K = pristine_BGNK.shape
@@ -267,7 +263,7 @@ def rotate_sink_(
             cos_GR.contiguous(),
             sin_GR.contiguous(),
             keys_BMNK,
-            keys_BMNK if key_scale_BMN is None else key_scale_BMN,
+            keys_BMNK if key_scale_BN is None else key_scale_BN,
             first_row,
             keys_BMNK.shape[1],
             N,
@@ -277,6 +273,6 @@ def rotate_sink_(
             x.stride(2),
             HEADS=heads,
             WIDTH=width,
-            EIGHT_BITS=key_scale_BMN is not None,
+            EIGHT_BITS=key_scale_BN is not None,
             num_warps=row_warps(heads * width),
         )

@@ -83,8 +83,8 @@ class Attending:
             ring.values_BMNK,
             ring.length,
             backend=ring.backend,
-            key_scale_BMN=ring.key_scale_BMN,
-            value_scale_BMN=ring.value_scale_BMN,
+            key_scale_BN=ring.key_scale_BN,
+            value_scale_BN=ring.value_scale_BN,
         )
 
     def attend_all(self, q_BLNK: Tensor, k_BPNK: Tensor, v_BPNK: Tensor, backend: str) -> Tensor:
@@ -135,8 +135,8 @@ class FusedRowOps(Attending):
             sin_LR=rotation.sin_LF,
             keys_BMNK=ring.keys_BMNK,
             values_BMNK=ring.values_BMNK,
-            key_scale_BMN=ring.key_scale_BMN,
-            value_scale_BMN=ring.value_scale_BMN,
+            key_scale_BN=ring.key_scale_BN,
+            value_scale_BN=ring.value_scale_BN,
             slot=ring.slot,
             ring_start=ring.sink_tokens,
             eps=eps,
@@ -189,17 +189,16 @@ class TracedRowOps(Attending):
         L = q_BLD.shape[1]
         rows_L = ring.sink_tokens + ring.slot * L + torch.arange(L, device=q_BLD.device)
         v_BLNK = v_BLD.unflatten(-1, k_BLNK.shape[-2:])
-        for rows_BMNK, scales_BMN, x_BLNK in (
-            (ring.keys_BMNK, ring.key_scale_BMN, k_BLNK),
-            (ring.values_BMNK, ring.value_scale_BMN, v_BLNK),
+        for rows_BMNK, scale_BN, x_BLNK in (
+            (ring.keys_BMNK, ring.key_scale_BN, k_BLNK),
+            (ring.values_BMNK, ring.value_scale_BN, v_BLNK),
         ):
-            if scales_BMN is None:
+            if scale_BN is None:
                 rows_BMNK.index_copy_(1, rows_L, x_BLNK.to(rows_BMNK.dtype))
             else:
-                x8_BLNK, scale_BLN = reference.quantise_rows(x_BLNK.float())
+                x8_BLNK = reference.quantise_heads(x_BLNK, scale_BN)
                 # The bits are what moves: no index_copy_ takes eight-bit floats.
                 rows_BMNK.view(torch.uint8).index_copy_(1, rows_L, x8_BLNK.view(torch.uint8))
-                scales_BMN.index_copy_(1, rows_L, scale_BLN)
         return q_BLNK.to(q_BLD.dtype)
 
     def rms_norm(self, x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -246,8 +245,8 @@ class LayerHistory:
 
     keys_BMNK: Tensor
     values_BMNK: Tensor
-    key_scale_BMN: Tensor | None
-    value_scale_BMN: Tensor | None
+    key_scale_BN: Tensor | None
+    value_scale_BN: Tensor | None
     slot: Tensor
     sink_tokens: int
     length: Tensor | int

@@ -66,7 +66,7 @@ class EagerRowOps(FusedRowOps):
     def norm_rope_write(
         self, qkv_BLE: Tensor, layer: LayerWeights, rotation: Rotation, ring: LayerHistory, eps: float
     ) -> Tensor:
-        if ring.key_scale_BMN is not None:
+        if ring.key_scale_BN is not None:
             return super().norm_rope_write(qkv_BLE, layer, rotation, ring, eps)
         if self._table is None or self._table[0] is not rotation:
             self._table = rotation, plain.rope_table(rotation.cos_LF, rotation.sin_LF, qkv_BLE.dtype)
@@ -83,7 +83,7 @@ class EagerRowOps(FusedRowOps):
         )
 
     def attend(self, q_BLNK: Tensor, ring: LayerHistory) -> Tensor:
-        if ring.key_scale_BMN is not None or isinstance(ring.length, Tensor):
+        if ring.key_scale_BN is not None or isinstance(ring.length, Tensor):
             return super().attend(q_BLNK, ring)
         return kernels.attend_prefix(q_BLNK, ring.keys_BMNK, ring.values_BMNK, ring.length, backend=ring.backend)
 

@@ -71,10 +71,10 @@ class StepOptions:
 
         from streamdiff_kernels import available_backends
 
+        if device.type == "cuda" and self.history is Precision.FP8 and self.attention in (None, "auto"):
+            return "triton"  # the others would widen the whole history at every call
         if self.attention is not None:
             return self.attention
-        if device.type == "cuda" and self.history is Precision.FP8:
-            return "triton"  # the others would widen the whole history at every call
         ready = available_backends(device=device, dtype=dtype, head_dim=head_dim)
         narrow = head_dim < 64 and dtype == torch.float32
         if device.type == "cpu" and ready["onednn"] is None and not narrow:
@@ -100,6 +100,11 @@ class StepOptions:
             raise BackendError(str(error)) from error
         if self.precision is Precision.FP8:
             _check_eight_bits(config, device, dtype)
+        if self.history is Precision.FP8 and device.type == "cuda" and self.attention not in (None, "auto", "triton"):
+            raise BackendError(
+                f"attention {self.attention!r} would widen the whole eight-bit history at every call, which takes "
+                "longer than attention itself; leave attention to the options, or name 'triton'"
+            )
 
 
 def _check_eight_bits(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -240,8 +240,8 @@ class ServedWeights:
                 q_BLNK,
                 keys_BMNK,
                 values_BMNK,
-                key_scale_BMN=None if memory.key_scale_ZBMN is None else memory.key_scale_ZBMN[0],
-                value_scale_BMN=None if memory.value_scale_ZBMN is None else memory.value_scale_ZBMN[0],
+                key_scale_BN=None if memory.key_scale_ZBN is None else memory.key_scale_ZBN[0],
+                value_scale_BN=None if memory.value_scale_ZBN is None else memory.value_scale_ZBN[0],
             )
             for layer in self.layers:
                 layer.text.backend = self._backends[shape]
@@ -328,8 +328,8 @@ class ServedStep:
         # A function, not a method: one compilation serves all steps.
         self._block = torch.compile(run_block, fullgraph=True) if options.compile else run_block
         none = [None] * memory.keys_ZBMNK.shape[0]
-        key_scales = none if memory.key_scale_ZBMN is None else memory.key_scale_ZBMN
-        value_scales = none if memory.value_scale_ZBMN is None else memory.value_scale_ZBMN
+        key_scales = none if memory.key_scale_ZBN is None else memory.key_scale_ZBN
+        value_scales = none if memory.value_scale_ZBN is None else memory.value_scale_ZBN
         self._rings = list(zip(memory.keys_ZBMNK, memory.values_ZBMNK, key_scales, value_scales, strict=True))
         self._captured: dict[tuple[int, int], tuple[Tensor, Callable[[], None]]] = {}
 

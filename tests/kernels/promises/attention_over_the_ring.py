@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import streamdiff_kernels as sk
-from streamdiff_kernels import Impl, reference
+from streamdiff_kernels import reference
 from streamdiff_kernels.tolerance import TOLERANCES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,15 +102,36 @@ def test_the_queries_may_be_slices() -> None:
 
 def test_an_eight_bit_history() -> None:
     B, L, N, K, M = 2, 17, 2, 16, 37
-    keys8, key_scale = sk.quantise_rows(draw(B, M, N, K) * 3, impl=Impl.TORCH)
-    values8, value_scale = sk.quantise_rows(draw(B, M, N, K, seed=1), impl=Impl.TORCH)
-    q = draw(B, L, N, K, dtype=torch.bfloat16)
-    numbers = [reference.dequantise_rows(x, s).double() for x, s in ((keys8, key_scale), (values8, value_scale))]
-    want, _ = reference.attend(q.double(), *numbers, [(0, 35)])
-    got = sk.attend(
-        q, keys8, values8, on_device(35), backend="triton", key_scale_BMN=key_scale, value_scale_BMN=value_scale
-    )
-    TOLERANCES["attend_bfloat16"].check(got, want)
+    ring, scales = eight_bit_ring(draw(B, M, N, K) * 3, draw(B, M, N, K, seed=1))
+    q, q_sink = draw(B, L, N, K, dtype=torch.bfloat16), draw(B, L, N, K, dtype=torch.bfloat16, seed=9)
+    q[0, 3] = 0
+    for turn in ({}, {"q_sink_BLNK": q_sink, "sink_rows": 11}):
+        for rows, where in (
+            ([(0, 35)], {"length": on_device(35)}),
+            ([(2, 7), (20, 9)], {"segments": on_device([[2, 7], [20, 9]])}),
+        ):
+            wide = {"q_sink_BLNK": rounded(q_sink), "sink_rows": 11} if turn else {}
+            want, want_lse = reference.attend(rounded(q), *numbers_of(ring, scales), rows, **wide)
+            got, lse = sk.attend_with_lse(q, *ring, backend="triton", **where, **turn, **scales)
+            TOLERANCES["attend_bfloat16"].check(got, want)
+            # A query on the border between two neighbours may fall to either.
+            torch.testing.assert_close(lse.double(), want_lse, rtol=0.0, atol=0.02)
+
+
+def eight_bit_ring(keys: Tensor, values: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Keys and values in e4m3 with a scale per stream and head."""
+    scales = [x.abs().amax((1, 3)).float() / 300 for x in (keys, values)]
+    ring = [reference.quantise_heads(x, scale) for x, scale in zip((keys, values), scales, strict=True)]
+    return ring, dict(zip(("key_scale_BN", "value_scale_BN"), scales, strict=True))
+
+
+def numbers_of(ring: list[Tensor], scales: dict[str, Tensor]) -> list[Tensor]:
+    return [reference.dequantise_heads(x, scale).double() for x, scale in zip(ring, scales.values(), strict=True)]
+
+
+def rounded(q_BLNK: Tensor) -> Tensor:
+    """Queries as they are multiplied: e4m3 with a scale for each."""
+    return reference.dequantise_rows(*reference.quantise_rows(q_BLNK)).double()
 
 
 def test_attention_over_nothing_weighs_nothing() -> None:
@@ -181,13 +202,15 @@ def test_at_the_tiles_of_the_14b_model(sparse: bool, two_turns: bool, eight_bits
     scales: dict[str, Tensor] = {}
     numbers = keys.float(), values.float()
     if eight_bits:
-        keys, scales["key_scale_BMN"] = sk.quantise_rows(keys, impl=Impl.TORCH)
-        values, scales["value_scale_BMN"] = sk.quantise_rows(values, impl=Impl.TORCH)
-        numbers = tuple(reference.dequantise_rows(x, s) for x, s in zip((keys, values), scales.values(), strict=True))
+        ring, scales = eight_bit_ring(keys, values)
+        numbers = tuple(x.float() for x in numbers_of(ring, scales))
+        keys, values = ring
     pairs = [(0, sink), (sink, L), (sink + 2 * L, L - 7)] if sparse else [(0, M - 11)]
     turn: dict[str, Any] = {"sink_rows": sink} if two_turns else {}
+    as_multiplied = (lambda x: rounded(x).float()) if eight_bits else Tensor.float
+    turned = as_multiplied(q_sink) if two_turns else None
     want, want_lse = sk.attend_with_lse(
-        q.float(), *numbers, segments=pairs, backend="sdpa", q_sink_BLNK=q_sink.float() if two_turns else None, **turn
+        as_multiplied(q), *numbers, segments=pairs, backend="sdpa", q_sink_BLNK=turned, **turn
     )
     where: dict[str, Any] = {"segments": on_device(pairs)} if sparse else {"length": on_device(M - 11)}
     got, lse = sk.attend_with_lse(

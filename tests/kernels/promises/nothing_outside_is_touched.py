@@ -60,8 +60,8 @@ def edge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         return edged(real_empty(tuple(sizes), dtype=dtype, device=device), at_end=at_end)
 
-    def empty_like(x: Tensor) -> Tensor:
-        return empty(x.shape, dtype=x.dtype)
+    def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return empty(x.shape, dtype=dtype or x.dtype)
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
@@ -114,7 +114,7 @@ def test_the_ring(edge: Callable[[Tensor], Tensor], slot: int, eight_bits: bool)
     """The last slot ends at the page; the slots beside the ring would begin in it."""
     B, L, N, K, slots = 1, 5, 3, 10, 3
     ring = draw(B, slots * L, N, K).to(torch.float8_e4m3fn if eight_bits else torch.float32)
-    scales = edge(draw(B, slots * L, N)) if eight_bits else None
+    scales = edge(draw(B, N).abs()) if eight_bits else None
     table = edge(draw(L, K // 2))
     sk.qk_norm_rope_write(
         *(edge(draw(B, L, N * K)) for _ in range(3)),
@@ -126,8 +126,8 @@ def test_the_ring(edge: Callable[[Tensor], Tensor], slot: int, eight_bits: bool)
         sin_sink_LR=table,
         keys_BMNK=edge(ring),
         values_BMNK=edge(ring),
-        key_scale_BMN=scales,
-        value_scale_BMN=scales,
+        key_scale_BN=scales,
+        value_scale_BN=scales,
         slot=edge(torch.tensor([slot], dtype=torch.int32)),
         impl=TRITON,
     )
@@ -152,7 +152,7 @@ def test_the_sink(edge: Callable[[Tensor], Tensor]) -> None:
 def test_attention(edge: Callable[[Tensor], Tensor], rows: dict[str, Tensor], eight_bits: bool) -> None:
     L, N, K, M = 19, 2, 10, 33
     ring = draw(1, M, N, K).to(torch.float8_e4m3fn if eight_bits else torch.float32)
-    scales = edge(draw(1, M, N).abs()) if eight_bits else None
+    scales = edge(draw(1, N).abs()) if eight_bits else None
     sk.attend_with_lse(
         edge(draw(1, L, N, K)),
         edge(ring),
@@ -160,7 +160,7 @@ def test_attention(edge: Callable[[Tensor], Tensor], rows: dict[str, Tensor], ei
         backend="triton",
         q_sink_BLNK=edge(draw(1, L, N, K)),
         sink_rows=4,
-        key_scale_BMN=scales,
-        value_scale_BMN=scales,
+        key_scale_BN=scales,
+        value_scale_BN=scales,
         **{name: edge(value) for name, value in rows.items()},
     )
