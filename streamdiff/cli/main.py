@@ -78,7 +78,11 @@ def entry() -> NoReturn:
     """The command as a process of its own: a run that a signal has ended waits for no thread."""
     try:
         status = main()
-    except SystemExit as error:  # of argparse: help, or wrong arguments
+    except KeyboardInterrupt:  # between the last instructions of a command, where nothing is left to close
+        signals.done()
+        status = 128 + (signals.received() or signal.SIGINT)
+    except SystemExit as error:  # of argparse: help, or wrong arguments; of SIGTERM, as above
+        signals.done()
         status = error.code if isinstance(error.code, int) else 1
     if status > 128:
         leave_at_once(status)
@@ -108,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args)
     except BaseException as error:  # noqa: BLE001  what is not known is raised again
         status = _ended(error, verbose=verbose)
+        signals.done()  # while the error is handled, a further signal raises nothing
     finally:
         signals.done()
     if status == 0 and (number := signals.received()) is not None:

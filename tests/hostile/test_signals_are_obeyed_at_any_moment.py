@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -122,6 +123,31 @@ def test_an_interrupt_from_within_is_no_signal() -> None:
         print("alive")
     """)
     assert (status, said) == (0, "received None\nalive\n")
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", ""])
+@pytest.mark.parametrize("last", ["SIGINT", "SIGTERM"])
+def test_a_signal_between_the_last_instructions_of_a_command_changes_no_status(first: str, last: str) -> None:
+    """When the command has returned, or its error has been said, and nothing is caught any more."""
+    status, said = ended(f"""
+        import argparse
+        from streamdiff.cli import main
+        def run(args):
+            signals.handle()
+            if {first!r}:
+                send({first!r})
+            return 0
+        def done(done=signals.done):
+            send({last!r})
+            done()
+        signals.done = done
+        args = argparse.Namespace(run=run, verbose=False)
+        main.parser = lambda argv: argparse.Namespace(parse_args=lambda argv: args)
+        main.entry()
+    """)
+    assert status == 128 + getattr(signal, first or last)
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == bool(first), said
 
 
 def test_signals_are_left_to_programs_that_handle_them() -> None:
