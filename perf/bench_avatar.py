@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import machine_card
+from measure import machine_card, priority
 from PIL import Image, ImageFilter
 from spoken import SENTENCES, TEXTS
 
@@ -66,15 +66,6 @@ def resident_mib() -> float:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def priority() -> str:
-    """How nice this process is; on Linux also its session, whose share counts first where sessions are grouped."""
-    try:
-        group = " of " + Path("/proc/self/autogroup").read_text(encoding="ascii").split(" ", 1)[1].strip()
-    except (OSError, IndexError):
-        group = ""
-    return f"nice {os.nice(0)}{group}"
 
 
 @dataclass

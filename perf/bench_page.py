@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import machine_card
+from measure import machine_card, priority
 
 from streamdiff.conversation.mouth import open_mouth
 from streamdiff.voice.open import open_voice
@@ -291,6 +291,7 @@ def main() -> None:
         "card": machine_card(torch.device("cpu")),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
+        "priority": priority(),
     }
     for name in chosen:
         report[name] = ROWS[name](args)

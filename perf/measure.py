@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -43,6 +44,15 @@ class Timing:
     p99: float
     best: float
     num_runs: int
+
+
+def priority() -> str:
+    """How nice this process is; on Linux also its session, whose share counts first where sessions are grouped."""
+    try:
+        group = " of " + Path("/proc/self/autogroup").read_text(encoding="ascii").split(" ", 1)[1].strip()
+    except (OSError, IndexError):
+        group = ""
+    return f"nice {os.nice(0)}{group}"
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
