@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from roofline import ASSUMED, Shapes, step_costs
+from served import SERVED_ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -380,52 +381,6 @@ def _served(
     return find
 
 
-def _answered(result: Result) -> tuple[str, bool] | None:
-    if "turns" not in result:
-        return None
-    ms = result["turns"]["answer"]
-    text = f"{ms['p50_ms']:.0f} ms, {ms['p95_ms']:.0f} ms ({result['turns']['turns']} turns)"
-    return text, ms["p50_ms"] <= 700 and ms["p95_ms"] <= 1000
-
-
-def _own_echo(result: Result) -> tuple[str, bool] | None:
-    if "echo" not in result:
-        return None
-    row = result["echo"]
-    return f"{row['false stops']} in {row['minutes']:.0f} min, four rooms", row["false stops"] == 0
-
-
-def _in_the_page(row: str, stage: str, goal_ms: float) -> Callable[[Result], tuple[str, bool] | None]:
-    def say(result: Result) -> tuple[str, bool] | None:
-        if row not in result:
-            return None
-        ms = result[row][stage]
-        text = f"{ms['p50']:.0f} ms, p95 {ms['p95']:.0f} ms ({result[row]['times']} times)"
-        return text, ms["p50"] <= goal_ms
-
-    return say
-
-
-def _together(result: Result) -> tuple[str, bool] | None:
-    last = result["rows"][-1]
-    if last["sessions"] == 1 or result["config"]["scripted"]:
-        return None
-    text = f"{last['of_ideal']:.0%} with {last['sessions']} sessions, {last['cpu_ms']:.1f} ms of CPU a frame"
-    return text, last["of_ideal"] >= 0.85
-
-
-def _came_and_went(result: Result) -> tuple[str, bool]:
-    held, visits = result["held"], sum(result["visits"].values())
-    half = len(held) // 2
-    early, later = (sum(at["mib"] for at in part) / max(1, len(part)) for part in (held[1 : half + 1], held[half:]))
-    descriptors = held[-1]["descriptors"] - held[0]["descriptors"]
-    text = (
-        f"{later - early:+.1f} MiB from one half to the other, {descriptors:+d} descriptors, {result['late']:.1%} late"
-    )
-    met = later - early < 5 and descriptors <= 0 and not result["errors"]
-    return f"{text} ({visits} visits in {result['minutes']:.0f} min)", met and result["late"] <= 0.001
-
-
 AVATAR = "python perf/bench_avatar.py"
 AVATAR_ROWS = (
     ("text to first voice, 12-100 characters: median, p95", "<= 40 ms, <= 80 ms", "voice", _voice, {}),
@@ -448,7 +403,6 @@ AVATAR_ROWS = (
 
 
 STAGE = "python perf/bench_stage.py"
-TALK, PAGE = "python perf/bench_conversation.py", "python perf/bench_page.py"
 ROWS = (
     Row(
         "step against the published way of writing it, CPU, float32",
@@ -501,34 +455,7 @@ ROWS = (
             ("a second of video", "a second of video, served"),
         )
     ),
-    Row(
-        "end of a question to first sound of the answer: median, p95",
-        "<= 700 ms, <= 1000 ms",
-        TALK,
-        _served("conversation", _answered),
-    ),
-    Row("stops by its own echo at -20 dB", "none in 10 min", TALK, _served("conversation", _own_echo)),
-    Row(
-        "typed text to sound in a browser",
-        "median <= 200 ms",
-        PAGE,
-        _served("page", _in_the_page("typed", "audible", 200)),
-    ),
-    Row(
-        "spoken over to silence in a browser",
-        "median <= 250 ms",
-        PAGE,
-        _served("page", _in_the_page("spoken", "silent", 250)),
-    ),
-    Row(
-        "a session's cost alone over its cost among others",
-        ">= 85 %",
-        "python perf/bench_serve.py",
-        _served("serve", _together),
-    ),
-    Row(
-        "sessions that come and go", "flat, <= 0.1 % late", "python perf/soak_serve.py", _served("soak", _came_and_went)
-    ),
+    *(Row(what, goal, command, _served(bench, say)) for what, goal, command, bench, say in SERVED_ROWS),
     *(
         Row(
             f"avatar: {what}",

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import av
 import numpy as np
 from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from streamdiff.errors import ConfigError, StreamdiffError
@@ -65,6 +66,7 @@ class VideoEncoder:
         self.most = full_bitrate(width, height)
         self.num_keys = 0
         self._size = width, height
+        self._reformatter = VideoReformatter()  # a frame's own one would be made anew for each, 0.2 ms
         self._fps = fps
         self._clock = clock
         self._aim = self.most
@@ -83,7 +85,8 @@ class VideoEncoder:
     def encode(self, frame_HWC: NDArray[np.uint8], index: int, *, key: bool = False) -> Picture:
         """Encode frame ``index``, uint8 sRGB ``[H, W, 3]``; with ``key``, so that a viewer can begin with it."""
         self._follow()
-        frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24").reformat(format="yuv420p")
+        rgb = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+        frame = self._reformatter.reformat(rgb, format="yuv420p")
         frame.pts = index
         frame.time_base = Fraction(1, self._fps)
         frame.pict_type = PictureType.I if key else PictureType.NONE
