@@ -8,6 +8,11 @@ from typing import Any
 Result = dict[str, Any]
 
 
+def load_of(result: Result) -> float:
+    """Of the machine, when the bench began: waits are by the clock."""
+    return result.get("load", result["card"].get("load", 0.0))
+
+
 def answered(result: Result) -> tuple[str, bool] | None:
     """Turns of bench_conversation."""
     if "turns" not in result:

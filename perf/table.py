@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from roofline import ASSUMED, Shapes, step_costs
-from served import SERVED_ROWS
+from served import SERVED_ROWS, load_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -365,18 +365,13 @@ def _trained(name: str, *, gpu: bool) -> Callable[[Sequence[Result]], Found | No
     return find
 
 
-def _served(
-    bench: str, say: Callable[[Result], tuple[str, bool | None] | None]
-) -> Callable[[Sequence[Result]], Found | None]:
-    """A row of a bench of conversations or of the server; waits by the clock, so the load stands beside them."""
+def _served(bench: str, say: Callable[[Result], tuple[str, bool] | None]) -> Callable[[Sequence[Result]], Found | None]:
+    """A row of a bench of conversations or of the server."""
 
     def find(results: Sequence[Result]) -> Found | None:
         result = latest(results, bench)
         said = None if result is None else say(result)
-        if result is None or said is None:
-            return None
-        load = result.get("load", result["card"].get("load", 0.0))
-        return Found(*said, f"{machine(result)}, load {load:.1f}")
+        return Found(*said, f"{machine(result)}, load {load_of(result):.1f}") if result and said else None
 
     return find
 
