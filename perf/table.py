@@ -365,9 +365,7 @@ def _trained(name: str, *, gpu: bool) -> Callable[[Sequence[Result]], Found | No
     return find
 
 
-def _served(bench: str, say: Callable[[Result], tuple[str, bool] | None]) -> Callable[[Sequence[Result]], Found | None]:
-    """A row of a bench of conversations or of the server."""
-
+def _served(bench: str, say: Callable[[Result], tuple[str, bool] | None]) -> Callable[..., Found | None]:
     def find(results: Sequence[Result]) -> Found | None:
         result = latest(results, bench)
         said = None if result is None else say(result)
