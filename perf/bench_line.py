@@ -33,6 +33,7 @@ from measure import machine_card, report
 
 from streamdiff import presets, rng
 from streamdiff.engine import Engine
+from streamdiff.line import Shape, spawn
 from streamdiff.models.audio import AudioChunk
 from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.line import Line, Load
@@ -159,7 +160,7 @@ def measure_processes(bench: Bench, streams: int, ranks: int) -> None:
     equal = True
     for kind in ("calm", "losses"):
         limits = LineLimits(silence_s=1.0 if kind == "losses" else 60.0)
-        with bench.engine.spawn_line(seats=streams, num_ranks=ranks, slack_chunks=2, limits=limits) as line:
+        with spawn(bench.engine, Shape(seats=streams, num_ranks=ranks, slack_chunks=2), limits=limits) as line:
             began_s = time.perf_counter()
             with Visits(bench, line, streams) as visits:
                 if kind == "losses":

@@ -18,7 +18,7 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -42,13 +42,11 @@ from streamdiff.models.text import HashedText, TextEncoder, UMT5Text
 from streamdiff.models.vae import VAEDecoder, VAEEncoder, VideoDecoder, from_rgb8
 from streamdiff.pipeline.decode import PRIMING_LATENTS, DecodeStage
 from streamdiff.pipeline.denoise import DenoiseStage
-from streamdiff.pipeline.device import use_device
 from streamdiff.pipeline.intake import Intake
 from streamdiff.pipeline.line import Line
 from streamdiff.pipeline.packet import Packet, SetReference
-from streamdiff.pipeline.process_line import LineLimits, ProcessLine
 from streamdiff.pipeline.run import LocalRanks
-from streamdiff.pipeline.schedule import Role, Schedule, chunks_under_way, plan
+from streamdiff.pipeline.schedule import Role, chunks_under_way, plan
 from streamdiff.pipeline.stage import Chain, KeptStage
 from streamdiff.pipeline.stream import PLAYOUT_S, Ranks, VideoStream
 from streamdiff.pipeline.thread_line import ThreadLine
@@ -88,25 +86,6 @@ class Weights:
     """A published TAE-kind decoder (``taew2_1``) instead of the VAE's: rougher, and many times faster."""
     seed: int = 0
     """Of random weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stages:
-    """Makes the stages of one rank in its own process; pickled on the way there."""
-
-    config: EngineConfig
-    weights: Weights
-    devices: tuple[str, ...]
-    dtype: torch.dtype | None
-    options: StepOptions
-    schedule: Schedule
-    seats: int
-
-    def __call__(self, rank: int) -> list[KeptStage]:
-        device = torch.device(self.devices[rank])
-        use_device(device)
-        engine = Engine(self.config, weights=self.weights, device=device, dtype=self.dtype, options=self.options)
-        return [engine.stage(self.schedule.roles[rank]) for _ in range(self.seats)]
 
 
 Loading = Callable[[int, int, str], None]
@@ -283,15 +262,15 @@ class Engine:
                 needs as many more. At 14B each costs 2.4 GiB per step; give fewer, and an interruption resumes later.
             playout_s: playout buffer for live sound; see `streamdiff.pipeline.playout`.
             deadline_s: a rank that works longer on one chunk has failed.
-            line: ranks to share with other streams, made by `line` or `spawn_line`, which has its own number of ranks,
-                slack and deadline. None: ranks of its own.
+            line: ranks to share with other streams, made by `line` or `streamdiff.line`, which has its own number of
+                ranks, slack and deadline. None: ranks of its own.
 
         Raises LineFull when the line has no place for it.
         """
         number = next(self._numbers) if stream is None else stream
         seat = None
         if line is None:
-            engine = self._with_slack(num_ranks, slack_chunks)
+            engine = self.with_slack(num_ranks, slack_chunks)
             start = engine._own_ranks(num_ranks, seed=seed, stream=number, deadline_s=deadline_s)
         else:
             engine = self._on(line, num_ranks, slack_chunks)
@@ -328,48 +307,12 @@ class Engine:
         """
         if seats < 1:
             raise ConfigError(f"a line needs a seat for at least one stream, got seats={seats}")
-        engine = self._with_slack(num_ranks, slack_chunks)
+        engine = self.with_slack(num_ranks, slack_chunks)
         schedule = plan(num_steps=self.config.num_steps, num_ranks=num_ranks, refresh_chunk=self.config.refresh_chunk)
         stages = [[engine.stage(role) for role in schedule.roles] for _ in range(seats)]
-        return engine._rehearsed(ThreadLine(engine.config, schedule, stages, deadline_s=deadline_s))
+        return engine.rehearsed(ThreadLine(engine.config, schedule, stages, deadline_s=deadline_s))
 
-    def spawn_line(
-        self,
-        *,
-        seats: int = 4,
-        num_ranks: int = 1,
-        slack_chunks: int | None = None,
-        devices: Sequence[torch.device | str] | None = None,
-        heals: bool = True,
-        limits: LineLimits | None = None,
-    ) -> ProcessLine:
-        """The same, with every rank in a process of its own: see `ProcessLine`. This engine reads pictures, prompts and
-        sound, and computes no chunk; with ``device="cpu"`` it leaves the devices to the ranks.
-
-        Args:
-            seats, num_ranks, slack_chunks: as in `line`.
-            devices: one per rank, such as ``["cuda:0", "cuda:1"]``; None: this engine's, for all.
-            heals: whether a lost rank is replaced, and every stream goes on with the same bits. Costs memory of the
-                host and time: `streamdiff.models.cost.snapshot_bytes` per chunk and step.
-            limits: timeouts.
-        """
-        if devices is not None and len(devices) != num_ranks:
-            raise ConfigError(f"{num_ranks} ranks need as many devices, got {len(devices)}; name one for each")
-        engine = self._with_slack(num_ranks, slack_chunks)
-        schedule = plan(num_steps=self.config.num_steps, num_ranks=num_ranks, refresh_chunk=self.config.refresh_chunk)
-        build = _Stages(
-            engine.config,
-            self.weights,
-            tuple(map(str, devices or [self.device] * num_ranks)),
-            self.dtype if devices is None else None,
-            self.options,
-            schedule,
-            seats,
-        )
-        line = ProcessLine(engine.config, schedule, seats, build, heals=heals, limits=limits)
-        return engine._rehearsed(line)
-
-    def _rehearsed(self, line: _Line) -> _Line:
+    def rehearsed(self, line: _Line) -> _Line:
         """A line that has shown something; it is closed when it cannot."""
         try:
             self._rehearse(line)
@@ -378,7 +321,7 @@ class Engine:
             raise
         return line
 
-    def _with_slack(self, num_ranks: int, slack_chunks: int | None) -> Engine:
+    def with_slack(self, num_ranks: int, slack_chunks: int | None) -> Engine:
         """This engine, with memory for interruptions that take back all that may be under way on so many ranks."""
         memory = self.config.memory
         if slack_chunks is None:

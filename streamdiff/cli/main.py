@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command("a photo, a voice and a prompt in, a talking video out", "generate"),
     "talk": Command("a photo says a text, on this machine", "talk"),
     "serve": Command("talk to a face in the browser", "serve"),
+    "line": Command("ranks that wait, models loaded, for a program with streams", "line"),
     "avatar": Command("make, fit and look at avatars", "avatar"),
     "train": Command("train the models, recipe by recipe", "train"),
     "verify": Command("whether a film or an audit log is what it says", "verify"),

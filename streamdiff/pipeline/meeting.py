@@ -16,6 +16,7 @@ import ipaddress
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import stat
@@ -116,6 +117,15 @@ def private_folder() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise ConfigError(f"{folder} is not a folder of this user alone; remove it, or set TMPDIR to another place")
+    return folder
+
+
+def line_folder(name: str) -> Path:
+    """Where the ranks of a line wait for their driver: in `private_folder`, by a name. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name, flags=re.ASCII):
+        raise ConfigError(f"a line is named by 1 to 32 letters, digits, - or _, got {name!r}")
+    folder = private_folder() / f"line-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 

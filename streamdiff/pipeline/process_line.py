@@ -24,25 +24,25 @@ import multiprocessing.forkserver
 import os
 import signal
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import Any, Protocol
 
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, RankFailed
+from streamdiff.facts import printable
 from streamdiff.pipeline.album import shared_memory
 from streamdiff.pipeline.edges import Channel, Entry, Inbox, Outbox, What, seal
 from streamdiff.pipeline.line import STOP_S, Fallen, Line, Seat
-from streamdiff.pipeline.link import LineLink, Returned
+from streamdiff.pipeline.link import POLL_S, LineLink, Returned
 from streamdiff.pipeline.packet import Packet
 from streamdiff.pipeline.process_rank import BEAT_S, EDGE_DEPTH, Job, run
 from streamdiff.pipeline.schedule import Schedule, render_around
-from streamdiff.pipeline.stage import KeptStage
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PRELOAD = ["streamdiff.engine", "torch._dynamo"]
@@ -51,6 +51,8 @@ _MOST_LOSSES = 12
 """Times in a row that a rank may be lost without having made anything; then the cause comes back with every process."""
 _KILL_S = 10.0
 """How long the system may take to end a process that was killed."""
+_STARTING_SILENCE_S = 10.0
+"""Loading weights can hold the interpreter for seconds; a rank that starts may be silent for this long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,7 @@ class LineLimits:
     silence_s: float = 1.5
     """A rank that gives no sign of life for so long is lost."""
     startup_s: float = 1800.0
-    """Until a rank has loaded its models; a rank that loads may be silent for ``20 * silence_s``."""
+    """Until a rank has loaded its models."""
 
     def __post_init__(self) -> None:
         if not all(0 < s < float("inf") for s in (self.deadline_s, self.silence_s, self.startup_s)):
@@ -103,13 +105,96 @@ class LineMetrics:
     """Longest time in which nothing left a line that had something under way."""
 
 
+class RankProcess(Protocol):
+    """The process that is a rank at the moment."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def end(self) -> str:
+        """See that it has ended, where it is the driver's to end; what became of it, where that is known."""
+        ...
+
+
+Find = Callable[[int, Callable[[], None]], tuple[socket.socket, RankProcess]]
+"""A process for a rank, and this end of a connection to it; asks in its waits whether the line stands."""
+
+
+class Spawned:
+    """Processes that the driver starts: forked from a server that imports the engine once.
+
+    As always with `multiprocessing`, the program's main module must be importable without starting anything
+    (``if __name__ == "__main__":``). ``job``: what a rank is to be; it is pickled.
+    """
+
+    def __init__(self, job: Callable[[int], Job]) -> None:
+        self._job = job
+        _preload()
+
+    def __call__(self, rank: int, check: Callable[[], None]) -> tuple[socket.socket, RankProcess]:
+        ours, theirs = socket.socketpair()
+        process = _PROCESSES.Process(target=run, args=(self._job(rank), theirs), name=f"line-rank{rank}", daemon=True)
+        with theirs:
+            process.start()
+        return ours, _Child(process)
+
+
+class _Child:
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.pid: int = process.pid
+
+    def end(self) -> str:
+        self._process.kill()
+        self._process.join(_KILL_S)
+        code = self._process.exitcode
+        if code is None:
+            return "cannot be ended"
+        return f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
+
+
+class Joined:
+    """Processes that wait for a driver in a folder (`wait_for_drivers`), started and replaced by somebody else."""
+
+    def __init__(self, folder: Path, limits: LineLimits) -> None:
+        self._folder, self._limits = folder, limits
+
+    def __call__(self, rank: int, check: Callable[[], None]) -> tuple[socket.socket, RankProcess]:
+        place = self._folder / f"rank{rank}.sock"
+        until_s = time.monotonic() + self._limits.startup_s
+        while True:
+            check()
+            end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                end.connect(str(place))
+                pid, _, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            except OSError as error:
+                end.close()
+                if time.monotonic() > until_s:
+                    raise RankFailed(
+                        f"rank {rank} does not wait at {place} ({error.strerror}); start it with `streamdiff line`",
+                        rank=rank,
+                    ) from error
+                time.sleep(POLL_S)
+            else:
+                return end, _Elsewhere(pid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Elsewhere:
+    pid: int
+
+    def end(self) -> str:
+        return "has ended its connection; look at its output"
+
+
 @dataclass(slots=True, eq=False)
 class _Worker:
     """A rank, whichever process it is at the moment."""
 
     rank: int
     album: int | None
-    process: Any = None
+    process: RankProcess | None = None
     channel: Channel | None = None
     is_up: bool = False
     was_up: bool = False
@@ -134,9 +219,9 @@ class _Worker:
     def kill(self, why: str = "") -> None:
         """End its process now."""
         self.why = self.why or why
-        if self.process is not None and self.process.pid is not None:
+        if (process := self.process) is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGKILL)
+                os.kill(process.pid, signal.SIGKILL)
 
     def note(self, words: dict[str, Any]) -> None:
         """Take a report down: what the rank did, and what it has kept."""
@@ -155,14 +240,12 @@ _COUNTED = ("chunks", "took_us", "waited_us", "keeping_us", "copied_bytes")
 class ProcessLine(Line):
     """Ranks in processes of their own that many streams share, and that are replaced when they are lost.
 
-    Processes are forked from a server that imports the engine once; as always with `multiprocessing`, the program's
-    main module must be importable without starting anything (``if __name__ == "__main__":``).
-
     Args:
         config: of every stream.
         schedule: which rank does what.
         seats: streams that may be on the line at once.
-        build: rank to its stages, one per seat, called in the rank's process; it is pickled.
+        find: how processes are come by: `Spawned`, `Joined`.
+        plan: what the ranks must say of themselves, as `Job.plan`.
         heals: whether a lost rank is replaced.
         limits: timeouts.
 
@@ -174,14 +257,14 @@ class ProcessLine(Line):
         config: EngineConfig,
         schedule: Schedule,
         seats: int,
-        build: Callable[[int], Sequence[KeptStage]],
+        find: Find,
         *,
+        plan: str = "",
         heals: bool = True,
         limits: LineLimits | None = None,
     ) -> None:
         super().__init__(config, schedule, seats)
-        self._build, self._heals, self._limits = build, heals, limits or LineLimits()
-        self._threads_of_torch = torch.get_num_threads()
+        self._find, self._plan, self._heals, self._limits = find, plan, heals, limits or LineLimits()
         last = schedule.num_ranks
         self._workers = [_Worker(rank, shared_memory() if heals else None) for rank in range(last)]
         self._placing = threading.Lock()
@@ -196,7 +279,6 @@ class ProcessLine(Line):
         self._worst_gap_s = self._healing_s = 0.0
         self._healed = 0
 
-        _preload()
         targets = [partial(self._keep_up, worker) for worker in self._workers]
         self._threads = [
             threading.Thread(target=self._guarded, args=(target,), name="line-driver", daemon=True)
@@ -225,7 +307,8 @@ class ProcessLine(Line):
     @property
     def pids(self) -> tuple[int | None, ...]:
         """The ranks' processes as they are now; None for one that is being replaced."""
-        return tuple(worker.process.pid if worker.is_up else None for worker in self._workers)
+        found = [(worker.process, worker.is_up) for worker in self._workers]
+        return tuple(None if process is None or not is_up else process.pid for process, is_up in found)
 
     def links(self, seat: Seat, source: Iterator[Packet]) -> tuple[LineLink, ...]:
         """See `Line.links`: the head's way in and the tail's way out are in this process, and there is no other."""
@@ -328,14 +411,10 @@ class ProcessLine(Line):
             self._end(worker)
 
     def _start(self, worker: _Worker) -> None:
-        ours, theirs = socket.socketpair()
-        worker.channel = Channel(ours)
         worker.why, worker.at = "", (-1, 0.0)
+        end, process = self._find(worker.rank, self.check)
+        worker.channel = Channel(end)
         worker.silent_s, worker.began_s = 0.0, time.monotonic()
-        job = Job(rank=worker.rank, build=self._build, threads=self._threads_of_torch)
-        process = _PROCESSES.Process(target=run, args=(job, theirs), name=f"line-rank{worker.rank}", daemon=True)
-        with theirs:
-            process.start()
         worker.process = process
 
     def _follow(self, worker: _Worker) -> None:
@@ -349,6 +428,7 @@ class ProcessLine(Line):
                 worker.silent_s = 0.0
                 match words["say"]:
                     case "ready":
+                        self._agree(worker.rank, words["plan"])
                         self._place(worker)
                     case "beat":
                         worker.at = words["number"], words["for_s"]
@@ -364,6 +444,14 @@ class ProcessLine(Line):
         finally:
             worker.is_up = False
             channel.release()
+
+    def _agree(self, rank: int, plan: str) -> None:
+        if plan != self._plan:
+            raise RankFailed(
+                f"rank {rank} was started for another line: it serves {printable(plan, 1000)}, this is {self._plan}; "
+                "give both the same arguments",
+                rank=rank,
+            )
 
     def _place(self, worker: _Worker) -> None:
         """Tell a rank where it stands, and connect it with its neighbours."""
@@ -395,14 +483,9 @@ class ProcessLine(Line):
     def _end(self, worker: _Worker) -> None:
         """See that its process has ended."""
         process, worker.process = worker.process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGKILL)
-        process.join(_KILL_S)
-        code = process.exitcode
-        if not worker.why and code is not None:
-            worker.why = f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
+        if process is not None:
+            what = process.end()
+            worker.why = worker.why or what
 
     def _judge(self, worker: _Worker) -> None:
         """Count a loss. Raises RankFailed when it is not made good.
@@ -440,7 +523,8 @@ class ProcessLine(Line):
                     continue
                 worker.silent_s += BEAT_S
                 number, for_s = worker.at
-                if worker.silent_s > limits.silence_s * (1 if worker.is_up else 20):
+                patience_s = limits.silence_s if worker.is_up else max(limits.silence_s, _STARTING_SILENCE_S)
+                if worker.silent_s > patience_s:
                     worker.kill(f"gave no sign of life for {worker.silent_s:.1f} s")
                 elif worker.is_up and number >= 0 and for_s > limits.deadline_s:
                     worker.kill(f"had been working on one chunk for more than {limits.deadline_s:g} s")

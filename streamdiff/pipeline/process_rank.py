@@ -1,8 +1,9 @@
 """A rank of a line in a process of its own: what runs there.
 
-The process belongs to the driver (`process_line`), which holds its other end of one connection: over it come the
-descriptors of its edges, over it goes what the rank does, and when it ends, so does the process. Streams may be
-replayed here from any snapshot on; nothing that a rank does depends on when.
+A rank works for a driver (`process_line`), which holds the other end of one connection: over it come the descriptors
+of its edges, over it goes what the rank does. A process that the driver has started ends with that connection; one that
+somebody else has started waits for the next driver, models loaded. Streams may be replayed here from any snapshot on;
+nothing that a rank does depends on when.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
+from streamdiff.errors import ConfigError
 from streamdiff.memory import Kept
 from streamdiff.pipeline.album import Album
 from streamdiff.pipeline.edges import Channel, Entry, Inbox, Outbox, Sealed, What, seal
+from streamdiff.pipeline.link import POLL_S
 from streamdiff.pipeline.schedule import QUEUE_DEPTH
 from streamdiff.pipeline.stage import KeptStage
 
@@ -44,29 +48,70 @@ class Job:
     """Rank to its stages, one per seat."""
     threads: int
     """Of torch; bits may depend on it."""
+    plan: str = ""
+    """What the driver and all ranks must agree on."""
 
 
 def run(job: Job, end: socket.socket) -> None:
-    """The whole life of the process. ``end``: of the connection to the driver."""
+    """The whole life of a process that a driver has started. ``end``: of the connection to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's, which ends its ranks
     torch.set_num_threads(job.threads)
-    channel = Channel(end)
-    rank = _Rank(channel)
-    for target in (rank.listen, rank.beat):
-        threading.Thread(target=target, daemon=True).start()
+    _Rank(Channel(end), lambda: os._exit(0)).serve(job, lambda: job.build(job.rank))
+
+
+def wait_for_drivers(job: Job, place: Path) -> NoReturn:
+    """Load models once, then work for one driver after the other, which find this rank at ``place``: a socket that only
+    this user's processes can open. Ends by a signal, or with what a rank fails with.
+
+    Raises ConfigError when another rank is there.
+    """
+    torch.set_num_threads(job.threads)
+    server = _listening(place)
+    stages = job.build(job.rank)
+    with server:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                end, _ = server.accept()
+                end.settimeout(None)
+                _Rank(Channel(end), lambda: None).serve(job, lambda: stages)
+
+
+def _listening(place: Path) -> socket.socket:
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        stages = job.build(job.rank)
-        channel.say({"say": "ready"})
-        rank.work(job.rank, stages)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # the driver may have gone
-            channel.say({"say": "failed", "why": f"failed: {type(error).__name__}: {error}"})
-        raise SystemExit(1) from error
+        if place.is_socket():
+            if _answers(place):
+                raise ConfigError(f"a rank waits at {place} already; end it, or give this line another name")
+            place.unlink()  # of one that has died
+        server.bind(str(place))
+    except OSError as error:
+        server.close()
+        raise ConfigError(f"cannot wait at {place} ({error.strerror or error}); choose another name") from error
+    except BaseException:
+        server.close()
+        raise
+    server.settimeout(POLL_S)
+    server.listen(1)
+    return server
+
+
+def _answers(place: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, contextlib.suppress(ConnectionRefusedError):
+        probe.connect(str(place))
+        return True
+    return False
+
+
+class _Ended(Exception):  # noqa: N818  not an error
+    """The driver has gone."""
 
 
 class _Rank:
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    """What a rank is for one driver. ``leave`` is called, from another thread, when that has gone."""
+
+    def __init__(self, channel: Channel, leave: Callable[[], None]) -> None:
+        self._channel, self._leave = channel, leave
+        self._ended = threading.Event()
         self._place: queue.SimpleQueue[tuple[dict[str, Any], int | None]] = queue.SimpleQueue()
         self._inbox: Inbox | None = None
         self._outbox: Outbox | None = None
@@ -77,8 +122,40 @@ class _Rank:
         self._working: tuple[int, float] | None = None
         """Number of the entry that it works on, and since when."""
 
+    def serve(self, job: Job, stages: Callable[[], Sequence[KeptStage]]) -> None:
+        """Work until the driver has gone. What fails is told to it, and ends the process."""
+        for target in (self.listen, self.beat):
+            threading.Thread(target=target, daemon=True).start()
+        try:
+            made = stages()
+            self._channel.say({"say": "ready", "plan": job.plan})
+            self.work(job.rank, made)
+        except _Ended:
+            pass
+        except BaseException as error:
+            if self._ended.is_set() and isinstance(error, OSError):
+                return
+            with contextlib.suppress(OSError):  # the driver may have gone
+                self._channel.say({"say": "failed", "why": f"failed: {type(error).__name__}: {error}"})
+            raise SystemExit(1) from error
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._channel.close()
+        for box in (self._inbox, self._outbox):
+            if box is not None:
+                box.close()
+        if self._album is not None:
+            self._album.close()
+
+    def _check(self) -> None:
+        """Returns while the driver is there."""
+        if self._ended.is_set():
+            raise _Ended
+
     def listen(self) -> None:
-        """Obey the driver. When its end of the connection is closed, or it has died, this process ends."""
+        """Obey the driver, until its end of the connection is closed, or it has died."""
         try:
             while True:
                 words, fd = self._channel.hear()
@@ -90,8 +167,12 @@ class _Rank:
                 box = self._inbox if words["do"] == "inlet" else self._outbox
                 assert box is not None
                 box.connect(socket.socket(fileno=fd))
+        except OSError:
+            pass  # it has gone
         finally:
-            os._exit(0)
+            self._ended.set()
+            self._leave()
+            self._channel.release()
 
     def beat(self) -> None:
         """Give signs of life, and say what this rank is at."""
@@ -107,17 +188,17 @@ class _Rank:
 
     def work(self, rank: int, stages: Sequence[KeptStage]) -> None:
         """Stand where the driver says, and make an entry of every entry from there on."""
-        inbox, outbox = self._resume(stages, *self._place.get(timeout=_PATIENCE_S))
+        inbox, outbox = self._resume(stages, *self._told())
         self._is_placed.set()
         while True:
             waited_s = time.monotonic()
-            sealed = inbox.get(_never_falls)
+            sealed = inbox.get(self._check)
             began_s = time.monotonic()
             self._working = sealed.number, began_s
             entry = sealed.open()
             done = seal(self._step(rank, stages[entry.seat], entry))
             self._working, took_s = None, time.monotonic() - began_s
-            outbox.put(done, _never_falls)
+            outbox.put(done, self._check)
             report = {
                 "say": "report",
                 "number": entry.number,
@@ -129,6 +210,13 @@ class _Rank:
                 report |= self._keep(self._album, entry.seat, stages[entry.seat], entry, outbox.kept())
             self._channel.say(report)
             inbox.settle(entry.number)
+
+    def _told(self) -> tuple[dict[str, Any], int | None]:
+        """Where this rank stands, when the driver says so."""
+        while True:
+            self._check()
+            with contextlib.suppress(queue.Empty):
+                return self._place.get(timeout=POLL_S)
 
     def _resume(self, stages: Sequence[KeptStage], words: Mapping[str, Any], fd: int | None) -> tuple[Inbox, Outbox]:
         """Stand where the rank stood whose place this one takes, or at the beginning."""
@@ -183,7 +271,3 @@ class _Rank:
 
 def _as_tensor(words: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(words), dtype=torch.uint8)
-
-
-def _never_falls() -> None:
-    """A rank's waits end with its process, which `_Rank.listen` ends."""

@@ -15,7 +15,8 @@ import torch
 from streamdiff.memory import Kept
 from streamdiff.pipeline.line import Seat
 from streamdiff.pipeline.packet import Packet
-from streamdiff.pipeline.process_line import LineLimits, ProcessLine
+from streamdiff.pipeline.process_line import LineLimits, ProcessLine, Spawned
+from streamdiff.pipeline.process_rank import Job
 from streamdiff.pipeline.schedule import plan
 from streamdiff.pipeline.stage import KeptStage
 from tests.engine.oracle_case import Case, Event, packets_of, script_of
@@ -38,8 +39,12 @@ def stages(case: Case, seats: int, rank: int) -> Sequence[KeptStage]:
 
 
 def line_of(case: Case, seats: int, **how: object) -> ProcessLine:
-    build = functools.partial(stages, case, seats)
-    return ProcessLine(case.config, case.schedule, seats, build, **how)  # type: ignore[arg-type]
+    return ProcessLine(case.config, case.schedule, seats, spawned(functools.partial(stages, case, seats)), **how)  # type: ignore[arg-type]
+
+
+def spawned(build: Callable[[int], Sequence[KeptStage]]) -> Spawned:
+    """Ranks that are started where they are needed, with one thread each."""
+    return Spawned(lambda rank: Job(rank=rank, build=build, threads=1))
 
 
 FAIL, DIE, HANG = -1.0, -2.0, -3.0
@@ -85,7 +90,7 @@ def broken_build(rank: int) -> Sequence[KeptStage]:
 
 def adding_line(ranks: int, seats: int, **how: object) -> ProcessLine:
     schedule = plan(num_steps=2, num_ranks=ranks)
-    return ProcessLine(CASE.config, schedule, seats, functools.partial(adders, seats), **how)  # type: ignore[arg-type]
+    return ProcessLine(CASE.config, schedule, seats, spawned(functools.partial(adders, seats)), **how)  # type: ignore[arg-type]
 
 
 def values(*numbers: float) -> Iterator[Packet]:

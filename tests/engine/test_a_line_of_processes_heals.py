@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from streamdiff.errors import ConfigError, LineFull, RankFailed, SessionClosed
+from streamdiff.line import Shape, spawn
 from streamdiff.pipeline.line import Line
 from streamdiff.pipeline.process_line import LineLimits, ProcessLine
 from streamdiff.pipeline.schedule import plan
@@ -34,6 +35,7 @@ from tests.engine.line_case import (
     has_made,
     kill,
     line_of,
+    spawned,
     sums,
     values,
     wait_until,
@@ -180,7 +182,7 @@ def test_a_rank_that_works_for_too_long_is_lost() -> None:
 
 def test_a_rank_that_cannot_be_made_says_why() -> None:
     with pytest.raises(RankFailed, match=r"rank \d failed: OSError: no weights for rank \d; it never got ready"):
-        ProcessLine(CASE.config, plan(num_steps=2, num_ranks=2), 1, broken_build)
+        ProcessLine(CASE.config, plan(num_steps=2, num_ranks=2), 1, spawned(broken_build))
 
 
 def test_a_closed_line_leaves_no_process_and_says_so() -> None:
@@ -240,7 +242,7 @@ def test_a_session_on_a_line_of_processes_is_what_it_is_alone() -> None:
             return np.concatenate([shown.frames_THWC for shown in await collect(session)])
 
     async def scene() -> None:
-        with engine.spawn_line(seats=2, num_ranks=2, slack_chunks=9) as line:
+        with spawn(engine, Shape(seats=2, num_ranks=2, slack_chunks=9)) as line:
             together = await asyncio.gather(film(0, line), film(1, line))
         for number, found in enumerate(together):
             assert np.array_equal(found, await film(number, None))

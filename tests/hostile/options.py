@@ -34,7 +34,14 @@ _BASES: Mapping[tuple[str, ...], tuple[str, ...]] = {
 }  # fmt: skip
 _FILES: Mapping[str, Content] = {"key": b"k" * 40}
 _PER_OPTION = 2
-WORKERS = {("doctor",), ("train", "motion"), ("train", "motion-consistency"), ("train", "rig"), ("train", "mouth")}
+WORKERS = {
+    ("doctor",),
+    ("line",),
+    ("train", "motion"),
+    ("train", "motion-consistency"),
+    ("train", "rig"),
+    ("train", "mouth"),
+}
 """Commands that begin to work whatever folder they are given; their numbers are those of the others."""
 
 
@@ -85,6 +92,9 @@ SEEN = (
     "generate --device cuda:99999999999",
     "generate --attention \x1b[31m",
     "generate --threads 1000000",
+    "line --seats 0",
+    "line --name ../elsewhere --preset tiny --device cpu",
+    "line --device cuda:99999999999",
     "talk Yes. --style smile=inf",
     "talk Yes. --style smile=1e30",
     "talk Yes. --style smile=nan",
