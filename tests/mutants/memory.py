@@ -69,8 +69,8 @@ STEP = (
     Mutant("memory/step.py", "self.values_ZBSNK[layer].copy_(values_BSNK)", "pass", WINDOW),
     Mutant(
         "memory/step.py",
-        "self.values_ZBMNK[:, :, : self.sink_tokens].copy_(values_ZBSNK)",
-        "self.values_ZBMNK[:, :, : self.sink_tokens].add_(values_ZBSNK)",
+        "rows_ZBSNK.copy_(self._sink.values_ZBSNK)",
+        "rows_ZBSNK.add_(self._sink.values_ZBSNK)",
         FRAMES + "test_a_prompt_switched_in_mid_stream_changes_the_sink_as_well",
     ),
     Mutant("memory/step.py", "        if still is not None:\n", "        if still is None:\n", MOTION),
