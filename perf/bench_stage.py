@@ -5,6 +5,7 @@
     python perf/bench_stage.py --compile              torch.compile instead of our kernels, too (minutes, once)
     python perf/bench_stage.py --layers 8             fewer layers; 40 are extrapolated, and the result says so
     python perf/bench_stage.py --window 2             the sparse history: sink, previous chunk, own chunk
+    python perf/bench_stage.py --predict              nothing is run: what `roofline` expects of an H200
     python perf/bench_stage.py --tiny                 the same on a toy model, anywhere
 
 Weights are random: time does not depend on them, and a matrix product of zeros would run faster than a real one. The
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from measure import Timing, machine_card, pick_device, report, time_call
-from roofline import ASSUMED, Ceilings, Shapes, measured_ceilings, step_costs
+from roofline import ASSUMED, Ceilings, Shapes, measured_ceilings, predict, served_costs
 from torch import Tensor
 
 from streamdiff import presets
@@ -102,7 +103,7 @@ def floor_ms(config: EngineConfig, ceilings: Ceilings, *, eight_bits: bool) -> f
     """The sum over the step of what no kernel can beat; None where a product rate is not known."""
     if eight_bits and "float8_e4m3fn" not in ceilings.product:
         return None
-    return sum(c.calls * c.floor_ms(ceilings) for c in step_costs(shapes_of(config), eight_bits=eight_bits))
+    return sum(c.calls * c.floor_ms(ceilings) for c in served_costs(shapes_of(config), eight_bits=eight_bits))
 
 
 def random_dit(config: EngineConfig, device: torch.device) -> CausalDiT:
@@ -413,6 +414,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--attention", default="auto", help="backend, or auto: the fastest (default)")
     parser.add_argument("--history", choices=list(PRECISIONS), default="bf16", help="what is remembered in")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile instead of our kernels")
+    parser.add_argument("--predict", action="store_true", help="what is expected of an H200; nothing is run")
     parser.add_argument("--tiny", action="store_true", help="a toy model: what runs here runs there")
     parser.add_argument("--assume", choices=sorted(ASSUMED), help="use known ceilings instead of measuring")
     parser.add_argument("--runs", type=int, default=60, help="at most so many runs of each (default: %(default)s)")
@@ -432,6 +434,9 @@ def main() -> None:
     if device.type != "cuda":
         args.sustain_s = 0.0
     config = bench_config(args)
+    if args.predict:
+        predict(shapes_of(config), device, args.save)
+        return
     if device.type != "cuda" and not args.tiny and args.layers is None:
         raise SystemExit("14 billion weights take 50 GiB and minutes per step on a CPU; add --tiny, or --layers 2")
     ceilings = ASSUMED[args.assume] if args.assume else measured_ceilings(device)

@@ -3,6 +3,7 @@
     python perf/roofline.py                                  ceilings measured here, at the 14B model's shapes
     python perf/roofline.py --assume h200                    ceilings of an H200 as they were measured on one
     python perf/roofline.py --height 832 --width 480 --window 7
+    python perf/roofline.py --predict                        what is expected of an H200, and what would be faster
 
 An op moves bytes and computes; it takes at least the longer of the two at the machine's rates. Bytes are counted once
 in and once out, modulations and tables included. The sum over a step is its floor: kernels back to back, nothing else.
@@ -105,7 +106,8 @@ def element_costs(s: Shapes) -> list[Cost]:
         Cost("norm_modulate", stream + row + 2 * mods, 0, 1, ""),
         Cost("gate_residual_", 2 * stream + row + mods, 0, 0, ""),
         Cost("gate_residual_norm_modulate_", 2 * (stream + row) + 3 * mods, 0, 3 * s.layers + s.injectors, ""),
-        Cost("gelu", 2 * s.tokens * s.hidden * s.item, 0, s.layers, ""),
+        # In sixteen bits the product ends in it (cuBLASLt's epilogue); in eight it is a pass, which quantises.
+        Cost("gelu", 2 * s.tokens * s.hidden * s.item, 0, 0, ""),
         Cost("norm_modulate_fp8", stream + half + scales + 2 * mods, 0, 0, ""),
         Cost("gate_residual_norm_modulate_fp8_", 2 * stream + row + half + scales + 3 * mods, 0, 0, ""),
         Cost("quantise_rows", row + half + scales, 0, 0, ""),
@@ -168,9 +170,9 @@ def step_costs(s: Shapes, *, eight_bits: bool) -> list[Cost]:
         eight = {
             "norm_modulate": "norm_modulate_fp8",
             "gate_residual_norm_modulate_": "gate_residual_norm_modulate_fp8_",
-            "gelu": "gelu_fp8",
         }
         costs = [replace(by_name[eight.get(c.name, c.name)], calls=c.calls) for c in costs]
+        costs.append(replace(by_name["gelu_fp8"], calls=s.layers))
         # Attention's output enters its projection through a pass of its own.
         calls = (1 if s.folded else 2) * s.layers + s.injectors
         costs.append(replace(by_name["quantise_rows"], calls=calls))
@@ -183,6 +185,92 @@ def step_costs(s: Shapes, *, eight_bits: bool) -> list[Cost]:
         linear_cost(s, "linear D to D", D, D, square, eight_bits=eight_bits),
         linear_cost(s, "linear up", D, s.hidden, s.layers, eight_bits=eight_bits),
         linear_cost(s, "linear down", s.hidden, D, s.layers, eight_bits=eight_bits),
+    ]
+
+
+def served_costs(s: Shapes, *, eight_bits: bool, kept_layers: int = 1) -> list[Cost]:
+    """`step_costs` as served: with eight-bit linears, ``kept_layers`` at each end of the model keep sixteen bits, and
+    sound enters at the first and the last of them.
+    """
+    kept = min(2 * kept_layers, s.layers) if eight_bits else 0
+    if kept == 0:
+        return step_costs(s, eight_bits=eight_bits)
+    heard = min(2, kept, s.injectors)
+    between = replace(s, layers=s.layers - kept, injectors=s.injectors - heard)
+    return step_costs(between, eight_bits=True) + step_costs(replace(s, layers=kept, injectors=heard), eight_bits=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What of its ceiling an op is expected to reach."""
+
+    product: float = 0.90
+    """Of a large square product, those of a step."""
+    attention: float = 600e12
+    """Operations per second of attention: what cuDNN is reported to run on Hopper in bfloat16 (595 to 617 TFLOP/s)."""
+    element: float = 0.80
+    """Of a copy's bandwidth, passes over memory."""
+
+    def expected_ms(self, costs: list[Cost], ceilings: Ceilings) -> float:
+        """A step of these costs."""
+        return sum(cost.calls * self._one_ms(cost, ceilings) for cost in costs)
+
+    def _one_ms(self, cost: Cost, ceilings: Ceilings) -> float:
+        floor_ms = cost.floor_ms(ceilings)
+        if cost.name.startswith("attend"):
+            return max(1e3 * cost.flops / self.attention, floor_ms)
+        return floor_ms / (self.product if cost.arithmetic else self.element)
+
+
+FA3_BF16, FA3_FP8 = 660e12, 950e12
+"""FlashAttention-3 as reported on Hopper, in operations per second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One way to serve a step, and what it is expected to take."""
+
+    what: str
+    shapes: Shapes
+    eight_bits: bool
+    shares: Shares
+    kept_layers: int
+    goal_ms: float
+
+    def row(self, ceilings: Ceilings) -> dict[str, Any]:
+        costs = served_costs(self.shapes, eight_bits=self.eight_bits, kept_layers=self.kept_layers)
+        if self.shares.attention > ceilings.product["bfloat16"]:
+            costs = [replace(c, arithmetic="float8_e4m3fn") if c.name == "attend" else c for c in costs]
+        expected_ms = self.shares.expected_ms(costs, ceilings)
+        own = [cost for cost in costs if cost.name == "attend"]
+        return {
+            "step": self.what,
+            "expected_ms": expected_ms,
+            "of_it_attention": self.shares.expected_ms(own, ceilings),
+            "floor_ms": sum(cost.calls * cost.floor_ms(ceilings) for cost in costs),
+            "attention_tflops": self.shares.attention / 1e12,
+            "goal_ms": self.goal_ms,
+            "met": "yes" if expected_ms <= self.goal_ms else "no",
+        }
+
+
+def predictions(s: Shapes) -> list[Prediction]:
+    """The step as it is served by default, and what would bring it nearer to its goals."""
+    two = replace(s, window=2)
+    bare = replace(two, sink=s.tokens // s.frames)
+    fa3, eight = Shares(attention=FA3_BF16), Shares(attention=FA3_FP8)
+    return [
+        Prediction("bf16", s, False, Shares(), 1, 165.0),
+        Prediction("bf16, FlashAttention-3", s, False, fa3, 1, 165.0),
+        Prediction("fp8", s, True, Shares(), 1, 110.0),
+        Prediction("fp8, attention fp8", s, True, eight, 1, 110.0),
+        Prediction("fp8, attention fp8, no layer kept", s, True, eight, 0, 110.0),
+        Prediction("fp8, attention fp8, window 3", replace(s, window=3), True, eight, 1, 110.0),
+        Prediction("fp8, window 2", two, True, Shares(), 1, 95.0),
+        Prediction("fp8, attention fp8, window 2", two, True, eight, 1, 95.0),
+        Prediction("fp8, attention fp8, window 2, no layer kept", two, True, eight, 0, 95.0),
+        Prediction("fp8, attention fp8, window 2, no motion prefix", bare, True, eight, 1, 95.0),
+        Prediction("all of these", bare, True, eight, 0, 95.0),
     ]
 
 
@@ -202,6 +290,38 @@ def shapes_of(height: int, width: int, window: int, folded: int = 64) -> Shapes:
     return Shapes(tokens=3 * frame, sink=frame + packed, window=window, folded=folded)
 
 
+ASSUMPTIONS = """\
+Assumed: {source}: copies at {copy:,.0f} GB/s, products at {bf16:,.0f} and {fp8:,.0f} TFLOP/s;
+of that, products reach {product:.0%} and passes over memory {element:.0%}. Attention runs at the rate that its row
+names, as reported of cuDNN and FlashAttention-3 on Hopper; nothing was measured. The residual stream has {stream} bytes
+a value, the prompt {folded} keys, and with eight-bit linears two layers keep sixteen bits where the row does not say
+that none is kept. The time is that of one step's graph, with nothing else on the GPU."""
+
+
+def predict(shapes: Shapes, device: torch.device, save: Path | None) -> None:
+    """Print what a step is expected to take on an H200, with every assumption."""
+    ceilings, usual = ASSUMED["h200"], Shares()
+    print(
+        ASSUMPTIONS.format(
+            source=ceilings.source,
+            copy=ceilings.copy / 1e9,
+            bf16=ceilings.product["bfloat16"] / 1e12,
+            fp8=ceilings.product["float8_e4m3fn"] / 1e12,
+            product=usual.product,
+            element=usual.element,
+            stream=shapes.stream_item,
+            folded=shapes.folded,
+        )
+    )
+    report(
+        "predict",
+        f"One step at 14B, predicted: {shapes.tokens} tokens over {shapes.rows}",
+        [prediction.row(ceilings) for prediction in predictions(shapes)],
+        machine_card(device),
+        save=save,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
@@ -210,9 +330,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--window", type=int, default=4, help="chunks attended to, the own one included")
     parser.add_argument("--folded", type=int, default=64, help="keys of a folded prompt; 0: not folded (default 64)")
+    parser.add_argument("--predict", action="store_true", help="what a step is expected to take on an H200, and why")
     parser.add_argument("--save", type=Path, help="write the JSON object here too")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if args.predict:
+        predict(shapes_of(args.height, args.width, args.window, args.folded), device, args.save)
+        return
     ceilings = ASSUMED[args.assume] if args.assume else measured_ceilings(device)
     shapes = shapes_of(args.height, args.width, args.window, args.folded)
     rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roofline import ASSUMED, Shapes, step_costs
+from roofline import ASSUMED, Shapes, Shares, served_costs
 from served import SERVED_ROWS, load_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,9 +29,6 @@ DOCUMENTS = (ROOT / "perf" / "NUMBERS.md", ROOT / "README.md")
 
 Result = dict[str, Any]
 
-PRODUCT_SHARE, ATTENTION_FLOPS, ELEMENT_SHARE = 0.90, 600e12, 0.80
-"""Of a step's prediction: products at 90 % of a large square one, attention as cuDNN is reported to run on Hopper
-(595 to 617 TFLOP/s), passes over memory at 80 % of a copy."""
 DECODER_FLOP, DECODER_FLOPS = 27e12, 190e12
 """The Wan decoder's operations for a chunk at 704x384, and the rate at which Live Avatar's was seen to run."""
 
@@ -176,18 +173,8 @@ def _step(precision: str, goal_ms: float) -> Callable[[Sequence[Result]], Found 
 
 def predicted_step_ms(*, eight_bits: bool) -> tuple[float, float]:
     """A step on an H200: what we expect, and the floor that nobody can beat there."""
-    ceilings = ASSUMED["h200"]
-    expected_ms = floor_ms = 0.0
-    for cost in step_costs(Shapes(), eight_bits=eight_bits):
-        floor_ms += cost.calls * cost.floor_ms(ceilings)
-        if cost.name.startswith("attend"):
-            each_ms = max(1e3 * cost.flops / ATTENTION_FLOPS, cost.floor_ms(ceilings))
-        elif cost.arithmetic:
-            each_ms = cost.floor_ms(ceilings) / PRODUCT_SHARE
-        else:
-            each_ms = cost.floor_ms(ceilings) / ELEMENT_SHARE
-        expected_ms += cost.calls * each_ms
-    return expected_ms, floor_ms
+    ceilings, costs = ASSUMED["h200"], served_costs(Shapes(), eight_bits=eight_bits)
+    return Shares().expected_ms(costs, ceilings), sum(cost.calls * cost.floor_ms(ceilings) for cost in costs)
 
 
 def _predicted_step(goal_ms: float, *, eight_bits: bool) -> Callable[[], Found]:

@@ -53,6 +53,26 @@ def test_a_floor_is_the_longer_of_moving_and_computing(roofline: ModuleType) -> 
     assert (computes.floor_ms(ceilings), computes.bound(ceilings)) == (10.0, "compute")
 
 
+def test_a_prediction_is_the_step_that_is_served(roofline: ModuleType) -> None:
+    """Above its floor; dearer with layers that keep sixteen bits; the same at the rate of the floor as the floor."""
+    ceilings, shapes = roofline.ASSUMED["h200"], roofline.Shapes()
+    rows = {p.what: p.row(ceilings) for p in roofline.predictions(shapes)}
+    assert all(row["floor_ms"] < row["expected_ms"] < 1.5 * row["floor_ms"] for row in rows.values())
+    kept, none = (rows[f"fp8, attention fp8{more}"] for more in ("", ", no layer kept"))
+    assert 1 < kept["expected_ms"] - none["expected_ms"] < 4
+    ideal = roofline.Shares(product=1.0, attention=ceilings.product["bfloat16"], element=1.0)
+    for eight_bits in (False, True):
+        costs = roofline.served_costs(shapes, eight_bits=eight_bits)
+        floor_ms = sum(cost.calls * cost.floor_ms(ceilings) for cost in costs)
+        assert ideal.expected_ms(costs, ceilings) == pytest.approx(floor_ms)
+        counts = {c.name: 0 for c in costs}
+        for cost in costs:
+            counts[cost.name] += cost.calls
+        assert counts["attend"] == shapes.layers
+        fused = sum(n for name, n in counts.items() if name.startswith("gate_residual_norm_modulate"))
+        assert fused == 3 * shapes.layers + shapes.injectors
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
