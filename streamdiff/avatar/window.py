@@ -105,7 +105,11 @@ class MotionModel(nn.Module):
         num_coefs, dim = self.spec.num_coefs, config.dim
         self.enter = nn.Linear(num_coefs + 1, dim)
         self.cue = nn.Sequential(nn.Linear(NUM_CUES, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.place = nn.Parameter(torch.randn(config.window, dim) * 0.02)
+        place_AD = torch.empty(config.window, dim)
+        if not place_AD.is_meta:
+            # Drawing on no device would import the compiler: a second of every start.
+            place_AD.normal_().mul_(0.02)
+        self.place = nn.Parameter(place_AD)
         self.level = nn.Sequential(nn.Linear(64, dim), nn.SiLU())
         self.style = nn.Linear(len(STYLE_NAMES), dim, bias=False)
         self.modulation = nn.Linear(dim, 6 * dim)
