@@ -591,8 +591,11 @@ def _check_same_stream(x_BCTHW: Tensor, past_BCTHW: Tensor) -> None:
 
 def to_rgb8(frames_BCTHW: Tensor) -> Tensor:
     """Frames in [-1, 1] to uint8 RGB on their device: (..., 3, T, H, W) to contiguous (..., T, H, W, 3)."""
-    levels = frames_BCTHW.movedim(-4, -1).float().add(1.0).mul_(127.5).round_()
-    return levels.clamp_(0.0, 255.0).to(torch.uint8).contiguous()
+    levels_BCTHW = frames_BCTHW.float().add(1.0).mul_(127.5).round_().clamp_(0.0, 255.0)
+    if levels_BCTHW.device.type == "cpu":
+        # In two steps and plane by plane: twice as fast there, and the same bytes.
+        return torch.stack(levels_BCTHW.to(torch.int16).to(torch.uint8).unbind(-4), dim=-1)
+    return levels_BCTHW.movedim(-4, -1).to(torch.uint8).contiguous()
 
 
 def from_rgb8(frames_BTHWC: Tensor) -> Tensor:

@@ -54,18 +54,22 @@ class LogMelFeatures:
         stream = self.stream(fps)
         return torch.cat([stream.push(samples_S), stream.finish()], dim=-1)
 
-    def level(self, moments_MS: Tensor) -> Tensor:
-        """Spectra and energies of windows of sound, laid side by side and scaled: [M, S] to [E].
+    def levels(self, moments_AMS: Tensor) -> Tensor:
+        """Spectra and energies of each frame's windows of sound, side by side and scaled: [A, M, S] to [A, E].
 
         Each window carries one sample more in front, for the pre-emphasis.
         """
-        emphasised_MS = (moments_MS[:, 1:] - 0.97 * moments_MS[:, :-1]) * self._window_S
-        power_MF = torch.fft.rfft(emphasised_MS, n=_FFT_SAMPLES).abs().square() / self._window_power
-        bands_ME = (power_MF @ self._bank + _FLOOR).log10()
-        energy_M1 = (moments_MS[:, 1:].square().mean(dim=1, keepdim=True) + _FLOOR).log10()
-        bands_ME = (bands_ME - _BAND_MEAN) / _BAND_STD
-        energy_M1 = (energy_M1 - _ENERGY_MEAN) / _ENERGY_STD
-        return torch.cat([bands_ME, energy_M1], dim=1).flatten()
+        emphasised_AMS = (moments_AMS[..., 1:] - 0.97 * moments_AMS[..., :-1]) * self._window_S
+        # Frame by frame, for a product's bits may depend on the number of its rows.
+        bands = [
+            torch.fft.rfft(frame_MS, n=_FFT_SAMPLES).abs().square() / self._window_power @ self._bank
+            for frame_MS in emphasised_AMS
+        ]
+        bands_AME = (torch.stack(bands) + _FLOOR).log10()
+        energy_AM1 = (moments_AMS[..., 1:].square().mean(dim=-1, keepdim=True) + _FLOOR).log10()
+        bands_AME = (bands_AME - _BAND_MEAN) / _BAND_STD
+        energy_AM1 = (energy_AM1 - _ENERGY_MEAN) / _ENERGY_STD
+        return torch.cat([bands_AME, energy_AM1], dim=-1).flatten(1)
 
 
 _FFT_SAMPLES = 1024
@@ -75,6 +79,8 @@ _BAND_MEAN, _BAND_STD = -5.3, 1.35
 _ENERGY_MEAN, _ENERGY_STD = -3.7, 1.3
 _CHANGE_STD = (1.0, 0.72, 1.07)
 _BOUND = 4.0
+_MOST_AT_ONCE = 64
+"""Frames that are encoded together, so that memory does not grow with what is pushed."""
 
 
 class _LogMelStream:
@@ -86,49 +92,55 @@ class _LogMelStream:
         self._kept_S = torch.zeros(self._history_samples)
         self._kept_from = -self._history_samples
         self._num_frames = 0
-        self._last_E: Tensor | None = None
-        self._last_change_E = torch.zeros(encoder.feature_dim)
+        self._last_1E: Tensor | None = None
+        self._last_change_1E = torch.zeros(1, encoder.feature_dim)
 
     def push(self, samples_S: Tensor) -> Tensor:
         self._kept_S = torch.cat([self._kept_S, as_sound(samples_S)])
-        columns: list[Tensor] = []
-        while self._boundary(self._num_frames + 1) <= self._kept_from + len(self._kept_S):
-            columns.append(self._next_column())
-        return self._stacked(columns)
+        columns = [torch.zeros(self._encoder.num_features, 0, self._encoder.feature_dim)]
+        while num_ready := self._num_ready():
+            columns.append(self._next_columns(num_ready))
+        return torch.cat(columns, dim=1).transpose(1, 2)[None]
 
     def finish(self) -> Tensor:
         num_samples = self._kept_from + len(self._kept_S)
         if num_samples == self._boundary(self._num_frames):
-            return self._stacked([])
+            return self.push(torch.zeros(0))
         missing = self._boundary(self._num_frames + 1) - num_samples
         return self.push(torch.zeros(missing))
 
     def _boundary(self, frame: int) -> int:
         return frame_boundary(frame, self._fps, self._encoder.rate_hz)
 
-    def _next_column(self) -> Tensor:
-        start, end = self._boundary(self._num_frames), self._boundary(self._num_frames + 1)
-        level_E = self._encoder.level(torch.stack([self._before(start + (end - start) // 2), self._before(end)]))
-        last_E = level_E if self._last_E is None else self._last_E
-        change_E = level_E - last_E
-        turn_E = change_E - self._last_change_E
-        self._last_E, self._last_change_E = level_E, change_E
-        self._num_frames += 1
-        forget = end - self._history_samples - self._kept_from
+    def _num_ready(self) -> int:
+        """Frames that are heard and not encoded yet, as far as they are encoded at once."""
+        num_heard, count = self._kept_from + len(self._kept_S), 0
+        while count < _MOST_AT_ONCE and self._boundary(self._num_frames + count + 1) <= num_heard:
+            count += 1
+        return count
+
+    def _next_columns(self, count: int) -> Tensor:
+        """The columns of the next frames, [Z, A, E]."""
+        moments: list[Tensor] = []
+        for frame in range(self._num_frames, self._num_frames + count):
+            start, end = self._boundary(frame), self._boundary(frame + 1)
+            moments += [self._before(start + (end - start) // 2), self._before(end)]
+        levels_AE = self._encoder.levels(torch.stack(moments).unflatten(0, (count, 2)))
+        last_1E = levels_AE[:1] if self._last_1E is None else self._last_1E
+        changes_AE = levels_AE - torch.cat([last_1E, levels_AE[:-1]])
+        turns_AE = changes_AE - torch.cat([self._last_change_1E, changes_AE[:-1]])
+        self._last_1E, self._last_change_1E = levels_AE[-1:], changes_AE[-1:]
+        self._num_frames += count
+        forget = self._boundary(self._num_frames) - self._history_samples - self._kept_from
         if forget > 0:
             self._kept_S, self._kept_from = self._kept_S[forget:].clone(), self._kept_from + forget
-        scaled = [part / std for part, std in zip((level_E, change_E, turn_E), _CHANGE_STD, strict=True)]
-        return torch.stack(scaled).clamp(-_BOUND, _BOUND)
+        parts = zip((levels_AE, changes_AE, turns_AE), _CHANGE_STD, strict=True)
+        return torch.stack([part / std for part, std in parts]).clamp(-_BOUND, _BOUND)
 
     def _before(self, sample: int) -> Tensor:
         """The window of sound that ends at a sample."""
         end = sample - self._kept_from
         return self._kept_S[end - self._history_samples : end]
-
-    def _stacked(self, columns: list[Tensor]) -> Tensor:
-        if not columns:
-            return torch.zeros(1, self._encoder.num_features, self._encoder.feature_dim, 0)
-        return torch.stack(columns, dim=-1)[None]
 
 
 def _mel_bank(num_bands: int, fft_samples: int, rate_hz: int, *, low_hz: float, high_hz: float) -> Tensor:
