@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -272,6 +273,10 @@ async def _serve(args: argparse.Namespace, gate: Gate, link: Link | None = None)
             print(f"holds {capacity} {'session' if capacity == 1 else 'sessions'}: {why}; {answers}")
             sys.stdout.flush()
 
+        # What is loaded stays, and no collection need look through it: that would hold frames up, and come so seldom
+        # that sessions which have ended, megabytes each, waited for it.
+        gc.collect()
+        gc.freeze()
         app = application(house, [realtime, realtime_calls, whep, media, *([simli] if args.simli else [])])
         if link is None:
             await serve(app, host=args.host, port=args.port, drain_s=args.drain, on_up=up)

@@ -184,6 +184,7 @@ class Pump:
         self._sinks: list[Sink] = []
         self._watching: set[Sink] = set()
         self._video: VideoEncoder | None = None
+        self._num_keys = 0
         self._opus: SoundEncoder | None = None
         self._blocks = Blocks(self.rate_hz)
         self._behind_s = 0.0
@@ -207,7 +208,7 @@ class Pump:
     @property
     def num_keys(self) -> int:
         """Keyframes made so far."""
-        return self._video.num_keys if self._video else 0
+        return self._video.num_keys if self._video else self._num_keys
 
     @property
     def bitrate(self) -> int:
@@ -276,6 +277,7 @@ class Pump:
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
             sink.end(reason)
+        self._num_keys, self._video, self._opus = self.num_keys, None, None  # their threads and buffers go now
 
     async def _publish(self, shown: Shown) -> None:
         """Send the frames of a chunk at their times; a single frame comes at its time by itself."""

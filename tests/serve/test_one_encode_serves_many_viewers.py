@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import weakref
 from collections.abc import Awaitable, Callable
 from fractions import Fraction
 
@@ -117,6 +118,19 @@ def test_a_stream_that_falls_behind_moves_picture_and_sound_on_the_viewers_clock
             assert abs(float(beat.at - before.at) - (beat.left_s - before.left_s)) < 0.2
 
     on_air(stream, scene)
+
+
+def test_an_encoder_goes_with_its_session_and_what_it_counted_stays() -> None:
+    async def scene(pump: Pump) -> None:
+        await take(Viewer(pump), 3)
+        encoder = weakref.ref(pump._video)
+        pump.stop(Ending.LEFT)
+        assert pump.num_keys == 1
+        async with asyncio.timeout(10):  # a frame may be in its hands
+            while encoder() is not None:
+                await asyncio.sleep(0.01)
+
+    on_air(ScriptedStream(), scene)
 
 
 def test_nothing_is_encoded_while_nobody_looks() -> None:
