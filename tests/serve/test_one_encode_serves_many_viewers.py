@@ -199,6 +199,8 @@ def test_an_interruption_takes_back_what_has_not_left() -> None:
         while not (await take(viewer, 1))[0].segment:
             pass
         (last,) = await take(viewer, 1)
+        while viewer._beats:  # on a busy machine more have left than were looked at
+            (last,) = await take(viewer, 1)
         done = pump.interrupt()
         assert done.segment == last.segment
         assert done.dropped > 0
