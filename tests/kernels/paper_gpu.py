@@ -57,6 +57,28 @@ class Compiled:
         """Instructions whose mnemonic matches."""
         return len(re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(?:{pattern})\b", self.sass, re.MULTILINE))
 
+    def inner_loop(self) -> dict[str, int]:
+        """What the shortest loop of products and exponentials holds: these, waits for products, barriers of all warps
+        that compute, instructions.
+        """
+        lines = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?(.+?);", self.sass, re.MULTILINE)
+        at = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+        loops: list[list[str]] = []
+        for number, (address, text) in enumerate(lines):
+            target = re.search(r"^BRA\b.*0x([0-9a-f]+)", text)
+            if target is not None and int(target.group(1), 16) < int(address, 16):
+                loops.append([line for _, line in lines[at[int(target.group(1), 16)] : number + 1]])
+        needed = ("GMMA", "MUFU.EX2")
+        body = min((loop for loop in loops if all(any(name in line for line in loop) for name in needed)), key=len)
+        kinds = {
+            "products": r"[HQ]GMMA",
+            "exponentials": r"MUFU\.EX2",
+            "waits": r"WARPGROUP\.DEPBAR",
+            "barriers": r"BAR\.SYNC",
+        }
+        counts = {kind: sum(re.match(pattern, line) is not None for line in body) for kind, pattern in kinds.items()}
+        return counts | {"instructions": len(body)}
+
     def row(self) -> dict[str, int]:
         """What the golden table keeps."""
         return {name: value for name, value in asdict(self).items() if name != "sass" and isinstance(value, int)} | {
@@ -341,10 +363,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="rewrite this version's part of the golden table")
     parser.add_argument("--capability", type=int, nargs="+", default=[90, 100])
     parser.add_argument("--sass", help="print the machine code of this call")
+    parser.add_argument("--loop", help="print what the inner loop of this call holds, on sm_90")
     arguments = parser.parse_args()
     if arguments.sass:
         capability = arguments.capability[0]
         print(compile_call(calls_for(capability)[arguments.sass], capability).sass)
+        return
+    if arguments.loop:
+        print(json.dumps(compile_call(calls_for(90)[arguments.loop], 90).inner_loop()))
         return
     found = {triton.__version__: {f"sm_{capability}": table(capability) for capability in arguments.capability}}
     if arguments.write:

@@ -94,6 +94,21 @@ def test_attention_multiplies_on_the_tensor_cores_of_hopper(
     assert kernel.count(r"UTMALDG\S*") >= 4
 
 
+LOOPS = {
+    "attend": {"products": 16, "exponentials": 66, "waits": 1, "barriers": 3},
+    "attend eight bits": {"products": 12, "exponentials": 66, "waits": 2, "barriers": 4},
+}
+"""A tile of 128 keys for a warp of two warpgroups; what the share expected in kernels/README.md is reckoned from."""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_inner_loop_is_what_its_expected_speed_is_reckoned_from(name: str) -> None:
+    loop = compile_call(CALLS[name], 90).inner_loop()
+    assert {kind: loop[kind] for kind in LOOPS[name]} == LOOPS[name]
+    assert loop["instructions"] <= 560
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_multiplies_on_the_tensor_cores_of_blackwell(
