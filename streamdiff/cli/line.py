@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> NoReturn:
     import torch
 
     from streamdiff.engine import Engine, Weights
+    from streamdiff.estimate import available_bytes
     from streamdiff.line import Shape, wait_as_rank
 
+    alike_on_every_rank(lambda: available_bytes(device))  # says so where there is no such device
     signals.handle()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.deterministic = True
