@@ -32,6 +32,8 @@ MOST_S, MOST_BYTES = 10.0, 1 << 30
 """What a case may take: seconds by the clock of an idle machine (CPU time is compared), and resident bytes."""
 _PATIENCE_S = 60.0
 """By the clock of a busy machine; beyond it the case counts as one that hangs."""
+_START_S = 540.0
+"""For imports and everything that is run once, on a machine that is busier still."""
 _FILE_BYTES = 1 << 28
 _ADDRESS_BYTES = 12 << 30
 _REACHES = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "subprocess.Popen", "os.system", "os.exec")
@@ -111,7 +113,7 @@ class Jail:
         asked = {"argv": list(argv), "folder": str(folder), "stdin": None if stdin is None else str(stdin)}
         self._server.stdin.write(json.dumps(asked).encode() + b"\n")
         self._server.stdin.flush()
-        ready, _, _ = select.select([self._server.stdout], [], [], _PATIENCE_S + 60)
+        ready, _, _ = select.select([self._server.stdout], [], [], _START_S + _PATIENCE_S)
         assert ready, f"the jail itself hangs on {argv}"
         told = json.loads(self._server.stdout.readline())
         return Ending(**{**told, "reached": tuple(told["reached"])})
