@@ -196,6 +196,7 @@ class Inbox:
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Sealed] = queue.SimpleQueue()
         self._last = self._settled = settled
+        self._gap = False
         self._socket: socket.socket | None = None
 
     def connect(self, end: socket.socket) -> None:
@@ -208,9 +209,11 @@ class Inbox:
         threading.Thread(target=self._hear, args=(end,), name="inbox", daemon=True).start()
 
     def get(self, check: Check) -> Sealed:
-        """The next entry."""
+        """The next entry. Raises RankFailed when one was lost: the sender had not kept it."""
         while True:
             check()
+            if self._gap:
+                raise RankFailed("an entry of the line was lost; this should not happen, please report it")
             try:
                 return self._queue.get(timeout=POLL_S)
             except queue.Empty:
@@ -242,6 +245,7 @@ class Inbox:
                     if self._socket is not end:
                         break
                     if number > self._last:
+                        self._gap = self._gap or number != self._last + 1
                         self._last = number
                         self._queue.put(Sealed(number, words, payload_S))
         with self._lock:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -81,6 +82,23 @@ def adders(seats: int, rank: int) -> Sequence[KeptStage]:
     """Every rank adds."""
     del rank
     return [Adding() for _ in range(seats)]
+
+
+class Waiting(Adding):
+    """Waits with its first chunk until a file is there."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def step(self, packet: Packet) -> Packet:
+        wait_until(self._file.exists)
+        return super().step(packet)
+
+
+def waiting_behind(file: Path, rank: int) -> Sequence[KeptStage]:
+    """Rank 0 adds, and rank 1 waits before it does."""
+    return [Adding() if rank == 0 else Waiting(file)]
 
 
 def broken_build(rank: int) -> Sequence[KeptStage]:

@@ -39,6 +39,7 @@ from tests.engine.line_case import (
     sums,
     values,
     wait_until,
+    waiting_behind,
 )
 from tests.engine.oracle_case import played, script_of
 from tests.engine.stream_case import same
@@ -160,6 +161,19 @@ def test_a_chunk_that_ends_every_process_that_makes_it_ends_the_line() -> None:
         with pytest.raises(RankFailed, match="rank 0 was ended by signal 9; it was replaced 12 times") as caught:
             seat.get(WAIT_S)
         assert caught.value.rank == 0
+
+
+def test_what_a_rank_has_handed_on_and_nobody_has_kept_is_sent_again_by_its_heir(tmp_path: Path) -> None:
+    """Both ranks are lost while three chunks are behind the first and none behind the second."""
+    find = spawned(partial(waiting_behind, tmp_path / "go"))
+    with ProcessLine(CASE.config, plan(num_steps=2, num_ranks=2), 1, find, limits=PATIENT) as line:
+        seat = line.join().start(values(*[1] * 8))
+        wait_until(lambda: has_made(line, 0, 3))
+        kill(line, 1)
+        kill(line, 0)
+        wait_until(lambda: line.metrics.healed == 2)
+        (tmp_path / "go").touch()
+        assert sums(seat) == [k * (k + 1) / 2 for k in range(1, 9)]
 
 
 def test_an_idle_rank_may_be_lost_as_often_as_it_happens() -> None:
