@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 Result = dict[str, Any]
+
+
+BY_THE_CLOCK = ("voice", "first_frame", "live", "paced", "interruption")
+"""Rows that another priority changes: promises about them hold at the priority of everybody else."""
+
+
+def raised_priority(result: dict[str, Any]) -> str | None:
+    """The priority of a run before other work of its machine, as ``nice -10``; None: it had none.
+
+    >>> raised_priority({"priority": "nice 0 of nice -16"}), raised_priority({"nice": -10})
+    ('nice -16', 'nice -10')
+    >>> raised_priority({"priority": "nice 0 of nice 0"}), raised_priority({})
+    (None, None)
+    """
+    words = str(result.get("priority", result.get("nice", 0)))
+    levels = [int(level) for level in re.findall(r"-?\d+", words)]
+    return f"nice {min(levels)}" if levels and min(levels) < 0 else None
 
 
 def load_of(result: Result) -> float:

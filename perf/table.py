@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from roofline import ASSUMED, Shapes, Shares, served_costs
-from served import SERVED_ROWS, load_of
+from served import BY_THE_CLOCK, SERVED_ROWS, load_of, raised_priority
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -253,7 +253,13 @@ def _avatar(
         if not runs:
             return None
         text, met = say(runs[-1][row])
-        return Found(text, met, f"{machine(runs[-1])}, {runs[-1]['cores']} cores, load {runs[-1]['load']:.1f}")
+        how = f"{machine(runs[-1])}, {runs[-1]['cores']} cores, load {runs[-1]['load']:.1f}"
+        if (priority := raised_priority(runs[-1])) is not None:
+            how += f", {priority}"
+            if row in BY_THE_CLOCK:
+                short, bracket, details = text.partition(" (")
+                text, met = f"{short} at {priority}{bracket}{details}", None
+        return Found(text, met, how)
 
     return find
 

@@ -72,6 +72,31 @@ def test_a_measured_row_names_its_machine() -> None:
     assert "equal | yes" in line(made, "replayed graph")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says", "met"),
+    [
+        ({"nice": -10}, "17 ms, 27 ms at nice -10 (80 calls)", None),
+        ({"priority": "nice 0 of nice -16"}, "17 ms, 27 ms at nice -16 (80 calls)", None),
+        ({"priority": "nice 0 of nice 0"}, "17 ms, 27 ms (80 calls)", True),
+        ({"nice": 5}, "17 ms, 27 ms (80 calls)", True),
+    ],
+)
+def test_a_latency_at_a_raised_priority_says_so_and_meets_no_goal(
+    settings: dict[str, Any], says: str, met: bool | None
+) -> None:
+    voice = {"ms": {"median": 17.0, "p95": 27.0, "count": 80}}
+    lips = {"loudness_to_lips_lag_frames": 1, "loudness_to_lips_r": 0.5}
+    result = {"bench": "avatar", "card": {"device": "CPU"}, "size": 256, "cores": 2, "load": 1.0, "voice": voice}
+    result |= {"lips": lips, **settings}
+    rows = {row.what: row for row in table.ROWS}
+    found = rows["avatar: text to first voice, 12-100 characters: median, p95"].measured([result])
+    assert found is not None
+    assert (found.text, found.met) == (says, met)
+    steady = rows["avatar: sound to lips"].measured([result])
+    assert steady is not None
+    assert steady.met is True, "what is not timed does not depend on it"
+
+
 def test_a_missed_goal_is_a_no() -> None:
     assert "| no |" in line(table.table([stage("fp8", 150.0)]), "14B step, 704x384, FP8")
 
