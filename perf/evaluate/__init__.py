@@ -43,11 +43,11 @@ truth's own frames shows how well it reads.
   than the first looks after 30 s. beyond: levels that the run did not keep on average (`drift.LEVELS`), which no slope
   shows.
 
-**Variants of long runs.** full: as served. no-sink: the sink's keys are removed once the window is full (the model saw
-clips without a sink in training). absolute: the sink stays at its place while the stream walks away from it; only the
-inference changes, the model was trained with leads drawn at random. clean-history: after its last step a chunk is run
-once more at noise level 0, and all steps remember that (Self-Forcing), instead of each what it saw. no-adaptive: the
-sink stays the photograph.
+**Variants of long runs.** full: all that was published, the adaptive sink included. no-sink: the sink's keys are
+removed once the window is full (the model saw clips without a sink in training). absolute: the sink stays at its
+place while the stream walks away from it; only the inference changes, the model was trained with leads drawn at
+random. clean-history: after its last step a chunk is run once more at noise level 0, and all steps remember that
+(Self-Forcing), instead of each what it saw. no-adaptive: the sink stays the photograph, as this model is served.
 
 **Limits.** Drawn heads are simpler than people, and the probe has seen nothing else: numbers here rank variants of this
 small model; they do not certify a large one. A model can score higher than the truth through the codec, since the probe

@@ -40,7 +40,7 @@ def distances_between_people(people: People, probe: Probe, *, count: int = 8) ->
 
 def run_long(args: argparse.Namespace, people: People, probe: Probe, model: Model) -> None:
     """A long run, its result on disk every 500 chunks."""
-    engine = model.engine(adaptive_sink=False if args.variant == "no-adaptive" else None)
+    engine = model.engine(adaptive_sink=args.variant != "no-adaptive")
     limits = distances_between_people(people, probe)
     number = people.numbers(1)[0]
     loop_S = np.concatenate([people.speech(number, 48.0, take=t) for t in (0, 1)])

@@ -79,7 +79,7 @@ def test_trained_streams_are_equal_on_one_to_five_ranks() -> None:
 def facts_of(variant: str, seconds: float) -> dict[str, Any]:
     """A long run of the drawn head, in this variant."""
     torch.set_num_threads(1)
-    engine = Model("portrait").engine(adaptive_sink=False if variant == "no-adaptive" else None)
+    engine = Model("portrait").engine(adaptive_sink=variant != "no-adaptive")
     photo_HWC = read_image(PERSON, engine.config.height, engine.config.width)
     run = long_run(engine, variant, photo_HWC=photo_HWC, loop_S=babble(60.0), opening_T=np.zeros(1500, np.float32),
                    probe=load_probe(), seconds=seconds)  # fmt: skip
