@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from streamdiff import rng
-from streamdiff.avatar.cues import Cues
+from streamdiff.avatar.cues import Cues, State
 from streamdiff.avatar.intent import Intent
 from streamdiff.avatar.kinematics import FPS, KinematicSpec
+from streamdiff.avatar.seal import AHEAD, PAST, Lips, heard_seal, load_seals, said_seal
 from streamdiff.avatar.style import style_vector, tempo_of
 from streamdiff.avatar.window import MotionModel
 from streamdiff.errors import ConfigError, InputError
@@ -149,6 +150,7 @@ class MotionStream:
         parts = [range(self.spec.num_coefs)[self.spec.part(name)] for name in ("rotation", "translation", "scale")]
         brows = [i for i, name in enumerate(self.spec.names) if name.startswith("brow")]
         self._gliding_G = torch.tensor([*itertools.chain(*parts), *brows], device=self._device)
+        self._lips = Lips(self.spec)
         self._glide = _Glide(self._rest_E[self._gliding_G], glide_s, kept=MAX_REWIND)
         trail = model.config.history + MAX_REWIND
         self._trail_AE = self._rest_E.repeat(trail, 1)
@@ -225,11 +227,23 @@ class MotionStream:
             if settled == len(self._settling) - 1:
                 self._plan_AE, self._stale = self._plan_AE[:0], True
         self._trail_AE = torch.cat([self._trail_AE[1:], frame_E[None]])
+        closed = self._closed()
         self._past = Cues.joined([self._past[slice(1, None)], self._ahead[slice(0, 1)]])
         self._ahead = self._ahead[slice(1, None)]
         self.next_frame += 1
-        # What the model remembers is its own: only what is seen glides.
-        return frame_E.index_copy(0, self._gliding_G, self._glide.follow(frame_E[self._gliding_G]))
+        # What the model remembers is its own: only what is seen glides, and closes its lips.
+        seen_E = frame_E.index_copy(0, self._gliding_G, self._glide.follow(frame_E[self._gliding_G]))
+        return self._lips.close(seen_E, closed)
+
+    def _closed(self) -> float:
+        """How far a p, b or m closes the lips of the next frame, 0..1."""
+        now = self._ahead[slice(0, 1)]
+        if now.said_A[0]:
+            return said_seal(now.phones_AP[0])
+        if not now.heard_A[0] or now.state_A[0] != State.SPEAKING:
+            return 0.0
+        past = self._past[slice(len(self._past) - PAST, None)]
+        return heard_seal(load_seals(), Cues.joined([past, self._ahead[slice(0, AHEAD + 1)]]))
 
     def _worth(self) -> int:
         """How many frames of the plan are shown before it is made anew."""

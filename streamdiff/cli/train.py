@@ -55,6 +55,7 @@ AVATAR: Mapping[str, Recipe] = {
         run="run_consistency",
     ),
     "mouth": Recipe(help="the inside of a mouth, from pictures of a 3D head", module="avatar.mouth"),
+    "seals": Recipe(help="closed lips: a detector of p, b and m in sound", module="avatar.seals"),
     "rig": Recipe(help="how landmarks move with ARKit shapes, from a 3D head", module="avatar.rig"),
     "fit": Recipe(help="one person's lower face and manner, from a video", module="avatar.fit"),
 }

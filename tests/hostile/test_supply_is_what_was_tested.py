@@ -22,6 +22,7 @@ from streamdiff import checkpoint, packaged, presets
 from streamdiff.avatar import fetch, landmarks, quality
 from streamdiff.avatar.render import _bundled_mouth
 from streamdiff.avatar.rig import load_rig
+from streamdiff.avatar.seal import load_seals
 from streamdiff.avatar.window import weights_path
 from streamdiff.cli import machine
 from streamdiff.cli.main import main
@@ -45,7 +46,7 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_weight_of_the_package_is_known() -> None:
-    assert len(SHIPPED) == 7
+    assert len(SHIPPED) == 8
     assert all(packaged.packaged(name).is_file() for name in SHIPPED)
 
 
@@ -53,6 +54,7 @@ USERS: dict[str, Callable[[], object]] = {
     "landmark_rig.safetensors": load_rig.__wrapped__,
     "motion_arkit64.safetensors": weights_path,
     "mouth_decoder.safetensors": _bundled_mouth.__wrapped__,
+    "seal_detector.safetensors": load_seals.__wrapped__,
     "portrait/codec.safetensors": lambda: checkpoint.shipped(presets.portrait()),
     "portrait/diffusion_pytorch_model.safetensors": lambda: checkpoint.shipped(presets.portrait()),
     "portrait/face.png": lambda: checkpoint.shipped_face(presets.portrait()),

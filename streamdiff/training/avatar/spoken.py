@@ -26,10 +26,8 @@ def spoken(voice: HibariVoice, number: int, *, seed: int, words: Sequence[str], 
     spec = arkit64()
     generator = np.random.default_rng(rng.seed_of("clip", seed, number))
     manner = Manner.draw(generator)
-    voice.pitch = float(np.clip(np.exp(generator.normal(-0.1, 0.32)), 0.45, 1.8))
-    voice.tract = float(np.clip(voice.pitch**0.25 * np.exp(0.06 * generator.standard_normal()), 0.78, 1.25))
-    voice.speed = float(np.clip(np.exp(generator.normal(0.0, 0.15)), 0.7, 1.5))
-    talk = _Talk()
+    draw_voice(voice, generator)
+    talk = Talk()
     while talk.num_frames < seconds * FPS:
         quiet = int(generator.uniform(0.3, 3.5) * FPS)
         talk.rest(quiet, State.IDLE if generator.random() < 0.5 else State.LISTENING)
@@ -47,7 +45,14 @@ def spoken(voice: HibariVoice, number: int, *, seed: int, words: Sequence[str], 
     return Performance(cues, intent_AI, motion_AE, style_of(motion_AE, manner, spec), "spoken")
 
 
-class _Talk:
+def draw_voice(voice: HibariVoice, generator: np.random.Generator) -> None:
+    """Make it another person's voice: pitch, throat and speed, about as they differ between people."""
+    voice.pitch = float(np.clip(np.exp(generator.normal(-0.1, 0.32)), 0.45, 1.8))
+    voice.tract = float(np.clip(voice.pitch**0.25 * np.exp(0.06 * generator.standard_normal()), 0.78, 1.25))
+    voice.speed = float(np.clip(np.exp(generator.normal(0.0, 0.15)), 0.7, 1.5))
+
+
+class Talk:
     """What one side of a conversation says, turn after turn."""
 
     def __init__(self) -> None:
