@@ -104,7 +104,7 @@ def _checks(results: Sequence[Result]) -> Found | None:
         return None
     ratio, cpu = result["ratio"], result["cpu"]
     how = f"{machine(result)}, load {result['load']:.1f}"
-    return Found(f"{ratio:.2f}x by the clock, {cpu:.2f}x of the CPU time", max(ratio, cpu) <= 1.05, how)
+    return Found(f"{ratio:.3f}x by the clock, {cpu:.3f}x of the CPU time", max(ratio, cpu) <= 1.05, how)
 
 
 def _elements(results: Sequence[Result]) -> Found | None:

@@ -6,7 +6,6 @@ encoder, E their width, A video frames, P prompt tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from streamdiff import rng
 from streamdiff.config import EngineConfig
 from streamdiff.errors import ConfigError, InputError
+from streamdiff.facts import parse_json
 from streamdiff.models.text import TextEncoder
 
 LATENTS = "latents.safetensors"
@@ -61,6 +61,14 @@ def embedded_prompts(encoder: TextEncoder, prompts: list[str]) -> Tensor:
     return torch.stack([F.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
 
 
+def _prompts(text: str) -> list[str]:
+    """A list of prompts in JSON; ValueError: something else."""
+    found = parse_json(text)
+    if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+        raise ValueError("its prompts are no list of words")
+    return found
+
+
 class LatentClips:
     """Encoded clips on disk: ``latents.safetensors``, as ``streamdiff train encode`` writes it.
 
@@ -86,7 +94,7 @@ class LatentClips:
             self._file = safe_open(path, framework="pt")
             about = self._file.metadata() or {}
             shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
-            prompts = list(map(str, json.loads(about["prompts"])))
+            prompts = _prompts(about["prompts"])
             preset = about.get("config", config.name)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(

@@ -66,6 +66,23 @@ def _write_shard(clips: Sequence[Clip], path: Path, start: int) -> None:
     save_tensors(tensors, path, facts)
 
 
+_KINDS = {"frames": ("U8", 5), "photo": ("U8", 4), "sound": ("I16", 2)}
+"""Kind of the numbers, and axes, of which the first counts the clips."""
+
+
+def _shape_of(file: Any) -> tuple[int, ...]:
+    """Of the frames, once all that a clip is taken from is found to be there; ValueError: something is not."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (kind, axes) in _KINDS.items():
+        found = file.get_slice(name)
+        shapes[name] = tuple(found.get_shape())
+        if found.get_dtype() != kind or len(shapes[name]) != axes or shapes[name][0] != shapes["frames"][0]:
+            raise ValueError(f"{name} is {found.get_dtype()} {list(shapes[name])}")
+    if "truth" in file.keys() and tuple(file.get_slice("truth").get_shape())[:1] != shapes["frames"][:1]:  # noqa: SIM118
+        raise ValueError("it has no truth for each of its clips")
+    return shapes["frames"]
+
+
 class Shards:
     """Clips on disk, by number.
 
@@ -82,9 +99,9 @@ class Shards:
         for number, path in enumerate(self.paths):
             try:
                 with safe_open(path, "pt") as file:
-                    shape = file.get_slice("frames").get_shape()
+                    shape = _shape_of(file)
                     prompts = parse_json((file.metadata() or {})["prompts"])
-                    if len(shape) != 5 or not isinstance(prompts, list) or len(prompts) != shape[0]:
+                    if not isinstance(prompts, list) or len(prompts) != shape[0]:
                         raise ValueError("it has no prompt for each of its clips")
                     self._prompts.append(list(map(str, prompts)))
             except (SafetensorError, OSError, KeyError, ValueError) as error:
