@@ -217,8 +217,9 @@ _FORCING = ("train", "forcing", "--preset", "tiny", "--batch", "1", "--chunks", 
 
 @functools.cache
 def _clips() -> bytes:
+    """Two to learn from, and 16 that are held out."""
     config = presets.tiny()
-    return save(clip_tensors(config, 2), {"prompts": json.dumps(CLIP_PROMPTS), "config": config.name})
+    return save(clip_tensors(config, 18), {"prompts": json.dumps(CLIP_PROMPTS), "config": config.name})
 
 
 @functools.cache
