@@ -41,6 +41,7 @@ WORKERS = {
     ("train", "motion-consistency"),
     ("train", "rig"),
     ("train", "mouth"),
+    ("train", "seals"),
 }
 """Commands that begin to work whatever folder they are given; their numbers are those of the others."""
 
@@ -141,6 +142,9 @@ SEEN = (
     "train forcing --data none --out out --lr nan",
     "train forcing --data none --out out --lr inf",
     "train motion --data none --out out --speech-minutes inf",
+    "train seals --out out --minutes 0",
+    "train seals --out out --minutes 1e9",
+    "train seals --out out --steps 0",
     "serve --port 65536",
     "serve --port \u0668\u0660\u0660\u0660",
     "serve --capacity 0",

@@ -39,7 +39,7 @@ def test_mutants_are_refused_in_one_line_or_something_sensible_comes_of_them(kin
     ended, faults = fuzz.fuzz(kind, range(CASES), jail)
     assert faults == {}
     assert ended.total() == CASES
-    assert ended["refused"], "nothing was wrong with any"
+    assert ended["refused"] or kind == "texts", "nothing was wrong with any; but any text can be said"
 
 
 @pytest.mark.slow
